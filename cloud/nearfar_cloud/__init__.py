@@ -1,0 +1,1 @@
+"""The cloud side of nearfar.  Today: training of the models that the project ships."""

@@ -1,0 +1,1 @@
+"""Training of nano: corpora -> rows -> mix -> trainer.step -> export."""

@@ -1,0 +1,1 @@
+"""The C++ engine of nearfar; `_core` is the compiled extension."""

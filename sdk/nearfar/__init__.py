@@ -1,0 +1,1 @@
+"""nearfar: a language model on the device that stops early where it is sure."""

@@ -1,0 +1,62 @@
+"""Environment variables, all of them, in one table.  The ground floor: imports errors only."""
+
+from __future__ import annotations
+
+import os
+
+from nearfar.errors import ConfigError
+
+# name -> what it does; `nearfar doctor` prints this table with the values found.
+VARIABLES = {
+    "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 3 messages, 4 per-layer checksums",
+    "NEARFAR_ISA": "force the kernels: ref, avx2, avx512 (default: the best that the CPU has)",
+    "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
+    "NEARFAR_BACKEND": "force the engine: native, numpy, llama (default: native if built)",
+    "NEARFAR_DATA": "folder of the corpora for `nearfar train` and `nearfar eval`",
+}
+
+ISA_NAMES = ("ref", "avx2", "avx512")
+BACKENDS = ("native", "numpy", "llama")
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str | None:
+    value = os.environ.get(name)
+    if value is None or value == "":
+        return None
+    if value not in allowed:
+        raise ConfigError(f"{name}={value}: expected one of {', '.join(allowed)}")
+    return value
+
+
+def _whole(name: str, low: int, high: int) -> int | None:
+    value = os.environ.get(name)
+    if value is None or value == "":
+        return None
+    if not value.isdecimal() or not low <= int(value) <= high:
+        raise ConfigError(f"{name}={value}: expected a whole number {low}..{high}")
+    return int(value)
+
+
+def debug_level() -> int:
+    """0 (quiet) to 4."""
+    return _whole("NEARFAR_DEBUG", 0, 4) or 0
+
+
+def isa() -> str | None:
+    """The instruction set to force, or None for the best one."""
+    return _choice("NEARFAR_ISA", ISA_NAMES)
+
+
+def threads() -> int | None:
+    """The number of engine threads to use, or None to choose."""
+    return _whole("NEARFAR_THREADS", 1, 256)
+
+
+def backend() -> str | None:
+    """The engine to force, or None for the best one."""
+    return _choice("NEARFAR_BACKEND", BACKENDS)
+
+
+def data_dir() -> str | None:
+    """The folder with the corpora, or None."""
+    return os.environ.get("NEARFAR_DATA") or None

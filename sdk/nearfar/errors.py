@@ -1,0 +1,102 @@
+"""Every way nearfar can say no, as one tree.  The ground floor: imports nothing of ours.
+
+    NearfarError                 1   something failed; the message says what
+    ├── UsageError               2   arguments that cannot be used (an empty prompt, a bad option)
+    ├── FileError                3   a file that is missing, cut short or damaged
+    │   ├── GGUFError                 ... as a GGUF container
+    │   ├── WeightsError              ... as the weights of one model
+    │   └── TokenizerError            ... as a tokenizer
+    ├── UnsupportedError         4   a sound file that this build cannot run
+    ├── ContextError             5   more tokens than the context holds
+    ├── SchemaError              6   a JSON schema that is wrong or cannot be satisfied
+    ├── MissingExtraError        7   an optional package is not installed
+    ├── DataError                8   training or evaluation data in the wrong form
+    ├── EngineBusy               9   a second thread entered an engine that is at work
+    └── Cancelled              130   stopped on request; everything is as it was before the call
+
+The number is the exit code of the command line.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NearfarError(Exception):
+    """Base of all errors of this project: catch it to catch them all."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(NearfarError, ValueError):
+    """Arguments that cannot be used."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A setting (an environment variable, a config field) outside its range."""
+
+
+class FileError(NearfarError):
+    """A file that is missing, cut short or damaged."""
+
+    exit_code = 3
+
+
+class GGUFError(FileError):
+    """Bytes that do not form a GGUF file."""
+
+
+class WeightsError(FileError):
+    """A GGUF file whose tensors or keys do not form the model it names."""
+
+
+class TokenizerError(FileError):
+    """Tokenizer data that is missing or inconsistent."""
+
+
+class UnsupportedError(NearfarError):
+    """A sound file or request that this build cannot run."""
+
+    exit_code = 4
+
+
+class ContextError(NearfarError):
+    """More tokens than the context holds."""
+
+    exit_code = 5
+
+
+class SchemaError(NearfarError):
+    """A JSON schema that is wrong or cannot be satisfied."""
+
+    exit_code = 6
+
+
+class MissingExtraError(NearfarError):
+    """An optional package is not installed."""
+
+    exit_code = 7
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}: pip install 'nearfar[{extra}]'")
+        self.package, self.extra = package, extra
+
+
+class DataError(NearfarError):
+    """Training or evaluation data in the wrong form."""
+
+    exit_code = 8
+
+
+class EngineBusy(NearfarError):
+    """A second thread entered an engine that is at work."""
+
+    exit_code = 9
+
+
+class Cancelled(NearfarError):
+    """Stopped on request; the cache is as it was before the call."""
+
+    exit_code = 130

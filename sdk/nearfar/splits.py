@@ -1,0 +1,29 @@
+"""Which rows are held out: decided by the text itself, the same in training and in evaluation.  Ground floor.
+
+    residue 0    dev      steers training; never trained on
+    residue 1    test     where a data set has no test file of its own (SNIPS)
+    the rest     train
+
+A row's residue depends on nothing but its words, so two spellings of one sentence never land on two sides.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from hashlib import blake2b
+
+RESIDUES = 20
+DEV = 0
+HELD_OUT = 1
+
+
+def normalise(text: str) -> str:
+    """Casefolded, without punctuation and symbols (Unicode P* and S*), runs of whitespace made one space."""
+    kept = (c for c in text.casefold() if unicodedata.category(c)[0] not in "PS")
+    return " ".join("".join(kept).split())
+
+
+def split_residue(text: str) -> int:
+    """0..19: BLAKE2b of the normalised text (8-byte digest, big-endian), modulo 20."""
+    digest = blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % RESIDUES

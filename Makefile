@@ -1,0 +1,96 @@
+# What a laptop does and what CI does, by the same names.  Needs python3 (3.11 or newer) and a C++20 compiler; the rest
+# comes into $(VENV).  `make run` brings the core and [schema]; `make setup` brings [dev] and [train] (torch) as well.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A machine without a GPU saves a lot with PyTorch's own index: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TEXT ?= turn off the kitchen lights in ten minutes
+MODEL ?= nano
+BUDGET ?= 30m
+FUZZ_SECONDS ?= 600
+
+PY := $(VENV)/bin/python
+NEARFAR := $(VENV)/bin/nearfar
+CMAKE := $(VENV)/bin/cmake
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := $(shell find native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.cmake')
+CXX_FILES := $(shell find native -name '*.cc' -o -name '*.h')
+ifneq ($(TORCH_INDEX),)
+export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
+endif
+
+.PHONY: help run setup check test native sanitize fuzz bench train eval clean
+
+help:
+	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
+	@echo "make test       set up for development and run every test"
+	@echo "make setup      only the set-up: [dev] and [train] extras, compiled extension"
+	@echo "make check      ruff, mypy --strict, clang-format"
+	@echo "make native     rebuild the C++ engine and run its own tests (needs doctest)"
+	@echo "make sanitize   the C++ tests under address and undefined-behaviour sanitizers (needs doctest)"
+	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader"
+	@echo "make bench      the figures of docs/benchmarks.md"
+	@echo "make train      BUDGET=30m: train nano from DATA=folder"
+	@echo "make eval       the task figures of MODEL=nano on DATA=folder"
+	@echo "make clean      remove $(VENV) and build/"
+
+run: $(VENV)/ready
+	@$(NEARFAR) run "$(TEXT)"
+	@if [ -t 0 ]; then $(NEARFAR) run; else echo "Your own request:  $(NEARFAR) run \"is the front door locked\""; fi
+
+setup: $(VENV)/dev
+
+check: $(VENV)/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+test: $(VENV)/dev
+	$(PY) -m pytest
+
+native: $(VENV)/ready
+	$(CMAKE) -S native -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release -DNEARFAR_TESTS=ON
+	$(CMAKE) --build build/native -j 2
+	$(VENV)/bin/ctest --test-dir build/native --output-on-failure
+
+sanitize: $(VENV)/ready
+	$(CMAKE) -S native -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNEARFAR_TESTS=ON \
+	  -DNEARFAR_SANITIZE=address,undefined
+	$(CMAKE) --build build/sanitize -j 2
+	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+
+fuzz: $(VENV)/dev
+	$(PY) -m tests.fuzz_gguf --seconds $(FUZZ_SECONDS)
+
+bench: $(VENV)/dev
+	$(NEARFAR) bench $(MODEL)
+	for script in bench/*.py; do $(PY) $$script || exit 1; done
+
+train: $(VENV)/dev
+	$(NEARFAR) train nano --budget $(BUDGET) $(if $(DATA),--data $(DATA))
+
+eval: $(VENV)/dev
+	$(NEARFAR) eval $(MODEL) $(if $(DATA),--data $(DATA))
+
+clean:
+	rm -rf $(VENV) build
+
+# -- stamps -----------------------------------------------------------------------------------------------------------
+
+$(VENV)/tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nearfar needs Python 3.11 or newer: make PYTHON=...")'
+	@command -v "$${CXX:-c++}" >/dev/null || { echo "nearfar needs a C++20 compiler (g++ 12, clang 16 or newer)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) scikit-build-core nanobind cmake ninja
+	@touch $@
+
+# Without build isolation nanobind keeps its path, so that the next build is incremental.
+$(VENV)/ready: pyproject.toml $(NATIVE) | $(VENV)/tools
+	$(PIP) --no-build-isolation --editable '.[schema]'
+	@touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/ready
+	$(PIP) --no-build-isolation --editable '.[dev,train]'
+	@touch $@

@@ -23,7 +23,7 @@ def normalise(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def split_residue(text: str) -> int:
-    """0..19: BLAKE2b of the normalised text (8-byte digest, big-endian), modulo 20."""
+def split_residue(text: str, modulus: int = RESIDUES) -> int:
+    """0..modulus-1: BLAKE2b of the normalised text (8-byte digest, big-endian), modulo `modulus`."""
     digest = blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % RESIDUES
+    return int.from_bytes(digest, "big") % modulus

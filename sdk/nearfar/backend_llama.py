@@ -1,0 +1,158 @@
+"""llama-cpp-python behind the face of `LLM`: every GGUF architecture that our engine does not run.
+
+No hidden rows, no exits and no layer ranges here, only whole steps; `llm.backend` says why this engine was taken.
+The sampler, the constraint, the stop rules and the tokenizer are ours, so that answers follow the same rules.  The only
+importer of llama_cpp (extra `[llama]`), and only of its C interface: its Python layer would compile the chat template
+that the file brings along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.cancel import Cancel
+from nearfar.constraint import Constraint
+from nearfar.engine import Token
+from nearfar.errors import ContextError, MissingExtraError, UnsupportedError, UsageError, WeightsError
+from nearfar.exit import max_softmax
+from nearfar.gguf_reader import GGUFFile
+from nearfar.llm import LLM
+from nearfar.sampling import Sampling, sample
+from nearfar.sequence import Sequence
+from nearfar.tokenizer import tokenizer_from_metadata
+
+N_BATCH = 512  # prompt tokens of one call to llama_decode
+
+
+def open_llama(path: Path, *, n_ctx: int | None = None, threads: int | None = None, why: str = "asked for") -> LLM:
+    """Open `path` with llama.cpp.  The container is checked by our reader first: llama.cpp trusts it more than we do."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise MissingExtraError("llama-cpp-python", "llama", "this model") from error
+    with GGUFFile.open(path) as file:
+        metadata = dict(file.metadata)
+    tokenizer = tokenizer_from_metadata(metadata)
+    model = _Model(llama_cpp, path)
+    if model.n_vocab != tokenizer.n_vocab:
+        raise WeightsError(f"{path}: llama.cpp sees {model.n_vocab} tokens, the tokenizer has {tokenizer.n_vocab}")
+    max_len = n_ctx or model.n_ctx_train
+    stepper = LlamaEngine(model, max_len, threads)
+    return LLM(stepper, tokenizer, metadata, max_len=max_len, backend=f"llama ({why})")
+
+
+class LlamaEngine:
+    """`engine.Stepper` on llama.cpp: every token is computed at full depth."""
+
+    def __init__(self, model: _Model, max_len: int, threads: int | None = None) -> None:
+        self.model, self.max_len, self.threads = model, max_len, threads
+
+    def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence:
+        return Sequence(LlamaKV(self.model, self.max_len, self.threads), sampling=sampling, use_exits=use_exits)
+
+    def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
+        """As `Engine.step`; `source` is always "full"."""
+        started = time.perf_counter()
+        kv = s.kv
+        assert isinstance(kv, LlamaKV), "a cache of another engine"
+        try:
+            logits = kv.decode(s.pending(), cancel)  # [V]
+            if constraint is not None:
+                logits = constraint.mask(logits)
+            token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
+            if constraint is not None:
+                constraint.accept(token)
+        except BaseException:
+            kv.truncate(s.n_run)
+            raise
+        s.n_run = len(s.ids)
+        s.ids.append(token)
+        return Token(token, "full", max_softmax(logits), 1000 * (time.perf_counter() - started))
+
+
+class _Model:
+    """Owns a llama_model."""
+
+    def __init__(self, api: Any, path: Path) -> None:
+        self.api = api
+        self._log = api.llama_log_callback(lambda level, text, data: None)  # kept alive as long as it is installed
+        api.llama_log_set(self._log, ctypes.c_void_p(0))
+        api.llama_backend_init()
+        self.handle = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+        if not self.handle:
+            raise UnsupportedError(f"{path}: llama.cpp cannot load this file either (a newer version might)")
+        self.n_vocab: int = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.handle))
+        self.n_ctx_train: int = api.llama_model_n_ctx_train(self.handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.api.llama_model_free(self.handle)
+            self.handle = None
+
+
+class LlamaKV:
+    """Owns a llama_context: the cache and the scratch memory of one sequence."""
+
+    def __init__(self, model: _Model, max_len: int, threads: int | None) -> None:
+        self._model, self._n = model, 0
+        api = model.api
+        params = api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = max_len, N_BATCH, N_BATCH
+        if threads:
+            params.n_threads = params.n_threads_batch = threads
+        self._context = api.llama_init_from_model(model.handle, params)
+        if not self._context:
+            raise ContextError(f"llama.cpp cannot make a context of {max_len} positions: try a smaller n_ctx")
+        self._cancel: Cancel | None = None
+        self._abort = api.ggml_abort_callback(lambda data: self._cancel is not None and self._cancel.is_set())
+        api.llama_set_abort_callback(self._context, self._abort, None)
+
+    def decode(self, ids: np.ndarray[Any, np.dtype[np.int32]], cancel: Cancel | None) -> np.ndarray[Any, Any]:
+        """Run ids [T]; returns the logits f32 [V] of the last one."""
+        if not len(ids):
+            raise UsageError("no tokens to run")
+        api = self._model.api
+        self._cancel = cancel
+        try:
+            for start in range(0, len(ids), N_BATCH):
+                chunk = np.ascontiguousarray(ids[start : start + N_BATCH], np.int32)
+                tokens = (ctypes.c_int32 * len(chunk)).from_buffer_copy(chunk.tobytes())
+                status = api.llama_decode(self._context, api.llama_batch_get_one(tokens, len(chunk)))
+                if cancel is not None:
+                    cancel.check()
+                if status:
+                    raise ContextError(f"llama.cpp could not run {len(ids)} tokens (status {status})")
+                self._n += len(chunk)
+        finally:
+            self._cancel = None
+        row = api.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(row, (self._model.n_vocab,)).astype(np.float32, copy=True)
+
+    def length(self, layer: int = 0) -> int:
+        return self._n
+
+    def truncate(self, n: int) -> None:
+        api = self._model.api
+        self._n = min(self._n, n)
+        if not api.llama_memory_seq_rm(api.llama_get_memory(self._context), 0, self._n, -1):
+            # recurrent models cannot forget a part: start over
+            api.llama_memory_seq_rm(api.llama_get_memory(self._context), 0, -1, -1)
+            self._n = 0
+
+    def fork(self, n: int | None = None) -> LlamaKV:
+        raise UnsupportedError("llama.cpp's cache is not forked: run the ids again in a new sequence")
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the saved state, which is nearly all cache."""
+        return int(self._model.api.llama_state_get_size(self._context))
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._model.api.llama_free(self._context)
+            self._context = None

@@ -1,0 +1,109 @@
+"""The one loop of the device: embed -> layers up to an exit -> sure? -> token, else the next layers.
+
+A model with exits after layers e1 < e2 has the stages [0, e1), [e1, e2), [e2, L).  A token that leaves at an exit
+owes the layers above it; the next token that goes further runs the owed rows in the same pass, so that the cache is
+always what full depth would have made (states are recomputed, never copied upwards) and no layer runs a row twice.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.cancel import Cancel
+from nearfar.config import ExitConfig, ModelConfig
+from nearfar.constraint import Constraint
+from nearfar.exit import confidence, max_softmax, should_exit
+from nearfar.kv_cache import KVDtype
+from nearfar.lower import Lower
+from nearfar.sampling import Sampling, sample
+from nearfar.sequence import Sequence
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One decision: which token, which head made it ("full" or "exit.{layer}"), how sure, in how many ms."""
+
+    id: int
+    source: str
+    conf: float
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Layers [first, last) and the head that looks at their rows; `exit` is None at full depth."""
+
+    first: int
+    last: int
+    exit: ExitConfig | None
+
+    @property
+    def source(self) -> str:
+        return "full" if self.exit is None else f"exit.{self.exit.layer}"
+
+    @property
+    def head(self) -> str:
+        return "final" if self.exit is None else self.source
+
+
+class Stepper(Protocol):
+    """What `LLM` drives: our engine, or an outside one behind the same face."""
+
+    def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence: ...
+    def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token: ...
+
+
+class Engine:
+    """Runs sequences on one `Lower`; keeps no state between steps."""
+
+    def __init__(self, lower: Lower, max_len: int, kv_dtype: KVDtype = "f16") -> None:
+        self.lower, self.max_len, self.kv_dtype = lower, max_len, kv_dtype
+
+    def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence:
+        return Sequence(self.lower.new_kv(self.max_len, self.kv_dtype), sampling=sampling, use_exits=use_exits)
+
+    def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
+        """Compute the pending rows of `s`, append one token and return it; a step that fails appends nothing."""
+        started = time.perf_counter()
+        h = self.lower.embed(s.pending())  # [T, D]
+        n_new, reached = len(h), 0
+        try:
+            for stage in stages(self.lower.config, s.use_exits):
+                h = self.lower.forward(
+                    s.with_owed(stage.first, h), s.kv, stage.first, stage.last, cancel
+                )  # [owed+T, D]
+                s.owed.pop(stage.first, None)
+                reached = stage.last
+                logits = self.lower.logits(h[-1:], stage.head)[0]  # [V]
+                if constraint is not None:
+                    logits = constraint.mask(logits)
+                conf = max_softmax(logits) if stage.exit is None else confidence(logits, stage.exit)
+                if stage.exit and should_exit(conf, stage.exit.tau, debt=len(s.with_owed(stage.last, h))):
+                    break
+            token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
+            if constraint is not None:
+                constraint.accept(token)
+        except BaseException:
+            if reached < self.lower.config.n_layers:
+                s.owe(reached, h[:-n_new])  # rows of older tokens that this step brought up to `reached`
+            s.rewind(s.n_run)
+            raise
+        if stage.exit is not None:
+            s.owe(stage.last, h)
+        s.n_run = len(s.ids)
+        s.ids.append(token)
+        return Token(token, stage.source, conf, 1000 * (time.perf_counter() - started))
+
+
+def stages(config: ModelConfig, use_exits: bool = True) -> list[Stage]:
+    """The model cut at the exits that may fire (tau < 1); without any, one stage."""
+    live = [e for e in config.exits if use_exits and e.tau < 1]
+    cuts = [0, *(e.layer for e in live), config.n_layers]
+    return [Stage(a, b, e) for a, b, e in zip(cuts, cuts[1:], [*live, None], strict=False)]

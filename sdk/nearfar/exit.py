@@ -1,0 +1,37 @@
+"""When is a token sure enough to stop below full depth?  Pure functions of logits and calibration.
+
+An exit's confidence is the largest softmax probability after temperature scaling (1706.04599), mapped to the
+measured agreement with full depth by an isotonic table.  The threshold comes from Learn-then-Test (2110.01052) on
+the exact file; see `nearfar.eval.calibrate`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.config import ExitConfig
+
+MAX_DEBT = 32  # rows that may wait for the layers above an exit; bounds the work of the token that catches up
+
+
+def max_softmax(logits: NDArray[np.float32], temperature: float = 1.0) -> float:
+    """logits [V] -> the largest probability, in (0, 1]."""
+    z = (logits - logits.max()) / np.float32(temperature)
+    return float(1.0 / np.exp(z).sum())
+
+
+def confidence(logits: NDArray[np.float32], exit_config: ExitConfig) -> float:
+    """logits [V] of an exit head -> estimated probability that full depth takes the same token."""
+    raw = max_softmax(logits, exit_config.temperature)
+    if not exit_config.isotonic_x:
+        return raw
+    return float(np.interp(raw, exit_config.isotonic_x, exit_config.isotonic_y))
+
+
+def should_exit(conf: float, tau: float, debt: int, max_debt: int = MAX_DEBT) -> bool:
+    """`debt` counts the rows that would wait if this token stopped here.
+
+    `conf > tau`, not `>=`: a softmax in floats saturates to exactly 1.0, and tau = 1 must mean "never".
+    """
+    return tau < 1 and conf > tau and debt <= max_debt

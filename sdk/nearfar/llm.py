@@ -1,0 +1,375 @@
+"""The face of nearfar: open a model, ask it, read the tokens as they come.
+
+    prompt -> ids -> Sequence -> engine.step, until the end -> text
+
+Everything here is bookkeeping around `engine.step`: which ids to feed, when to stop, which text is safe to show.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from nearfar import env
+from nearfar.cancel import Cancel
+from nearfar.config import ModelConfig
+from nearfar.constraint import Constraint, Vocabulary
+from nearfar.detokenize import Detokenizer
+from nearfar.engine import Engine, Stepper
+from nearfar.errors import Cancelled, ContextError, UnsupportedError, UsageError
+from nearfar.forms import Part, encode
+from nearfar.kv_cache import KVDtype
+from nearfar.lower import open_lower
+from nearfar.sampling import Sampling
+from nearfar.sequence import Sequence
+from nearfar.stop import StopMatcher
+from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
+from nearfar.weights import Weights
+
+FinishReason = Literal["stop", "eos", "length", "cancelled"]
+Prompt = str | Seq[int] | Seq[Part]  # text, token ids, or the parts that nearfar.forms builds
+
+MODELS = Path(__file__).parent / "models"  # what the wheel ships
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of the answer.
+
+    `text` is what may be shown now: whole characters, nothing of a stop string, so it may be "" or belong to earlier
+    tokens too.  `source` is the head that decided ("exit.2", "full"), `conf` how sure it was (0..1), `ms` the time.
+    """
+
+    index: int
+    id: int
+    text: str
+    source: str
+    conf: float
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts and times of one answer.  `first_token_ms` runs from the call; `tokens_per_s` counts the others."""
+
+    n_prompt: int
+    n_cached: int  # prompt tokens whose keys and values were still there from the previous call
+    n_generated: int
+    first_token_ms: float
+    tokens_per_s: float
+    by_source: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer.  `finish_reason`: a stop string or a satisfied schema, the model's own end, the limit, a cancel."""
+
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason
+    events: list[TokenEvent]
+    stats: Stats
+
+
+class LLM:
+    """A model that is ready to answer.  One answer at a time; a second thread gets EngineBusy."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        tokenizer: Tokenizer,
+        metadata: Mapping[str, Any],
+        *,
+        max_len: int,
+        backend: str,
+        config: ModelConfig | None = None,
+    ) -> None:
+        self.stepper, self.tokenizer, self.metadata = stepper, tokenizer, metadata
+        self.max_len, self.backend, self.config = max_len, backend, config
+        self._vocabulary: Vocabulary | None = None
+        self._warm: Sequence | None = None  # the last answer's cache: a chat's next turn begins with the same ids
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        backend: str | None = None,
+        threads: int | None = None,
+        n_ctx: int | None = None,
+        kv_dtype: KVDtype = "f16",
+    ) -> LLM:
+        """Open a GGUF file.
+
+        `backend`: "native" (the C++ engine), "numpy" (the readable reference), "llama" (llama-cpp-python), or None
+        for the best one: ours, or llama-cpp-python for an architecture or tensor type that ours does not run.
+        `n_ctx`: positions to keep at most (default: what the model was trained for).
+        Raises FileError, UnsupportedError, MissingExtraError.
+        """
+        backend = backend or env.backend()
+        if backend != "llama":
+            try:
+                return cls._open_own(Path(path), backend, threads, n_ctx, kv_dtype)
+            except UnsupportedError as error:
+                if backend is not None or not _has_llama():
+                    raise
+                why = str(error)
+        else:
+            why = "asked for"
+        from nearfar.backend_llama import open_llama
+
+        return open_llama(Path(path), n_ctx=n_ctx, threads=threads, why=why)
+
+    @classmethod
+    def _open_own(
+        cls, path: Path, backend: str | None, threads: int | None, n_ctx: int | None, kv_dtype: KVDtype
+    ) -> LLM:
+        weights = Weights.open(path)
+        config = weights.config
+        max_len = config.n_ctx if n_ctx is None else n_ctx
+        if max_len < 2:
+            raise UsageError(f"n_ctx={max_len}: expected at least 2 positions")
+        tokenizer = tokenizer_from_metadata(weights.file.metadata)
+        lower = open_lower(weights, backend, threads)
+        engine = Engine(lower, max_len, kv_dtype)
+        return cls(engine, tokenizer, weights.file.metadata, max_len=max_len, backend=lower.name, config=config)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        stop: Seq[str] = (),
+        stop_ids: Collection[int] = (),
+        schema: Mapping[str, Any] | None = None,
+        exits: bool = True,
+        cancel: Cancel | None = None,
+    ) -> Completion:
+        """The whole answer at once; arguments as in `stream`."""
+        stream = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            stop_ids=stop_ids,
+            schema=schema,
+            exits=exits,
+            cancel=cancel,
+        )
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        stop: Seq[str] = (),
+        stop_ids: Collection[int] = (),
+        schema: Mapping[str, Any] | None = None,
+        exits: bool = True,
+        cancel: Cancel | None = None,
+    ) -> Stream:
+        """Tokens as they are made.
+
+        `prompt`: text (control tokens in it stay text), ids, or parts from `nearfar.forms`.
+        `stop`: strings that end the answer and are not part of it; `stop_ids`: token ids that do, beside the model's own.
+        `schema`: a JSON schema that the answer must satisfy (extra `[schema]`).
+        `exits=False` computes every token at full depth.
+        Raises UsageError (nothing to compute), ContextError (prompt longer than the context), SchemaError.
+        """
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens={max_tokens}: expected at least 1")
+        ids = self._ids(prompt)
+        if not ids:
+            raise UsageError("the prompt is empty: expected at least one token")
+        if len(ids) >= self.max_len:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens; the context holds {self.max_len}, the answer included"
+            )
+        return Stream(
+            self,
+            ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stops=StopMatcher(stop),
+            stop_ids=frozenset(stop_ids) | self.tokenizer.eog_ids,
+            constraint=None if schema is None else self._constraint(schema),
+            exits=exits,
+            cancel=cancel,
+        )
+
+    def chat(self, messages: Seq[Mapping[str, str]], *, template: str | None = None, **options: Any) -> Completion:
+        """Answer a conversation: messages are {"role": "system" | "user" | "assistant", "content": text}.
+
+        `template` names a chat form for files that carry none; the options are those of `stream`.
+        """
+        stream = self.stream_chat(messages, template=template, **options)
+        for _ in stream:
+            pass
+        return stream.completion
+
+    def stream_chat(self, messages: Seq[Mapping[str, str]], *, template: str | None = None, **options: Any) -> Stream:
+        """As `chat`, token by token."""
+        from nearfar.chat import render
+
+        return self.stream(render(messages, self.metadata, self.tokenizer, template=template), **options)
+
+    def close(self) -> None:
+        """Give the memory back.  The object cannot answer afterwards."""
+        self._warm = None
+        self._vocabulary = None
+        self.stepper = _Closed()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt) if prompt else []
+        items = list(prompt)
+        if items and isinstance(items[0], Part):
+            return encode([p for p in items if isinstance(p, Part)], self.tokenizer)
+        return [int(i) for i in items if not isinstance(i, Part)]
+
+    def _constraint(self, schema: Mapping[str, Any]) -> Constraint:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer)
+        return Constraint(self._vocabulary, schema)
+
+    def _take_sequence(self, sampling: Sampling, exits: bool) -> Sequence:
+        """The warm sequence if its cache was made the same way, else a new one; two streams never share one."""
+        warm, self._warm = self._warm, None
+        if warm is None or warm.use_exits != exits:
+            return self.stepper.new_sequence(sampling, exits)
+        warm.sampling = sampling
+        return warm
+
+
+class Stream(Iterator[TokenEvent]):
+    """Iterate to get the tokens; `completion` is the answer so far, and the whole one after the last token."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        ids: list[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stops: StopMatcher,
+        stop_ids: frozenset[int],
+        constraint: Constraint | None,
+        exits: bool,
+        cancel: Cancel | None,
+    ) -> None:
+        self._llm, self._stops, self._stop_ids, self._constraint = llm, stops, stop_ids, constraint
+        self._n_prompt, self._max_tokens, self._cancel = len(ids), max_tokens, cancel
+        self._detokenizer = Detokenizer(llm.tokenizer)
+        self._events: list[TokenEvent] = []
+        self._tail = ""  # text that a cancel left without an event
+        self._finish: FinishReason | None = None
+        self._started = time.perf_counter()
+        self._first_s = self._last_s = 0.0
+        self._sequence: Sequence | None = llm._take_sequence(sampling, exits)
+        self._n_cached = self._sequence.continue_with(ids)
+
+    def __next__(self) -> TokenEvent:
+        s = self._sequence
+        if s is None:
+            raise StopIteration
+        try:
+            token = self._llm.stepper.step(s, self._constraint, self._cancel)
+        except Cancelled:
+            self._end("cancelled")
+            self._tail = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+            raise StopIteration from None
+        except BaseException:
+            self._end("cancelled")
+            raise
+        self._last_s = time.perf_counter() - self._started
+        self._first_s = self._first_s or self._last_s
+
+        text = "" if token.id in self._stop_ids else self._stops.push(self._detokenizer.push(token.id))
+        finish = self._finish_reason(token.id, s)
+        if finish is not None:
+            text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+            self._end(finish)
+        event = TokenEvent(len(self._events), token.id, text, token.source, token.conf, token.ms)
+        self._events.append(event)
+        return event
+
+    def close(self) -> None:
+        """End early, as if cancelled; the cache stays warm for the next call."""
+        if self._sequence is not None:
+            self._end("cancelled")
+
+    @property
+    def completion(self) -> Completion:
+        """The answer so far."""
+        n = len(self._events)
+        sources: dict[str, int] = {}
+        for event in self._events:
+            sources[event.source] = sources.get(event.source, 0) + 1
+        decode_s = self._last_s - self._first_s
+        stats = Stats(
+            n_prompt=self._n_prompt,
+            n_cached=self._n_cached,
+            n_generated=n,
+            first_token_ms=1000 * self._first_s,
+            tokens_per_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else 0.0,
+            by_source=sources,
+        )
+        text = "".join(event.text for event in self._events) + self._tail
+        return Completion(text, [e.id for e in self._events], self._finish or "cancelled", list(self._events), stats)
+
+    def _finish_reason(self, token: int, s: Sequence) -> FinishReason | None:
+        if token in self._stop_ids:
+            return "eos"
+        if self._stops.stopped or (self._constraint is not None and self._constraint.is_done):
+            return "stop"
+        if len(self._events) + 1 >= self._max_tokens or len(s.ids) > self._llm.max_len:
+            return "length"
+        return None
+
+    def _end(self, finish: FinishReason) -> None:
+        self._finish = finish
+        self._llm._warm, self._sequence = self._sequence, None
+
+
+class _Closed:
+    """The stepper of an LLM that was closed."""
+
+    def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence:
+        raise UsageError("this LLM was closed")
+
+    def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Any:
+        raise UsageError("this LLM was closed")
+
+
+def load(name: str = "nano", **options: Any) -> LLM:
+    """Open a model that the package ships, by name; the options are those of `LLM.open`."""
+    known = sorted(path.stem for path in MODELS.glob("*.gguf"))
+    if name not in known:
+        raise UsageError(
+            f"no model named {name!r} is shipped (known: {', '.join(known) or 'none'}); LLM.open takes a path"
+        )
+    return LLM.open(MODELS / f"{name}.gguf", **options)
+
+
+def _has_llama() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("llama_cpp") is not None

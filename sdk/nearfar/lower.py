@@ -1,0 +1,89 @@
+"""The lower layers of a model: what every engine offers, and the one place that picks an engine.
+
+    ids [T] -> embed -> h [T, D] -> forward(first, last) -> h [T, D] -> logits(head) -> [M, V]
+
+`lower_numpy` is the specification, `lower_native` the fast one; tests hold them equal.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar import env
+from nearfar.cancel import Cancel
+from nearfar.config import ModelConfig
+from nearfar.errors import MissingExtraError, UsageError
+from nearfar.kv_cache import KVDtype
+from nearfar.weights import Weights
+
+Array = NDArray[np.float32]
+Ids = NDArray[np.int32]
+
+
+class KV(Protocol):
+    """Keys and values of one sequence; each layer has a length of its own."""
+
+    @property
+    def n_bytes(self) -> int: ...
+    def length(self, layer: int = 0) -> int: ...
+    def truncate(self, n: int) -> None: ...
+    def fork(self, n: int | None = None) -> KV: ...
+
+
+class Lower(Protocol):
+    """Any range of layers, with the embedding below and the heads above.
+
+    Rows are f32 and C-contiguous.  A row's result depends on its own input and on the rows before it in the cache,
+    not on how many rows share the call.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def name(self) -> str: ...
+
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KV:
+        """An empty cache for at most `max_len` positions."""
+
+    def embed(self, ids: Ids) -> Array:
+        """i32 [T] -> f32 [T, D]; other modalities pass rows of their own to `forward` instead."""
+
+    def forward(self, h: Array, kv: KV, first: int, last: int, cancel: Cancel | None = None) -> Array:
+        """f32 [T, D] -> f32 [T, D]: the raw residual rows, which are the input of layer `last`.
+
+        K and V of the layers [first, last) grow by T positions.  If the call is cancelled or fails, they are as
+        they were.  Raises UsageError (bad range, shape, or layers of unequal length), ContextError, Cancelled.
+        """
+
+    def norm(self, h: Array, head: str = "final") -> Array:
+        """f32 [M, D] -> f32 [M, D]: the rows that the head multiplies."""
+
+    def logits(self, h: Array, head: str = "final") -> Array:
+        """f32 [M, D] -> f32 [M, V].  `head` is "final" or "exit.{layer}"."""
+
+
+def open_lower(weights: Weights, backend: str | None = None, threads: int | None = None) -> Lower:
+    """The engine for these weights: "native", "numpy", or the better one that is there (`backend=None`).
+
+    NEARFAR_BACKEND and NEARFAR_THREADS stand in for arguments that are None.
+    """
+    backend = backend or env.backend()
+    threads = threads or env.threads()
+    if backend not in (None, "native", "numpy"):
+        raise UsageError(f"backend {backend!r}: expected native or numpy")
+    if backend != "numpy":
+        try:
+            from nearfar.lower_native import NativeLower
+        except ImportError as error:
+            if backend == "native":
+                raise MissingExtraError("nearfar_native", "dev", f"backend native ({error})") from error
+            warnings.warn(f"the compiled engine is missing ({error}); numpy stands in, slowly", stacklevel=2)
+        else:
+            return NativeLower(weights, threads=threads)
+    from nearfar.lower_numpy import NumpyLower
+
+    return NumpyLower(weights)

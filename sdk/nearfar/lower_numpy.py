@@ -1,0 +1,183 @@
+"""The forward pass in plain numpy: the specification that every fast path is compared with.
+
+    h [T, D]  ->  for each layer:  h += wo(attention(rope(qkv(norm(h)))));  h += down(act(gate(norm(h))) * up(norm(h)))
+
+One numeric rule covers all weight types: `y = fake_quantize(x) @ dequantize(W).T`, where the grain of the
+activations (one scale a row, 256, 32, or none) belongs to the weight type (`quant.ACTIVATION_GRAIN`).
+Sources: RMSNorm 1910.07467 eq. 4, RoPE 2104.09864 eq. 34, GQA 2305.13245, SwiGLU 2002.05202,
+BitNet b1.58 2402.17764 (ternary weights, int8 rows), squared ReLU 2109.08668.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.cancel import Cancel
+from nearfar.config import ModelConfig
+from nearfar.errors import ContextError, UsageError
+from nearfar.kv_cache import KVCache, KVDtype
+from nearfar.lower import KV
+from nearfar.quant import ACTIVATION_GRAIN, fake_quantize_activations
+from nearfar.weights import Weights
+
+Array = NDArray[np.float32]
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """x [..., D], gain [D] -> [..., D]"""
+    scale = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))  # [..., 1]
+    return x * scale * gain
+
+
+def rope_angles(config: ModelConfig, start: int, n: int, factors: Array | None = None) -> tuple[Array, Array]:
+    """cos and sin, f32 [n, hd/2], of positions start..start+n-1; angles in double, for positions near a million.
+
+    `factors` [hd/2] divide the frequencies (`rope_freqs.weight` of Llama 3.1 and later).
+    """
+    half = config.head_dim // 2
+    frequency = config.rope_base ** (-np.arange(half, dtype=np.float64) / half)  # [hd/2]
+    if factors is not None:
+        frequency = frequency / factors.astype(np.float64)
+    position = np.arange(start, start + n, dtype=np.float64) * config.rope_scale
+    angle = position[:, None] * frequency[None, :]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x: Array, cos: Array, sin: Array, pairs: str) -> Array:
+    """x [T, H, hd], cos and sin [T, hd/2] -> [T, H, hd].  `pairs` as in ModelConfig.rope_pairs."""
+    half = x.shape[-1] // 2
+    first = (slice(None), slice(None), slice(0, None, 2) if pairs == "adjacent" else slice(0, half))
+    second = (slice(None), slice(None), slice(1, None, 2) if pairs == "adjacent" else slice(half, None))
+    a, b, c, s = x[first], x[second], cos[:, None, :], sin[:, None, :]
+    out = np.empty_like(x)
+    out[first] = a * c - b * s
+    out[second] = a * s + b * c
+    return out
+
+
+def softmax(x: Array) -> Array:
+    """Along the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def attention(q: Array, k: Array, v: Array, start: int) -> Array:
+    """q [T, H, hd] at positions start.., k and v [start + T, KH, hd] -> [T, H * hd], causal; H / KH queries share a key."""
+    n_rows, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[1]
+    q = q.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    scores = np.einsum("tkgd,skd->kgts", q, k) / np.float32(np.sqrt(head_dim))  # [KH, G, T, S]
+    visible = np.arange(len(k))[None, :] <= (start + np.arange(n_rows))[:, None]  # [T, S]
+    weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
+    return np.einsum("kgts,skd->tkgd", weights, v).reshape(n_rows, n_heads * head_dim)
+
+
+def activate(gate: Array, up: Array, kind: str) -> Array:
+    """The gated product of the feed-forward half: "silu" or "relu2"."""
+    if kind == "relu2":
+        return np.square(np.maximum(gate, 0)) * up
+    return gate / (1 + np.exp(-gate)) * up
+
+
+class NumpyLower:
+    """`Lower` in numpy; dequantizes each matrix once, when it is first used."""
+
+    name = "numpy"
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.config = weights.config
+        self._matrices: dict[str, Array] = {}
+
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KVCache:
+        return KVCache(self.config, max_len, dtype)
+
+    def embed(self, ids: NDArray[np.int32]) -> Array:
+        check_ids(ids, self.config)
+        return self._matrix("token_embd.weight")[ids]
+
+    def forward(self, h: Array, kv: KV, first: int, last: int, cancel: Cancel | None = None) -> Array:
+        assert isinstance(kv, KVCache), "a cache of another engine"
+        start = check_range(h, kv, first, last, self.config)
+        if start + len(h) > kv.max_len:
+            raise ContextError(f"{start + len(h)} positions: the cache holds {kv.max_len}")
+        before = kv.lengths()
+        try:
+            with np.errstate(over="ignore"):  # exp(-gate) may overflow to inf: silu is then -0, as it should be
+                for i in range(first, last):
+                    if cancel is not None:
+                        cancel.check()
+                    h = self._layer(i, h, kv, start)
+        except BaseException:
+            kv.restore(before)  # all or nothing
+            raise
+        return h
+
+    def norm(self, h: Array, head: str = "final") -> Array:
+        return rms_norm(h, self.weights.norm_gain(head), self.config.norm_eps)
+
+    def logits(self, h: Array, head: str = "final") -> Array:
+        return self._linear(self.norm(h, head), self.weights.head_name.removesuffix(".weight"))
+
+    def _layer(self, i: int, h: Array, kv: KVCache, start: int) -> Array:
+        c, block = self.config, f"blk.{i}"
+
+        x = self._norm(h, f"{block}.attn_norm")
+        q = self._linear(x, f"{block}.attn_q").reshape(len(x), c.n_heads, c.head_dim)
+        k = self._linear(x, f"{block}.attn_k").reshape(len(x), c.n_kv_heads, c.head_dim)
+        v = self._linear(x, f"{block}.attn_v").reshape(len(x), c.n_kv_heads, c.head_dim)
+        if c.has_qk_norms:
+            q, k = self._norm(q, f"{block}.attn_q_norm"), self._norm(k, f"{block}.attn_k_norm")
+        cos, sin = rope_angles(c, start, len(x), self._optional("rope_freqs.weight"))
+        kv.append(i, rotate(k, cos, sin, c.rope_pairs), v)
+        o = attention(rotate(q, cos, sin, c.rope_pairs), *kv.read(i), start)  # [T, H * hd]
+        if c.has_sub_norms:
+            o = self._norm(o, f"{block}.attn_sub_norm")
+        h = h + self._linear(o, f"{block}.attn_output")
+
+        x = self._norm(h, f"{block}.ffn_norm")
+        x = activate(self._linear(x, f"{block}.ffn_gate"), self._linear(x, f"{block}.ffn_up"), c.ffn_act)  # [T, F]
+        if c.has_sub_norms:
+            x = self._norm(x, f"{block}.ffn_sub_norm")
+        return h + self._linear(x, f"{block}.ffn_down")
+
+    def _linear(self, x: Array, name: str) -> Array:
+        """x [T, K] times the matrix `name` [N, K] -> [T, N], with its bias and scale where the file has them."""
+        kind, _, _ = self.weights.raw(f"{name}.weight")
+        y = fake_quantize_activations(x, ACTIVATION_GRAIN[kind]) @ self._matrix(f"{name}.weight").T
+        scale, bias = self._optional(f"{name}.scale"), self._optional(f"{name}.bias")
+        if scale is not None:
+            y = y * scale
+        return y if bias is None else y + bias
+
+    def _norm(self, x: Array, name: str) -> Array:
+        return rms_norm(x, self._matrix(f"{name}.weight"), self.config.norm_eps)
+
+    def _matrix(self, name: str) -> Array:
+        if name not in self._matrices:
+            self._matrices[name] = self.weights.f32(name)
+        return self._matrices[name]
+
+    def _optional(self, name: str) -> Array | None:
+        return self._matrix(name) if self.weights.has(name) else None
+
+
+def check_ids(ids: NDArray[np.int32], config: ModelConfig) -> None:
+    """UsageError unless `ids` is a non-empty row of token ids."""
+    if ids.ndim != 1 or not len(ids):
+        raise UsageError(f"token ids of shape {ids.shape}: expected [T], T >= 1")
+    if ids.min() < 0 or ids.max() >= config.n_vocab:
+        raise UsageError(f"token ids {ids.min()}..{ids.max()}: the vocabulary holds 0..{config.n_vocab - 1}")
+
+
+def check_range(h: Array, kv: KV, first: int, last: int, config: ModelConfig) -> int:
+    """UsageError unless layers [first, last) can run on rows `h`; returns the position of the first row."""
+    if h.ndim != 2 or h.shape[1] != config.d_model or not len(h):
+        raise UsageError(f"rows of shape {h.shape}: expected [T, {config.d_model}], T >= 1")
+    if not 0 <= first < last <= config.n_layers:
+        raise UsageError(f"layers [{first}, {last}): the model has [0, {config.n_layers})")
+    lengths = {kv.length(i) for i in range(first, last)}
+    if len(lengths) > 1:
+        raise UsageError(f"layers [{first}, {last}) have run different positions: {sorted(lengths)}")
+    return lengths.pop()

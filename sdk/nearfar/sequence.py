@@ -1,0 +1,65 @@
+"""One answer in the making: the ids, the cache, and the rows that still wait for the upper layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.lower import KV
+from nearfar.sampling import Sampling
+
+Array = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Sequence:
+    """Owns the state of one generation.  `n_run` ids have passed the first layers; the rest is pending."""
+
+    kv: KV
+    ids: list[int] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    use_exits: bool = True
+    n_run: int = 0
+    owed: dict[int, Array] = field(default_factory=dict)  # first layer of a stage -> rows [n, D] it has not run
+
+    def pending(self) -> NDArray[np.int32]:
+        """The ids that no layer has seen, i32 [T]."""
+        return np.asarray(self.ids[self.n_run :], np.int32)
+
+    def with_owed(self, layer: int, h: Array) -> Array:
+        """The rows that wait at `layer`, then `h`: [owed + T, D]."""
+        owed = self.owed.get(layer)
+        return h if owed is None else np.concatenate([owed, h])
+
+    def owe(self, layer: int, rows: Array) -> None:
+        """Let `rows` [n, D], inputs of `layer`, wait there."""
+        if len(rows):
+            self.owed[layer] = self.with_owed(layer, rows)
+
+    def rewind(self, n: int) -> None:
+        """Keep the first `n` run positions, with the rows that their upper layers still wait for."""
+        self.kv.truncate(n)
+        self.n_run = min(self.n_run, n, self.kv.length(0))
+        for layer, rows in list(self.owed.items()):
+            waiting = self.n_run - self.kv.length(layer)  # the rows of positions length(layer)..n_run-1
+            if waiting > 0:
+                self.owed[layer] = rows[:waiting]
+            else:
+                del self.owed[layer]
+
+    def continue_with(self, ids: Ids[int]) -> int:
+        """Take `ids` as the new text, keep the cache of the common beginning; returns its length.
+
+        At least one id stays pending: the row that the next token is computed from.
+        """
+        n = 0
+        for old, new in zip(self.ids[: self.n_run], ids[:-1], strict=False):
+            if old != new:
+                break
+            n += 1
+        self.rewind(n)
+        self.ids = list(ids)
+        return n

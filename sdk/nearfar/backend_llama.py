@@ -30,7 +30,7 @@ N_BATCH = 512  # prompt tokens of one call to llama_decode
 
 
 def open_llama(path: Path, *, n_ctx: int | None = None, threads: int | None = None, why: str = "asked for") -> LLM:
-    """Open `path` with llama.cpp.  The container is checked by our reader first: llama.cpp trusts it more than we do."""
+    """Open `path` with llama.cpp, after our own reader has checked the container: llama.cpp trusts files more."""
     try:
         import llama_cpp
     except ImportError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from nearfar.errors import UnsupportedError, WeightsError
@@ -44,9 +45,7 @@ class ExitConfig:
                 f"{name}: isotonic_x has {len(self.isotonic_x)} points, isotonic_y {len(self.isotonic_y)}"
             )
         for points in (self.isotonic_x, self.isotonic_y):
-            if any(not math.isfinite(p) for p in points) or any(
-                b < a for a, b in zip(points, points[1:], strict=False)
-            ):
+            if any(not math.isfinite(p) for p in points) or any(b < a for a, b in pairwise(points)):
                 raise WeightsError(f"{name}: isotonic points must be finite and must not fall")
 
 

@@ -67,7 +67,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished answer.  `finish_reason`: a stop string or a satisfied schema, the model's own end, the limit, a cancel."""
+    """A finished answer.  `finish_reason`: a stop string or a finished schema, the model's end, the limit, a cancel."""
 
     text: str
     ids: list[int]
@@ -181,7 +181,7 @@ class LLM:
         """Tokens as they are made.
 
         `prompt`: text (control tokens in it stay text), ids, or parts from `nearfar.forms`.
-        `stop`: strings that end the answer and are not part of it; `stop_ids`: token ids that do, beside the model's own.
+        `stop`: strings that end the answer and are not part of it; `stop_ids`: ids that do, beside the model's own.
         `schema`: a JSON schema that the answer must satisfy (extra `[schema]`).
         `exits=False` computes every token at full depth.
         Raises UsageError (nothing to compute), ContextError (prompt longer than the context), SchemaError.

@@ -63,7 +63,7 @@ def softmax(x: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, start: int) -> Array:
-    """q [T, H, hd] at positions start.., k and v [start + T, KH, hd] -> [T, H * hd], causal; H / KH queries share a key."""
+    """q [T, H, hd] from position start, k and v [start + T, KH, hd] -> [T, H * hd]; H / KH queries share a key."""
     n_rows, n_heads, head_dim = q.shape
     n_kv_heads = k.shape[1]
     q = q.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, head_dim)

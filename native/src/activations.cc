@@ -1,0 +1,128 @@
+#include "activations.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "check.h"
+
+namespace nearfar {
+namespace {
+
+constexpr int64_t kSumRow = 256, kSum32 = 32, kSum256 = 16;  // values per sum, by grain
+
+int64_t values_per_sum(int grain) {
+  return grain == kGrainRow ? kSumRow : grain == 32 ? kSum32 : kSum256;
+}
+
+int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
+
+// The largest |x| as its bit pattern: integers compare like the floats here, a NaN is larger than
+// infinity, and the loop vectorises without reordering any float.
+uint32_t max_magnitude(const float* x, int64_t n) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    most = std::max(most, std::bit_cast<int32_t>(x[i]) & 0x7fffffff);
+  }
+  return static_cast<uint32_t>(most);
+}
+
+// q[n] from x[n]; returns the scale.
+float quantize_group(const float* x, int64_t n, int8_t* q) {
+  const uint32_t bits = max_magnitude(x, n);
+  if (bits >= 0x7f800000u) throw std::invalid_argument("an activation is not finite");
+  const float max = std::bit_cast<float>(bits);
+  const float inverse = 127.0f / max;
+  if (!(inverse <= 0x1.fffffep127f)) {  // max is 0 or 127 / max overflows
+    std::memset(q, 0, static_cast<size_t>(n));
+    return 0.0f;
+  }
+  // |x * inverse| <= 127 (1 + 2^-23): adding 1.5 * 2^23 leaves the integer, rounded to nearest
+  // even, in the low bits of the sum, and it is never beyond 127.
+  constexpr float kRound = 12582912.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float rounded = x[i] * inverse + kRound;
+    q[i] = static_cast<int8_t>(std::bit_cast<int32_t>(rounded) - std::bit_cast<int32_t>(kRound));
+  }
+  return max / 127.0f;
+}
+
+}  // namespace
+
+void QuantRows::reset(int64_t m, int64_t cols, int grain) {
+  if (grain != kGrainFloat && grain != kGrainRow && grain != 32 && grain != 256) {
+    throw std::invalid_argument("activation grain " + std::to_string(grain) +
+                                ": expected -1, 0, 32 or 256");
+  }
+  const int64_t step = grain == kGrainFloat ? 1 : grain == kGrainRow ? 256 : grain;
+  if (m < 0 || cols <= 0 || cols % step != 0) {
+    throw std::invalid_argument("activations [" + std::to_string(m) + ", " + std::to_string(cols) +
+                                "]: expected a multiple of " + std::to_string(step) + " columns");
+  }
+  rows_ = Rows{};
+  rows_.m = m;
+  rows_.cols = cols;
+  rows_.grain = grain;
+  if (grain == kGrainFloat) {
+    rows_.x_stride = pad(cols);
+    const auto bytes = static_cast<size_t>(m * rows_.x_stride) * sizeof(float);
+    if (x_.size() < bytes) x_ = AlignedBuffer(bytes);
+    return;
+  }
+  rows_.q_stride = pad(cols);
+  rows_.n_scales = grain == kGrainRow ? 1 : cols / grain;
+  rows_.n_sums = cols / values_per_sum(grain);
+  const auto bytes = static_cast<size_t>(m * rows_.q_stride);
+  if (q_.size() < bytes) q_ = AlignedBuffer(bytes);
+  const auto n_scales = static_cast<size_t>(m * rows_.n_scales);
+  const auto n_sums = static_cast<size_t>(m * rows_.n_sums);
+  if (scales_.size() < n_scales) scales_.resize(n_scales);
+  if (sums_.size() < n_sums) sums_.resize(n_sums);
+}
+
+Rows QuantRows::view() const {
+  Rows r = rows_;
+  r.x = reinterpret_cast<const float*>(x_.data());
+  r.q = reinterpret_cast<const int8_t*>(q_.data());
+  r.scales = scales_.data();
+  r.sums = sums_.data();
+  return r;
+}
+
+void QuantRows::quantize_row(std::span<const float> x, int64_t i) {
+  if (i < 0 || i >= rows_.m || static_cast<int64_t>(x.size()) != rows_.cols) {
+    throw std::invalid_argument("activation row " + std::to_string(i) + " of " +
+                                std::to_string(x.size()) + " values: expected one of " +
+                                std::to_string(rows_.m) + " rows of " + std::to_string(rows_.cols));
+  }
+  if (rows_.grain == kGrainFloat) {
+    auto* out = reinterpret_cast<float*>(x_.data()) + i * rows_.x_stride;
+    std::copy(x.begin(), x.end(), out);
+    return;
+  }
+  auto* q = reinterpret_cast<int8_t*>(q_.data()) + i * rows_.q_stride;
+  const int64_t group = rows_.grain == kGrainRow ? rows_.cols : rows_.grain;
+  for (int64_t g = 0; g < rows_.n_scales; ++g) {
+    scales_[i * rows_.n_scales + g] = quantize_group(x.data() + g * group, group, q + g * group);
+  }
+  const int64_t run = values_per_sum(rows_.grain);
+  for (int64_t j = 0; j < rows_.n_sums; ++j) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < run; ++k) sum += q[j * run + k];
+    sums_[i * rows_.n_sums + j] = sum;
+  }
+}
+
+void quantize_rows(std::span<const float> x, int64_t m, int64_t cols, int grain, QuantRows& out) {
+  out.reset(m, cols, grain);
+  if (static_cast<int64_t>(x.size()) != m * cols) {
+    throw std::invalid_argument("activations hold " + std::to_string(x.size()) +
+                                " values: expected [" + std::to_string(m) + ", " +
+                                std::to_string(cols) + "]");
+  }
+  for (int64_t i = 0; i < m; ++i) out.quantize_row(x.subspan(i * cols, cols), i);
+}
+
+}  // namespace nearfar

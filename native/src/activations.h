@@ -1,0 +1,44 @@
+// Activations: f32 rows on their way into matrices, quantised to int8 once per input and grain and
+// shared by the matrices that read it (q, k, v; gate, up).
+//
+// Per group of `grain` values (0: the whole row): s = max|x| / 127, q = rint(x * (127 / max)), so
+// that |q| <= 127: no kernel meets -128. A group whose max is 0, or so small that 127 / max
+// overflows, is all zero. The same in f32 and the same bits on every ISA as
+// nearfar.quant.fake_quantize_activations.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "mat.h"
+#include "quant.h"
+
+namespace nearfar {
+
+// Rows [m, cols] of one grain. Reuse one object: memory only grows.
+class QuantRows {
+ public:
+  // Room for m rows; what they hold is undefined until quantize_row. Throws std::invalid_argument
+  // on an unknown grain or cols that is no multiple of it (grain 0: of 256).
+  void reset(int64_t m, int64_t cols, int grain);
+  Rows view() const;
+  int64_t m() const { return rows_.m; }
+  int64_t cols() const { return rows_.cols; }
+  int grain() const { return rows_.grain; }
+
+  // x[cols] becomes row i; rows may be written by several threads. Throws std::invalid_argument
+  // when x holds a value that is not finite (int8 grains; f32 rows are copied as they are).
+  void quantize_row(std::span<const float> x, int64_t i);
+
+ private:
+  Rows rows_{};
+  AlignedBuffer x_, q_;
+  std::vector<float> scales_;
+  std::vector<int32_t> sums_;
+};
+
+// x [m, cols] -> out
+void quantize_rows(std::span<const float> x, int64_t m, int64_t cols, int grain, QuantRows& out);
+
+}  // namespace nearfar

@@ -1,0 +1,151 @@
+#include "blocks.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "half.h"
+
+namespace nearfar {
+namespace {
+
+uint16_t load_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | p[1] << 8); }
+
+// `bytes` bytes hold digits[i] = trit i of each: element = i * bytes + byte. Multiplying by 3
+// modulo 256 moves the next trit to the top; times 3 / 256 reads it.
+void decode_trits(const uint8_t* p, int bytes, int digits, uint8_t* code) {
+  uint8_t power = 1;
+  for (int i = 0; i < digits; ++i) {
+    for (int j = 0; j < bytes; ++j) {
+      const auto rest = static_cast<uint8_t>(p[j] * power);
+      code[i * bytes + j] = static_cast<uint8_t>((rest * 3) >> 8);
+    }
+    power = static_cast<uint8_t>(power * 3);
+  }
+}
+
+}  // namespace
+
+BlockShape block_shape(TensorType type) {
+  switch (type) {
+    case TensorType::kF32:
+      return {1, 4};
+    case TensorType::kF16:
+      return {1, 2};
+    case TensorType::kBF16:
+      return {1, 2};
+    case TensorType::kQ4_0:
+      return {32, 18};
+    case TensorType::kQ8_0:
+      return {32, 34};
+    case TensorType::kQ4_K:
+      return {256, 144};
+    case TensorType::kQ6_K:
+      return {256, 210};
+    case TensorType::kTQ1_0:
+      return {256, 54};
+    case TensorType::kTQ2_0:
+      return {256, 66};
+  }
+  throw std::invalid_argument("tensor type " + std::to_string(static_cast<uint32_t>(type)) +
+                              " is not one that the native engine reads: F32 F16 BF16 Q4_0 Q8_0 "
+                              "Q4_K Q6_K TQ1_0 TQ2_0");
+}
+
+std::string_view type_name(TensorType type) {
+  switch (type) {
+    case TensorType::kF32:
+      return "F32";
+    case TensorType::kF16:
+      return "F16";
+    case TensorType::kBF16:
+      return "BF16";
+    case TensorType::kQ4_0:
+      return "Q4_0";
+    case TensorType::kQ8_0:
+      return "Q8_0";
+    case TensorType::kQ4_K:
+      return "Q4_K";
+    case TensorType::kQ6_K:
+      return "Q6_K";
+    case TensorType::kTQ1_0:
+      return "TQ1_0";
+    case TensorType::kTQ2_0:
+      return "TQ2_0";
+  }
+  return "?";
+}
+
+// 32 bytes of 5 trits, 16 bytes of 5, 4 bytes of 4, then f16 d.
+void decode_tq1_0(const uint8_t* block, TernaryBlock& out) {
+  decode_trits(block, 32, 5, out.code);
+  decode_trits(block + 32, 16, 5, out.code + 160);
+  decode_trits(block + 48, 4, 4, out.code + 240);
+  out.d = f16_to_f32(load_u16(block + 52));
+}
+
+// Two halves of 32 bytes; element = half * 128 + field * 32 + byte; then f16 d.
+void decode_tq2_0(const uint8_t* block, TernaryBlock& out) {
+  for (int half = 0; half < 2; ++half) {
+    for (int field = 0; field < 4; ++field) {
+      for (int j = 0; j < 32; ++j) {
+        out.code[half * 128 + field * 32 + j] = (block[half * 32 + j] >> (2 * field)) & 3;
+      }
+    }
+  }
+  out.d = f16_to_f32(load_u16(block + 64));
+}
+
+// f16 d, then 16 bytes: low nibbles are elements 0..15, high nibbles 16..31.
+void decode_q4_0(const uint8_t* block, Q4Block& out) {
+  out.d = load_u16(block);
+  for (int j = 0; j < 16; ++j) {
+    out.code[j] = block[2 + j] & 15;
+    out.code[16 + j] = block[2 + j] >> 4;
+  }
+}
+
+// f16 d, then 32 signed bytes.
+void decode_q8_0(const uint8_t* block, Q8Block& out) {
+  out.d = load_u16(block);
+  std::memcpy(out.code, block + 2, 32);
+}
+
+// f16 d, f16 dmin, 12 bytes of 6-bit scales and mins, then 4 runs of 32 bytes: low nibbles are one
+// group of 32, high nibbles the next.
+void decode_q4_k(const uint8_t* block, Q4KBlock& out) {
+  out.d = load_u16(block);
+  out.dmin = load_u16(block + 2);
+  const uint8_t* s = block + 4;
+  for (int j = 0; j < 4; ++j) {
+    out.scale[j] = s[j] & 63;
+    out.min[j] = s[4 + j] & 63;
+    out.scale[4 + j] = static_cast<uint8_t>((s[8 + j] & 15) | ((s[j] >> 2) & 0x30));
+    out.min[4 + j] = static_cast<uint8_t>((s[8 + j] >> 4) | ((s[4 + j] >> 2) & 0x30));
+  }
+  const uint8_t* nibbles = block + 16;
+  for (int run = 0; run < 4; ++run) {
+    for (int j = 0; j < 32; ++j) {
+      out.code[run * 64 + j] = nibbles[run * 32 + j] & 15;
+      out.code[run * 64 + 32 + j] = nibbles[run * 32 + j] >> 4;
+    }
+  }
+}
+
+// 128 bytes of low nibbles, 64 bytes of top 2 bits, 16 int8 scales, f16 d. Per half of 128 weights
+// the nibble runs are low(0..63), high(0..63) and the top bits four fields of 32.
+void decode_q6_k(const uint8_t* block, Q6KBlock& out) {
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* low = block + half * 64;
+    const uint8_t* top = block + 128 + half * 32;
+    for (int j = 0; j < 128; ++j) {
+      const int nibble = (low[j % 64] >> (4 * (j / 64))) & 15;
+      const int bits = (top[j % 32] >> (2 * (j / 32))) & 3;
+      out.code[half * 128 + j] = static_cast<int8_t>((nibble | bits << 4) - 32);
+    }
+  }
+  std::memcpy(out.scale, block + 192, 16);
+  out.d = load_u16(block + 208);
+}
+
+}  // namespace nearfar

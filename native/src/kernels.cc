@@ -1,0 +1,82 @@
+#include "kernels.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "dot_gemv.h"
+
+namespace nearfar {
+namespace {
+
+#define NF_TABLE(isa)                                                                            \
+  Kernels {                                                                                      \
+    #isa, {                                                                                      \
+      isa::matmul_f32, isa::matmul_f16, isa::matmul_bf16, isa::matmul_i2, isa::matmul_i2_blocks, \
+          isa::matmul_q4, isa::matmul_q4_k, isa::matmul_int8, isa::matmul_int8_k                 \
+    }                                                                                            \
+  }
+
+bool always() { return true; }
+
+struct Level {
+  Kernels kernels;
+  bool (*supported)();
+};
+
+const Level kLevels[] = {
+    // worst first
+    {NF_TABLE(ref), always},
+};
+
+std::string joined(const std::vector<std::string_view>& names) {
+  std::string s;
+  for (auto name : names) s += (s.empty() ? "" : ", ") + std::string(name);
+  return s;
+}
+
+}  // namespace
+
+std::vector<std::string_view> isas_available() {
+  std::vector<std::string_view> names;
+  for (const Level& level : kLevels) {
+    if (level.supported()) names.emplace_back(level.kernels.isa);
+  }
+  return names;
+}
+
+const Kernels& kernels(std::string_view isa) {
+  const Level* best = nullptr;
+  for (const Level& level : kLevels) {
+    if ((isa.empty() || isa == level.kernels.isa) && level.supported()) best = &level;
+  }
+  if (best) return best->kernels;
+  throw std::invalid_argument("no kernels for isa \"" + std::string(isa) +
+                              "\": this CPU and build have " + joined(isas_available()));
+}
+
+void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
+            std::span<float> y, int64_t ldy) {
+  if (x.cols() != w.cols || x.grain() != w.grain()) {
+    throw std::invalid_argument(
+        "activations of " + std::to_string(x.cols()) + " columns, grain " +
+        std::to_string(x.grain()) + ": the " + std::string(kind_name(w.kind)) + " matrix expects " +
+        std::to_string(w.cols) + " columns, grain " + std::to_string(w.grain()));
+  }
+  if (first < 0 || first > last || last > w.n_panels()) {
+    throw std::invalid_argument("panels [" + std::to_string(first) + ", " + std::to_string(last) +
+                                "): the matrix has " + std::to_string(w.n_panels()));
+  }
+  if (x.m() == 0 || first == last) return;
+  if (ldy < w.rows || static_cast<int64_t>(y.size()) < (x.m() - 1) * ldy + w.rows) {
+    throw std::invalid_argument("output of " + std::to_string(y.size()) + " values, row stride " +
+                                std::to_string(ldy) + ": expected [" + std::to_string(x.m()) +
+                                ", " + std::to_string(w.rows) + "]");
+  }
+  k.matmul[static_cast<int>(w.kind)](w.view(), x.view(), first, last, y.data(), ldy);
+}
+
+void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, std::span<float> y) {
+  matmul(k, w, x, 0, w.n_panels(), y, w.rows);
+}
+
+}  // namespace nearfar

@@ -1,0 +1,36 @@
+// The table of kernels of each ISA, and the door to them. Chosen once, at load.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "activations.h"
+#include "mat.h"
+#include "quant.h"
+
+namespace nearfar {
+
+struct Kernels {
+  const char* isa;              // "ref", "avx2", "avx512"
+  Matmul* matmul[kPanelKinds];  // by PanelKind
+};
+
+// The table named `isa`; "" is the best that this CPU has. Throws std::invalid_argument on an
+// unknown name or one that this CPU, or this build, lacks.
+const Kernels& kernels(std::string_view isa = "");
+
+// Names that kernels() takes here, worst first.
+std::vector<std::string_view> isas_available();
+
+// y[i, n] for all rows i of x and the rows n of panels [first, last): the unit of work of a thread.
+// y is the whole output, [x.m(), w.rows], row stride ldy. Throws std::invalid_argument when shapes,
+// grain or the panel range do not fit.
+void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
+            std::span<float> y, int64_t ldy);
+
+// All panels, y [x.m(), w.rows] without gaps.
+void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, std::span<float> y);
+
+}  // namespace nearfar

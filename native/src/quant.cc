@@ -1,0 +1,546 @@
+#include "quant.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "blocks.h"
+#include "half.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+static_assert(std::endian::native == std::endian::little,
+              "panels and GGUF files are little-endian");
+
+namespace nearfar {
+namespace {
+
+constexpr size_t kCacheLine = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Bytes of codes of 64 rows.
+constexpr int64_t kI2Step = 256;           // 16 k
+constexpr int64_t kQ4Group = 4 * 256;      // 32 k
+constexpr int64_t kInt8Group = 8 * 256;    // 32 k
+constexpr int64_t kInt8Group16 = 4 * 256;  // 16 k
+
+constexpr int64_t kI2BlockBytes = 64 * 4 + 16 * kI2Step;             // 256 k
+constexpr int64_t kQ4Bytes = 64 * 2 + kQ4Group;                      // 32 k
+constexpr int64_t kQ4KBytes = 64 * 2 * 2 + 8 * (64 * 2 + kQ4Group);  // 256 k
+constexpr int64_t kInt8Bytes = 64 * 2 + kInt8Group;                  // 32 k
+constexpr int64_t kInt8KBytes = 64 * 2 + 16 * (64 + kInt8Group16);   // 256 k
+
+int64_t bytes_per_panel(PanelKind kind, int64_t cols) {
+  switch (kind) {
+    case PanelKind::kF32:
+      return cols * 64 * 4;
+    case PanelKind::kF16:
+    case PanelKind::kBF16:
+      return cols * 64 * 2;
+    case PanelKind::kI2:
+      return cols / 16 * kI2Step;
+    case PanelKind::kI2Blocks:
+      return cols / 256 * kI2BlockBytes;
+    case PanelKind::kQ4:
+      return cols / 32 * kQ4Bytes;
+    case PanelKind::kQ4K:
+      return cols / 256 * kQ4KBytes;
+    case PanelKind::kInt8:
+      return cols / 32 * kInt8Bytes;
+    case PanelKind::kInt8K:
+      return cols / 256 * kInt8KBytes;
+  }
+  return 0;
+}
+
+uint32_t load_u32(const void* p) {
+  uint32_t v;
+  std::memcpy(&v, p, 4);
+  return v;
+}
+
+template <class T>
+T load(const uint8_t* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+void store(uint8_t* p, T v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// Row `row` of a panel takes lane `row` of each step: 4 bytes at step * 256 + row * 4.
+
+// 16 codes of 0..3 a step. Four neighbouring codes travel as one word: no shift leaves its byte.
+void put_i2(uint8_t* steps, int64_t row, const uint8_t* code, int64_t k) {
+  for (int64_t s = 0; s < k / 16; ++s, code += 16) {
+    const uint32_t word = load_u32(code) | load_u32(code + 4) << 2 | load_u32(code + 8) << 4 |
+                          load_u32(code + 12) << 6;
+    store(steps + s * 256 + row * 4, word);
+  }
+}
+
+// 32 codes of 0..15.
+void put_q4(uint8_t* steps, int64_t row, const uint8_t* code) {
+  for (int64_t s = 0; s < 4; ++s, code += 8) {
+    store(steps + s * 256 + row * 4, load_u32(code) | load_u32(code + 4) << 4);
+  }
+}
+
+// k signed codes; flipping the top bit adds 128.
+void put_int8(uint8_t* steps, int64_t row, const int8_t* code, int64_t k) {
+  for (int64_t s = 0; s < k / 4; ++s, code += 4) {
+    store(steps + s * 256 + row * 4, load_u32(code) ^ 0x80808080u);
+  }
+}
+
+void get_i2(const uint8_t* steps, int64_t row, int k, float scale, float* out) {
+  for (int i = 0; i < k; ++i) {
+    const int code = (steps[i / 16 * 256 + row * 4 + i % 4] >> (i % 16 / 4 * 2)) & 3;
+    out[i] = scale * static_cast<float>(code - 1);
+  }
+}
+
+int get_q4(const uint8_t* steps, int64_t row, int i) {
+  return (steps[i / 8 * 256 + row * 4 + i % 4] >> (i % 8 / 4 * 4)) & 15;
+}
+
+int get_int8(const uint8_t* steps, int64_t row, int i) {
+  return steps[i / 4 * 256 + row * 4 + i % 4] - 128;
+}
+
+void require_finite(float scale, const RawTensor& w, int64_t row) {
+  if (!std::isfinite(scale)) {
+    throw std::invalid_argument(std::string(type_name(w.type)) + " tensor: row " +
+                                std::to_string(row) + " has a scale that is not finite");
+  }
+}
+
+void require_finite(uint16_t scale, const RawTensor& w, int64_t row) {
+  require_finite(f16_to_f32(scale), w, row);
+}
+
+const uint8_t* check(const RawTensor& w) {
+  const int64_t stride = row_bytes(w.type, w.cols);
+  if (w.rows <= 0 || static_cast<int64_t>(w.bytes.size()) / w.rows != stride ||
+      static_cast<int64_t>(w.bytes.size()) % w.rows != 0) {
+    throw std::invalid_argument(std::string(type_name(w.type)) + " tensor [" +
+                                std::to_string(w.rows) + ", " + std::to_string(w.cols) +
+                                "]: expected " + std::to_string(stride) + " bytes a row, found " +
+                                std::to_string(w.bytes.size()) + " bytes in all");
+  }
+  return w.bytes.data();
+}
+
+PackedMat allocate(const RawTensor& w, PanelKind kind, float scale) {
+  PackedMat m;
+  m.kind = kind;
+  m.rows = w.rows;
+  m.cols = w.cols;
+  m.scale = scale;
+  m.panel_bytes = bytes_per_panel(kind, w.cols);
+  m.data = AlignedBuffer(static_cast<size_t>(m.n_panels() * m.panel_bytes));
+  return m;
+}
+
+uint8_t* panel_of(PackedMat& m, int64_t row) {
+  return m.data.data() + row / kPanelRows * m.panel_bytes;
+}
+
+template <class Value>
+PackedMat pack_float(const RawTensor& w, PanelKind kind, float scale) {
+  PackedMat m = allocate(w, kind, scale);
+  const uint8_t* in = w.bytes.data();
+  for (int64_t n = 0; n < w.rows; ++n) {
+    uint8_t* lane = panel_of(m, n) + n % kPanelRows * sizeof(Value);
+    for (int64_t k = 0; k < w.cols; ++k, in += sizeof(Value)) {
+      store(lane + k * kPanelRows * sizeof(Value), load<Value>(in));
+    }
+  }
+  return m;
+}
+
+void decode_ternary(TensorType type, const uint8_t* block, TernaryBlock& out) {
+  if (type == TensorType::kTQ1_0) {
+    decode_tq1_0(block, out);
+  } else {
+    decode_tq2_0(block, out);
+  }
+}
+
+// A block that is zero throughout says nothing about its row's scale: writers store d = 0 there,
+// and a reader may find any d. All its codes become 1 (weight 0) and its d 0.
+void settle_zero(TernaryBlock& b) {
+  bool zero = b.d == 0;
+  if (!zero) {
+    zero = true;
+    for (uint8_t code : b.code) zero = zero && code == 1;
+  }
+  if (zero) {
+    std::memset(b.code, 1, sizeof b.code);
+    b.d = 0;
+  }
+}
+
+PackedMat pack_ternary(const RawTensor& w, float scale) {
+  const int64_t n_blocks = w.cols / kSuper;
+  const int64_t block_bytes = block_shape(w.type).bytes;
+  std::vector<float> d(static_cast<size_t>(w.rows * n_blocks));
+  std::vector<float> row_scale(static_cast<size_t>(w.rows), 0.0f);
+  bool one_scale_a_row = true;
+  TernaryBlock b;
+  for (int64_t i = 0; i < w.rows * n_blocks; ++i) {
+    const int64_t n = i / n_blocks;
+    decode_ternary(w.type, w.bytes.data() + i * block_bytes, b);
+    require_finite(b.d, w, n);
+    settle_zero(b);
+    d[i] = b.d;
+    if (b.d == 0) continue;
+    if (row_scale[n] == 0) row_scale[n] = b.d;
+    one_scale_a_row = one_scale_a_row && row_scale[n] == b.d;
+  }
+
+  PackedMat m = allocate(w, one_scale_a_row ? PanelKind::kI2 : PanelKind::kI2Blocks, scale);
+  if (one_scale_a_row) {
+    m.row_scales = AlignedBuffer(static_cast<size_t>(m.n_panels() * kPanelRows) * sizeof(float));
+    std::memcpy(m.row_scales.data(), row_scale.data(), row_scale.size() * sizeof(float));
+  }
+  for (int64_t i = 0; i < w.rows * n_blocks; ++i) {
+    const int64_t n = i / n_blocks, j = i % n_blocks, row = n % kPanelRows;
+    decode_ternary(w.type, w.bytes.data() + i * block_bytes, b);
+    settle_zero(b);
+    if (one_scale_a_row) {
+      put_i2(panel_of(m, n) + j * 16 * kI2Step, row, b.code, kSuper);
+    } else {
+      uint8_t* out = panel_of(m, n) + j * kI2BlockBytes;
+      store(out + row * 4, d[i]);
+      put_i2(out + 64 * 4, row, b.code, kSuper);
+    }
+  }
+  return m;
+}
+
+PackedMat pack_q4_0(const RawTensor& w, float scale) {
+  PackedMat m = allocate(w, PanelKind::kQ4, scale);
+  const uint8_t* in = w.bytes.data();
+  Q4Block b;
+  for (int64_t n = 0; n < w.rows; ++n) {
+    uint8_t* out = panel_of(m, n);
+    const int64_t row = n % kPanelRows;
+    for (int64_t j = 0; j < w.cols / kGroup; ++j, in += 18, out += kQ4Bytes) {
+      decode_q4_0(in, b);
+      require_finite(b.d, w, n);
+      store(out + row * 2, b.d);
+      put_q4(out + 128, row, b.code);
+    }
+  }
+  return m;
+}
+
+PackedMat pack_q8_0(const RawTensor& w, float scale) {
+  PackedMat m = allocate(w, PanelKind::kInt8, scale);
+  const uint8_t* in = w.bytes.data();
+  Q8Block b;
+  for (int64_t n = 0; n < w.rows; ++n) {
+    uint8_t* out = panel_of(m, n);
+    const int64_t row = n % kPanelRows;
+    for (int64_t j = 0; j < w.cols / kGroup; ++j, in += 34, out += kInt8Bytes) {
+      decode_q8_0(in, b);
+      require_finite(b.d, w, n);
+      store(out + row * 2, b.d);
+      put_int8(out + 128, row, b.code, kGroup);
+    }
+  }
+  return m;
+}
+
+PackedMat pack_q4_k(const RawTensor& w, float scale) {
+  PackedMat m = allocate(w, PanelKind::kQ4K, scale);
+  const uint8_t* in = w.bytes.data();
+  Q4KBlock b;
+  for (int64_t n = 0; n < w.rows; ++n) {
+    uint8_t* out = panel_of(m, n);
+    const int64_t row = n % kPanelRows;
+    for (int64_t j = 0; j < w.cols / kSuper; ++j, in += 144, out += kQ4KBytes) {
+      decode_q4_k(in, b);
+      require_finite(b.d, w, n);
+      require_finite(b.dmin, w, n);
+      store(out + row * 2, b.d);
+      store(out + 128 + row * 2, b.dmin);
+      for (int g = 0; g < 8; ++g) {
+        uint8_t* group = out + 256 + g * (128 + kQ4Group);
+        group[row] = b.scale[g];
+        group[64 + row] = b.min[g];
+        put_q4(group + 128, row, b.code + g * 32);
+      }
+    }
+  }
+  return m;
+}
+
+PackedMat pack_q6_k(const RawTensor& w, float scale) {
+  PackedMat m = allocate(w, PanelKind::kInt8K, scale);
+  const uint8_t* in = w.bytes.data();
+  Q6KBlock b;
+  for (int64_t n = 0; n < w.rows; ++n) {
+    uint8_t* out = panel_of(m, n);
+    const int64_t row = n % kPanelRows;
+    for (int64_t j = 0; j < w.cols / kSuper; ++j, in += 210, out += kInt8KBytes) {
+      decode_q6_k(in, b);
+      require_finite(b.d, w, n);
+      store(out + row * 2, b.d);
+      for (int g = 0; g < 16; ++g) {
+        uint8_t* group = out + 128 + g * (64 + kInt8Group16);
+        store(group + row, b.scale[g]);
+        put_int8(group + 64, row, b.code + g * 16, 16);
+      }
+    }
+  }
+  return m;
+}
+
+}  // namespace
+
+void AlignedBuffer::Free::operator()(uint8_t* p) const {
+  ::operator delete(p, std::align_val_t{alignment});
+}
+
+AlignedBuffer::AlignedBuffer(size_t size) : size_(size) {
+  const size_t alignment = size >= kHugePage ? kHugePage : kCacheLine;
+  auto* p = static_cast<uint8_t*>(::operator new(size, std::align_val_t{alignment}));
+  data_ = {p, Free{alignment}};
+#if defined(__linux__)
+  if (alignment == kHugePage) madvise(p, size, MADV_HUGEPAGE);
+#endif
+  std::memset(p, 0, size);
+}
+
+int grain(PanelKind kind) {
+  switch (kind) {
+    case PanelKind::kF32:
+    case PanelKind::kF16:
+    case PanelKind::kBF16:
+      return kGrainFloat;
+    case PanelKind::kI2:
+    case PanelKind::kI2Blocks:
+      return kGrainRow;
+    case PanelKind::kQ4:
+    case PanelKind::kInt8:
+      return 32;
+    case PanelKind::kQ4K:
+    case PanelKind::kInt8K:
+      return 256;
+  }
+  return kGrainFloat;
+}
+
+std::string_view kind_name(PanelKind kind) {
+  switch (kind) {
+    case PanelKind::kF32:
+      return "f32";
+    case PanelKind::kF16:
+      return "f16";
+    case PanelKind::kBF16:
+      return "bf16";
+    case PanelKind::kI2:
+      return "i2";
+    case PanelKind::kI2Blocks:
+      return "i2_blocks";
+    case PanelKind::kQ4:
+      return "q4";
+    case PanelKind::kQ4K:
+      return "q4_k";
+    case PanelKind::kInt8:
+      return "int8";
+    case PanelKind::kInt8K:
+      return "int8_k";
+  }
+  return "?";
+}
+
+int PackedMat::grain() const { return nearfar::grain(kind); }
+
+Panels PackedMat::view() const {
+  return {kind,        rows,        cols,
+          panel_bytes, data.data(), reinterpret_cast<const float*>(row_scales.data()),
+          scale};
+}
+
+int64_t row_bytes(TensorType type, int64_t cols) {
+  const BlockShape block = block_shape(type);
+  if (cols <= 0 || cols % block.weights != 0 || cols > INT64_MAX / 256) {
+    throw std::invalid_argument(std::string(type_name(type)) + " tensor with rows of " +
+                                std::to_string(cols) + ": expected a multiple of " +
+                                std::to_string(block.weights));
+  }
+  return cols / block.weights * block.bytes;
+}
+
+PackedMat pack(const RawTensor& w, float scale) {
+  check(w);
+  if (!std::isfinite(scale)) throw std::invalid_argument("the scale of a matrix is not finite");
+  switch (w.type) {
+    case TensorType::kF32:
+      return pack_float<uint32_t>(w, PanelKind::kF32, scale);
+    case TensorType::kF16:
+      return pack_float<uint16_t>(w, PanelKind::kF16, scale);
+    case TensorType::kBF16:
+      return pack_float<uint16_t>(w, PanelKind::kBF16, scale);
+    case TensorType::kTQ1_0:
+    case TensorType::kTQ2_0:
+      return pack_ternary(w, scale);
+    case TensorType::kQ4_0:
+      return pack_q4_0(w, scale);
+    case TensorType::kQ8_0:
+      return pack_q8_0(w, scale);
+    case TensorType::kQ4_K:
+      return pack_q4_k(w, scale);
+    case TensorType::kQ6_K:
+      return pack_q6_k(w, scale);
+  }
+  throw std::invalid_argument("unreachable: block_shape names every type");
+}
+
+void dequantize_row(const RawTensor& w, int64_t row, std::span<float> out) {
+  const uint8_t* in = check(w);
+  if (row < 0 || row >= w.rows || static_cast<int64_t>(out.size()) != w.cols) {
+    throw std::invalid_argument("row " + std::to_string(row) + " into " +
+                                std::to_string(out.size()) + " floats: the tensor is [" +
+                                std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
+  }
+  const BlockShape block = block_shape(w.type);
+  in += row * row_bytes(w.type, w.cols);
+  float* y = out.data();
+  for (int64_t j = 0; j < w.cols / block.weights; ++j, in += block.bytes, y += block.weights) {
+    switch (w.type) {
+      case TensorType::kF32:
+        *y = load<float>(in);
+        break;
+      case TensorType::kF16:
+        *y = f16_to_f32(load<uint16_t>(in));
+        break;
+      case TensorType::kBF16:
+        *y = bf16_to_f32(load<uint16_t>(in));
+        break;
+      case TensorType::kTQ1_0:
+      case TensorType::kTQ2_0: {
+        TernaryBlock b;
+        decode_ternary(w.type, in, b);
+        for (int i = 0; i < kSuper; ++i) y[i] = b.d * static_cast<float>(b.code[i] - 1);
+        break;
+      }
+      case TensorType::kQ4_0: {
+        Q4Block b;
+        decode_q4_0(in, b);
+        const float d = f16_to_f32(b.d);
+        for (int i = 0; i < kGroup; ++i) y[i] = d * static_cast<float>(b.code[i] - 8);
+        break;
+      }
+      case TensorType::kQ8_0: {
+        Q8Block b;
+        decode_q8_0(in, b);
+        const float d = f16_to_f32(b.d);
+        for (int i = 0; i < kGroup; ++i) y[i] = d * static_cast<float>(b.code[i]);
+        break;
+      }
+      case TensorType::kQ4_K: {
+        Q4KBlock b;
+        decode_q4_k(in, b);
+        const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
+        for (int i = 0; i < kSuper; ++i) {
+          const float low = dmin * static_cast<float>(b.min[i / 32]);
+          y[i] = d * static_cast<float>(b.scale[i / 32]) * static_cast<float>(b.code[i]) - low;
+        }
+        break;
+      }
+      case TensorType::kQ6_K: {
+        Q6KBlock b;
+        decode_q6_k(in, b);
+        const float d = f16_to_f32(b.d);
+        for (int i = 0; i < kSuper; ++i) {
+          y[i] = d * static_cast<float>(b.scale[i / 16]) * static_cast<float>(b.code[i]);
+        }
+        break;
+      }
+    }
+  }
+}
+
+void unpack_row(const PackedMat& w, int64_t row, std::span<float> out) {
+  if (row < 0 || row >= w.rows || static_cast<int64_t>(out.size()) != w.cols) {
+    throw std::invalid_argument("unpack_row: row or output size out of range");
+  }
+  const uint8_t* p = w.data.data() + row / kPanelRows * w.panel_bytes;
+  const int64_t r = row % kPanelRows;
+  float* y = out.data();
+  for (int64_t k = 0; k < w.cols;) {
+    switch (w.kind) {
+      case PanelKind::kF32:
+        y[k] = load<float>(p + (k * 64 + r) * 4);
+        ++k;
+        break;
+      case PanelKind::kF16:
+        y[k] = f16_to_f32(load<uint16_t>(p + (k * 64 + r) * 2));
+        ++k;
+        break;
+      case PanelKind::kBF16:
+        y[k] = bf16_to_f32(load<uint16_t>(p + (k * 64 + r) * 2));
+        ++k;
+        break;
+      case PanelKind::kI2:
+        get_i2(p, r, 16, w.view().row_scales[row], y + k);
+        p += kI2Step, k += 16;
+        break;
+      case PanelKind::kI2Blocks:
+        get_i2(p + 256, r, 256, load<float>(p + r * 4), y + k);
+        p += kI2BlockBytes, k += 256;
+        break;
+      case PanelKind::kQ4: {
+        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
+        for (int i = 0; i < 32; ++i) y[k + i] = d * static_cast<float>(get_q4(p + 128, r, i) - 8);
+        p += kQ4Bytes, k += 32;
+        break;
+      }
+      case PanelKind::kInt8: {
+        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
+        for (int i = 0; i < 32; ++i) y[k + i] = d * static_cast<float>(get_int8(p + 128, r, i));
+        p += kInt8Bytes, k += 32;
+        break;
+      }
+      case PanelKind::kQ4K: {
+        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
+        const float dmin = f16_to_f32(load<uint16_t>(p + 128 + r * 2));
+        for (int i = 0; i < 256; ++i) {
+          const uint8_t* group = p + 256 + i / 32 * (128 + kQ4Group);
+          const float low = dmin * static_cast<float>(group[64 + r]);
+          y[k + i] = d * static_cast<float>(group[r]) *
+                         static_cast<float>(get_q4(group + 128, r, i % 32)) -
+                     low;
+        }
+        p += kQ4KBytes, k += 256;
+        break;
+      }
+      case PanelKind::kInt8K: {
+        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
+        for (int i = 0; i < 256; ++i) {
+          const uint8_t* group = p + 128 + i / 16 * (64 + kInt8Group16);
+          y[k + i] = d * static_cast<float>(load<int8_t>(group + r)) *
+                     static_cast<float>(get_int8(group + 64, r, i % 16));
+        }
+        p += kInt8KBytes, k += 256;
+        break;
+      }
+    }
+  }
+}
+
+}  // namespace nearfar

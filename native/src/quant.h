@@ -1,0 +1,94 @@
+// Weights: from the rows of a GGUF tensor to the panels that the kernels read, once, at load.
+//
+// A panel is 64 rows. Its codes lie in blocks of 64 bytes: 16 rows x 4 bytes, so that an i32 lane
+// is a row and the bytes of a lane are 4 neighbouring k. An activation is then a 4-byte broadcast,
+// nothing is shuffled or added across lanes, and one panel is one sequential stream.
+//
+//   block | row0: k k+1 k+2 k+3 | row1: k k+1 k+2 k+3 | ... | row15 |     4 blocks = rows 0..63 of
+//   a panel
+//
+//   kind       per panel, in this order bits/weight kI2        each 16 k: 4 blocks; byte c = sum_f
+//   (w + 1)[16s + 4f + c] << 2f, w in -1..2         2.0 kI2Blocks  each 256 k: 64 f32 scales, then
+//   16 steps as kI2                                    2.13 kQ4        each 32 k: 64 f16 scales,
+//   then 4 steps of 8 k: 4 blocks;
+//              low nibble (w + 8)[8s + c], high nibble (w + 8)[8s + 4 +
+//              c]                         4.5
+//   kQ4K       each 256 k: 64 f16 d, 64 f16 dmin, then each 32 k: 64 u8 scales, 64 u8 mins,
+//              then 4 steps as kQ4 with the code
+//              itself                                           4.63
+//   kInt8      each 32 k: 64 f16 scales, then 8 steps of 4 k: 4 blocks; byte w +
+//   128               8.5 kInt8K     each 256 k: 64 f16 d, then each 16 k: 64 int8 scales, 4 steps
+//   as kInt8             8.56 kF32, kF16, kBF16   each k: 64 values 32, 16, 16
+//
+// Rows pad to 64 with zeros, whose products nobody reads. K needs no padding: every type's block is
+// a multiple of its step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "mat.h"
+
+namespace nearfar {
+
+// A tensor as it lies in the file, row-major. A vector has rows = 1.
+struct RawTensor {
+  TensorType type;
+  int64_t rows, cols;
+  std::span<const uint8_t> bytes;
+};
+
+// Zeroed bytes, 64-byte aligned; large buffers ask for huge pages.
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  explicit AlignedBuffer(size_t size);
+  uint8_t* data() { return data_.get(); }
+  const uint8_t* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    size_t alignment;
+    void operator()(uint8_t* p) const;
+  };
+  std::unique_ptr<uint8_t[], Free> data_;
+  size_t size_ = 0;
+};
+
+// An owned packed matrix [rows, cols].
+struct PackedMat {
+  PanelKind kind = PanelKind::kF32;
+  int64_t rows = 0, cols = 0;
+  int64_t panel_bytes = 0;
+  float scale = 1.0f;  // multiplies every product
+  AlignedBuffer data;
+  AlignedBuffer row_scales;  // kI2 only: f32 [64 * n_panels()]
+
+  int64_t n_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
+  int grain() const;  // of the activations that this matrix multiplies
+  Panels view() const;
+};
+
+int grain(PanelKind kind);
+std::string_view kind_name(PanelKind kind);
+
+// Bytes of one row; throws std::invalid_argument unless cols > 0 is a multiple of the type's block.
+int64_t row_bytes(TensorType type, int64_t cols);
+
+// Repacks a tensor. `scale` multiplies every product (the `.scale` tensors of some files).
+// Throws std::invalid_argument when sizes do not match or a scale is not finite. A ternary block
+// with d = 0 counts as all zero, whatever its codes.
+PackedMat pack(const RawTensor& w, float scale = 1.0f);
+
+// The scalar truth: out[cols] = row `row`, bit-equal with gguf.quants.dequantize. Serves embeddings
+// and vectors too. Throws std::invalid_argument on sizes or a row out of range.
+void dequantize_row(const RawTensor& w, int64_t row, std::span<float> out);
+
+// out[cols] = row `row` of a packed matrix, without its `scale`: what the panels say. For tests and
+// tools.
+void unpack_row(const PackedMat& w, int64_t row, std::span<float> out);
+
+}  // namespace nearfar

@@ -1,0 +1,511 @@
+"""Readers: each corpus of the data folder as `Row`s.  First stop of the training walk: rows -> tokenizer -> mix -> trainer.
+
+Every reader checks what it reads and names file and line of what it cannot use.  Files marked *test only* are opened by one
+function here, `test_texts`, whose single purpose is to keep their sentences out of training.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import lzma
+import random
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from nearfar import forms
+from nearfar.errors import DataError
+from nearfar.forms import Parts, Turn
+
+T = TypeVar("T")
+Split = Literal["train", "dev", "test"]
+
+VERSION = 1  # of the rows that these readers make; part of the data hash
+MAX_ROW_CHARS = 1_400  # about 450 tokens: a row that fits a context of 512
+N_VARIANTS = 3  # each intent row is kept once as written and twice changed (names swapped, case, punctuation)
+DIALOGUE_DAY = "2019-03-01"  # the day on which SGD's speakers say "today"
+RESULT_FIELDS = 6  # of a call's first result
+DATA_README = "the README.md of the data folder lists every file with its source"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training example: where it came from and its text in parts."""
+
+    source: str
+    parts: Parts
+
+
+def text_of(row: Row) -> str:
+    """What leak checks compare: the request of a one-turn row, otherwise all text of the row."""
+    users = [after.text for before, after in zip(row.parts, row.parts[1:], strict=False) if before.text == forms.USER]
+    if len(users) == 1:
+        return users[0]
+    return " ".join(part.text for part in row.parts if not part.control)
+
+
+# ---------------------------------------------------------------- files
+
+
+def open_text(path: Path, use: str) -> io.TextIOBase:
+    """The text of `path` (.xz is unpacked); a missing file says what it is for."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing, needed for {use}; {DATA_README}, or train --without it")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _json_lines(path: Path, use: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) for each line."""
+    with open_text(path, use) as file:
+        try:
+            for n, line in enumerate(file, 1):
+                where = f"{path.name} line {n}"
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{where}: expected a JSON object, {error}") from None
+                if not isinstance(value, dict):
+                    raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
+                yield where, value
+        except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+            raise DataError(f"{path.name}: expected text packed with xz, {error}") from None
+
+
+def _json_file(path: Path, use: str, kind: type[dict[Any, Any]] | type[list[Any]]) -> Any:
+    with open_text(path, use) as file:
+        try:
+            value = json.load(file)
+        except (json.JSONDecodeError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+            raise DataError(f"{path.name}: expected JSON, {error}") from None
+    if not isinstance(value, kind):
+        raise DataError(f"{path.name}: expected a JSON {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _get(where: str, row: dict[str, Any], key: str, kind: type[T]) -> T:
+    value = row.get(key)
+    if not isinstance(value, kind):
+        found = "nothing" if key not in row else f"{type(value).__name__} {str(value)[:40]!r}"
+        raise DataError(f"{where}: expected {key!r} as {kind.__name__}, found {found}")
+    return value
+
+
+def _pairs(where: str, row: dict[str, Any], key: str = "slots") -> list[tuple[str, str]]:
+    value = _get(where, row, key, list)
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in value):
+        raise DataError(f"{where}: expected {key!r} as a list of [type, value] pairs of text, found {str(value)[:60]}")
+    return [(kind, text) for kind, text in value]
+
+
+def tar_members(path: Path, use: str, suffix: str) -> dict[str, str]:
+    """Name -> text of the members of a .tar.xz that end with `suffix`, in name order."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing, needed for {use}; {DATA_README}, or train --without it")
+    found = {}
+    try:
+        with tarfile.open(path, "r:xz") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() and member.name.endswith(suffix) else None
+                if file is not None:
+                    found[member.name.removeprefix("./")] = file.read().decode("utf-8")
+    except (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name}: expected a .tar.xz with UTF-8 text, {error}") from None
+    return dict(sorted(found.items()))
+
+
+def _held(text: str, split: Split) -> bool:
+    """Whether a text of a training file belongs to `split`."""
+    return (forms.residue(text) == 0) == (split == "dev") and split != "test"
+
+
+# ---------------------------------------------------------------- intents
+
+
+def hwu64(data: Path, split: Split = "train") -> Iterator[tuple[str, str, str, list[tuple[str, str]]]]:
+    """(text, normal text, intent, slots) of HWU64; test is its own file.  The label is scenario_intent."""
+    name = "hwu64_test" if split == "test" else "hwu64_train"
+    for where, row in _json_lines(data / "intents" / f"{name}.jsonl.xz", "intents"):
+        text, scenario, intent = (_get(where, row, key, str) for key in ("text", "scenario", "intent"))
+        if split == "test" or _held(text, split):
+            yield text, _get(where, row, "norm", str), f"{scenario}_{intent}", _pairs(where, row)
+
+
+def snips(data: Path, split: Split = "train") -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+    """(text, intent, slots) of SNIPS; residue 0 is dev and residue 1 test, for lack of its test file."""
+    wanted = {"dev": {0}, "test": {1}, "train": set(range(2, forms.N_DEV_PARTS))}[split]
+    for where, row in _json_lines(data / "intents" / "snips_train.jsonl.xz", "intents"):
+        text = _get(where, row, "text", str)
+        if forms.residue(text) in wanted:
+            yield text, _get(where, row, "intent", str), _pairs(where, row)
+
+
+def clinc150(data: Path, split: Split = "train") -> Iterator[tuple[str, str]]:
+    """(text, intent) of CLINC150 in scope; its own validation rows are the test part.  Out-of-scope rows never train."""
+    file = data / "intents" / "clinc150_train_val.json.xz"
+    part = "val" if split == "test" else "train"
+    rows = _get(file.name, _json_file(file, "intents", dict), part, list)
+    for n, row in enumerate(rows):
+        if not (isinstance(row, list) and len(row) == 2 and all(isinstance(x, str) for x in row)):
+            raise DataError(f"{file.name} {part} row {n}: expected [text, intent], found {str(row)[:60]}")
+        if split == "test" or _held(row[0], split):
+            yield row[0], row[1]
+
+
+SYLLABLES = tuple(
+    a + b for a in "b br ch d f g gr h j k l m n p r s st t v w y z".split() for b in "a e i o u ar en il on".split()
+)
+NAME_WORDS = ("artist", "name", "person", "playlist", "album", "track", "song", "place", "city", "state", "restaurant", "poi")  # fmt: skip
+NAME_WORDS += (
+    "podcast",
+    "radio",
+    "entity",
+    "object_name",
+    "movie",
+    "game",
+    "business",
+    "house_place",
+    "device",
+    "list",
+)
+
+
+def invented_name(rng: random.Random) -> str:
+    """A name nobody has: one to three words of two or three syllables."""
+    words = ["".join(rng.choices(SYLLABLES, k=rng.choice((2, 2, 3)))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
+    return " ".join(words)
+
+
+def swap_names(text: str, slots: list[tuple[str, str]], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+    """The same request about invented names: spans stay spans, which teaches copying instead of recalling."""
+    changed = []
+    for kind, value in slots:
+        named = any(word in kind for word in NAME_WORDS) and not value.isdigit()
+        pattern = rf"(?<!\w){re.escape(value)}(?!\w)"
+        if named and value and len(re.findall(pattern, text)) == 1 and rng.random() < 0.7:
+            new = invented_name(rng)
+            new = new.title() if value[:1].isupper() else new
+            text = re.sub(pattern, new, text)
+            changed.append((kind, new))
+        else:
+            changed.append((kind, value))
+    if all(value in text for _, value in changed):
+        return text, changed
+    return text, []
+
+
+def restyle(text: str, slots: list[tuple[str, str]], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+    """The same request in another case, with or without its last mark; values change with the text."""
+    roll = rng.random()
+    if roll < 0.5:
+        text, slots = text.lower(), [(kind, value.lower()) for kind, value in slots]
+    elif roll < 0.65 and not any(text.startswith(value) for _, value in slots):
+        text = text[:1].upper() + text[1:]
+    if rng.random() < 0.5 and not any(text.endswith(value) for _, value in slots):
+        text = text.rstrip(".?! ") + rng.choice(("", ".", "?", "!"))
+    return text, slots
+
+
+def _variants(space: str, text: str, intent: str, slots: list[tuple[str, str]], first: Parts) -> Iterator[Row]:
+    yield Row("intents", first)
+    rng = random.Random(f"{space}|{text}")
+    for n in range(1, N_VARIANTS):
+        new_text, new_slots = text, slots
+        if n % 2 == 1:
+            new_text, new_slots = swap_names(text, slots, rng)
+            if slots and not new_slots:
+                new_text, new_slots = text, slots
+        new_text, new_slots = restyle(new_text, new_slots, rng)
+        yield Row("intents", forms.intent_prompt(space, new_text) + forms.intent_answer(intent, new_slots))
+
+
+def intents(data: Path, split: Split = "train") -> Iterator[Row]:
+    """HWU64, SNIPS and CLINC150; training has each row `N_VARIANTS` times, every one a little different."""
+    known = test_texts(data) if split == "train" else frozenset()
+    rows = [("hwu64", text, intent, slots) for text, _, intent, slots in hwu64(data, split)]
+    rows += [("snips", text, intent, slots) for text, intent, slots in snips(data, split)]
+    rows += [("clinc150", text, intent, []) for text, intent in clinc150(data, split)]
+    for space, text, intent, slots in rows:
+        if text_hash(text) in known:
+            continue
+        first = forms.intent_prompt(space, text) + forms.intent_answer(intent, slots)
+        if split == "train":
+            yield from _variants(space, text, intent, slots, first)
+        else:
+            yield Row("intents", first)
+
+
+def support(data: Path, split: Split = "train") -> Iterator[Row]:
+    """banking77 (intents) and restaurant8k (slots): narrow domains, surface only."""
+    known = test_texts(data) if split == "train" else frozenset()
+    path = data / "intents" / "banking77_train.csv.xz"
+    with open_text(path, "banking questions") as file:
+        for n, row in enumerate(csv.DictReader(file), 2):
+            if not row.get("text") or not row.get("category"):
+                raise DataError(
+                    f"{path.name} line {n}: expected columns text and category, found {sorted(map(str, row))}"
+                )
+            if _held(row["text"], split) and text_hash(row["text"]) not in known:
+                parts = forms.intent_prompt("banking77", row["text"]) + forms.intent_answer(row["category"])
+                yield Row("support", parts)
+    for where, item in _json_lines(data / "intents" / "restaurant8k_train.jsonl.xz", "restaurant slots"):
+        text = _get(where, item, "text", str)
+        if _held(text, split) and text_hash(text) not in known:
+            answer = forms.intent_answer("book_table", _pairs(where, item))
+            yield Row("support", forms.intent_prompt("restaurant8k", text) + answer)
+
+
+# ---------------------------------------------------------------- dialogues
+
+
+def _windows(turns: list[Turn], setting: str, source: str) -> Iterator[Row]:
+    """A dialogue as rows of at most MAX_ROW_CHARS; a later row begins with the last turns of the one before."""
+    first = 0
+    while first < len(turns):
+        used, last = len(setting), first
+        while last < len(turns):
+            used += len(turns[last].text) + sum(len(a) + len(b) for a, b in turns[last].calls)
+            if used > MAX_ROW_CHARS and last > first:
+                break
+            last += 1
+        parts = forms.dialogue(setting, turns[first:last])
+        if last == len(turns):
+            parts += (forms.Part(forms.END, control=True, answer=True),)
+        yield Row(source, parts)
+        if last == len(turns):
+            return
+        first = max(first + 1, last - 4)
+        if turns[first].speaker == "a":
+            first += 1
+
+
+def schema(data: Path, split: Split = "train") -> dict[str, dict[str, list[str]]]:
+    """service -> method -> argument names, of one split of SGD."""
+    path = data / "dialogue" / ("sgd_train_schema.json" if split != "test" else "sgd_dev_schema.json")
+    services: dict[str, dict[str, list[str]]] = {}
+    for n, service in enumerate(_json_file(path, "SGD's services", list)):
+        where = f"{path.name} service {n}"
+        methods = {}
+        for intent in _get(where, service, "intents", list):
+            required = _get(where, intent, "required_slots", list)
+            methods[_get(where, intent, "name", str)] = [*required, *_get(where, intent, "optional_slots", dict)]
+        services[_get(where, service, "service_name", str)] = methods
+    return services
+
+
+def sgd_setting(services: list[str], methods: dict[str, dict[str, list[str]]], *, with_schema: bool) -> str:
+    """The setting of an SGD dialogue: its day and, in half of the rows, what its services can do."""
+    if not with_schema:
+        return DIALOGUE_DAY
+    return "; ".join([DIALOGUE_DAY, *(forms.service_line(name, methods[name]) for name in services)])
+
+
+def sgd(data: Path, split: Split = "train") -> Iterator[Row]:
+    """Schema-guided dialogues with their API calls; split "test" is sgd_dev."""
+    path = data / "dialogue" / ("sgd_train.jsonl.xz" if split != "test" else "sgd_dev.jsonl.xz")
+    methods = schema(data, split)
+    for where, row in _json_lines(path, "dialogues with API calls"):
+        name, services = _get(where, row, "id", str), _get(where, row, "services", list)
+        missing = [s for s in services if s not in methods]
+        if missing:
+            raise DataError(f"{where}: expected services of the schema, found {missing[0]!r}")
+        turns = []
+        for turn in _get(where, row, "turns", list):
+            if not isinstance(turn, dict):
+                raise DataError(f"{where}: expected a turn as an object, found {str(turn)[:40]!r}")
+            calls = []
+            for call in turn.get("calls", []):
+                args, result = _get(where, call, "args", dict), call.get("result") or {}
+                first = dict(list(result.items())[:RESULT_FIELDS])
+                calls.append((forms.call_json(_get(where, call, "method", str), args), forms.compact(first)))
+            turns.append(Turn(_get(where, turn, "s", str), _get(where, turn, "t", str), tuple(calls)))
+        key = " ".join(turn.text for turn in turns)
+        if split == "test" or _held(key, split):
+            setting = sgd_setting(services, methods, with_schema=forms.residue(name, 2) == 0)
+            yield from _windows(turns, setting, "sgd")
+
+
+def _trim(value: Any) -> Any:
+    """A menu or order without its numbers: ids dropped, names and at most three choices kept."""
+    if isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            if key == "menu_item_id":
+                kept["item"] = re.sub(r"-\d+$", "", str(item))
+            elif not key.endswith("_id"):
+                kept[key] = _trim(item)
+        return dict(list(kept.items())[:RESULT_FIELDS])
+    return [_trim(item) for item in value[:3]] if isinstance(value, list) else value
+
+
+def coffee(data: Path, split: Split = "train") -> Iterator[Row]:
+    """Taskmaster-4's coffee orders; calls and results, over 80 % of the text, are trimmed."""
+    path = data / "dialogue" / "taskmaster4_coffee_train.jsonl.xz"
+    for where, row in _json_lines(path, "coffee orders"):
+        turns: list[Turn] = []
+        for turn in _get(where, row, "turns", list):
+            calls = []
+            for call in turn.get("calls", []):
+                method = _get(where, call, "name", str)
+                if method != "get_order_details":  # repeats what the dialogue just built
+                    args = forms.compact({"call": method, "args": _trim(call.get("args") or {})})
+                    calls.append((args, forms.compact(_trim(call.get("result") or {}))))
+            turns.append(Turn(_get(where, turn, "s", str), _get(where, turn, "t", str)))
+            if calls and turns[-1].speaker == "u":  # made after the user spoke, before the answer
+                turns.append(Turn("a", "", tuple(calls)))
+            elif len(turns) > 1 and turns[-2].calls and not turns[-2].text:
+                turns[-2:] = [Turn("a", turns[-1].text, turns[-2].calls)]
+        turns = [turn for turn in turns if turn.text]
+        if turns and _held(" ".join(turn.text for turn in turns), split):
+            yield from _windows(turns, "coffee bar", "coffee")
+
+
+def persona(data: Path, split: Split = "train") -> Iterator[Row]:
+    """Persona chats: the second speaker's persona is the setting, the second speaker is the assistant."""
+    path = data / "dialogue" / "synthetic_persona_chat_valid.jsonl.xz"
+    for where, row in _json_lines(path, "persona chats"):
+        setting = " ".join(str(line) for line in _get(where, row, "p2", list))
+        turns: list[Turn] = []
+        for line in _get(where, row, "turns", list):
+            match = re.match(r"User ([12]): ?(.*)", str(line), re.DOTALL)
+            if match is None:
+                continue  # a line break inside an utterance: the rest of it adds nothing
+            speaker = "u" if match[1] == "1" else "a"
+            if turns and turns[-1].speaker == speaker:
+                turns[-1] = Turn(speaker, f"{turns[-1].text} {match[2]}")
+            else:
+                turns.append(Turn(speaker, match[2]))
+        if _held(" ".join(turn.text for turn in turns), split):
+            yield from _windows(turns, setting, "persona")
+
+
+def gsm8k(data: Path, split: Split = "train") -> Iterator[Row]:
+    """Word problems, for their surface: a model of this size does not do maths."""
+    known = test_texts(data) if split == "train" else frozenset()
+    for where, row in _json_lines(data / "math" / "gsm8k_train.jsonl.xz", "word problems"):
+        question, answer = _get(where, row, "question", str), _get(where, row, "answer", str)
+        if _held(question, split) and text_hash(question) not in known:
+            parts = forms.dialogue("", [Turn("u", question)]) + (forms.Part(forms.ASSISTANT, control=True),)
+            yield Row("gsm8k", parts + forms.reply(re.sub(r"<<.*?>>", "", answer)))
+
+
+# ---------------------------------------------------------------- running text
+
+
+def _documents(text: str, source: str, split: Split, separator: str) -> Iterator[Row]:
+    """Pieces of at most MAX_ROW_CHARS, cut between paragraphs; one piece in twenty is dev."""
+    for document in re.split(separator, text):
+        pieces, piece = [], ""
+        for paragraph in re.split(r"(?<=\n)\n+", document):
+            if len(paragraph) > MAX_ROW_CHARS:
+                pieces.append(piece)
+                piece = ""
+            while len(paragraph) > MAX_ROW_CHARS:
+                cut = paragraph.rfind(" ", 0, MAX_ROW_CHARS) + 1 or MAX_ROW_CHARS
+                pieces.append(paragraph[:cut])
+                paragraph = paragraph[cut:]
+            if piece and len(piece) + len(paragraph) > MAX_ROW_CHARS:
+                pieces.append(piece)
+                piece = ""
+            piece += paragraph + "\n"
+        pieces.append(piece.strip("\n"))
+        pieces = [p for p in pieces if p.strip()]
+        for n, p in enumerate(pieces):
+            if _held(p, split):
+                yield Row(source, forms.plain(p, end=n == len(pieces) - 1))
+
+
+def books(data: Path, split: Split = "train") -> Iterator[Row]:
+    """Fourteen children's books in the public domain."""
+    folder = data / "text" / "books"
+    paths = sorted(folder.glob("*.txt.xz"))
+    if not paths:
+        raise DataError(f"{folder}: expected books as .txt.xz, found none; {DATA_README}, or train --without books")
+    for path in paths:
+        with open_text(path, "running text") as file:
+            yield from _documents(file.read(), "books", split, r"\Z(?!)")
+
+
+def stories(data: Path, split: Split = "train") -> Iterator[Row]:
+    """A slice of TinyStories; a single line break separates two stories, an empty line two paragraphs."""
+    with open_text(data / "text" / "tinystories_train_slice.txt.xz", "short stories") as file:
+        yield from _documents(file.read(), "stories", split, r"(?<!\n)\n(?!\n)")
+
+
+FILE_SOURCES: dict[str, Callable[[Path, Split], Iterator[Row]]] = {
+    "intents": intents,
+    "sgd": sgd,
+    "books": books,
+    "stories": stories,
+    "coffee": coffee,
+    "persona": persona,
+    "gsm8k": gsm8k,
+    "support": support,
+}
+
+
+# ---------------------------------------------------------------- what must never train
+
+
+def text_hash(text: str) -> bytes:
+    """What leak checks compare."""
+    return blake2b(forms.normalise(text).encode(), digest_size=8).digest()
+
+
+@cache
+def test_texts(data: Path) -> frozenset[bytes]:
+    """Hashes of every test sentence of the data folder that a training row could repeat; files not there are passed over."""
+    return frozenset(text_hash(text) for text in _test_sentences(data) if text.strip())
+
+
+def _test_sentences(data: Path) -> Iterator[str]:
+    lines = {
+        "intents/hwu64_test.jsonl.xz": ("text", "norm"),
+        "eval/gsm8k_test.jsonl.xz": ("question",),
+    }
+    for name, keys in lines.items():
+        if (data / name).is_file():
+            for _, row in _json_lines(data / name, "leak checks"):
+                yield from (row[key] for key in keys if isinstance(row.get(key), str))
+    if (data / "smart_home/device_actions_test.jsonl.xz").is_file():
+        for _, row in _json_lines(data / "smart_home/device_actions_test.jsonl.xz", "leak checks"):
+            yield from (str(m["content"]) for m in row.get("messages", []) if m.get("role") == "user")
+    if (data / "intents/slurp_devel.jsonl.xz").is_file():
+        for where, row in _json_lines(data / "intents/slurp_devel.jsonl.xz", "leak checks"):
+            if not row.get("in_hwu64_train"):  # marked rows are not reported
+                yield _get(where, row, "text", str)
+    if (data / "intents/clinc150_train_val.json.xz").is_file():
+        clinc = _json_file(data / "intents/clinc150_train_val.json.xz", "leak checks", dict)
+        for part in ("val", "oos_train", "oos_val"):
+            yield from (str(row[0]) for row in clinc.get(part, []))
+    for name in ("home_assistant_intents_en", "assist_eval"):
+        path = data / "smart_home" / f"{name}.tar.xz"
+        if path.is_file():
+            for member, text in tar_members(path, "leak checks", ".yaml").items():
+                if name == "assist_eval" or member.startswith("tests/"):
+                    yield from _yaml_sentences(text)
+
+
+def _yaml_sentences(text: str) -> Iterator[str]:
+    """Every text below a key `sentences` of a YAML file."""
+    import yaml
+
+    def walk(node: Any, inside: bool) -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from walk(value, inside or key == "sentences")
+        elif isinstance(node, list):
+            for value in node:
+                yield from walk(value, inside)
+        elif inside and isinstance(node, str):
+            yield node
+
+    yield from walk(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), False)

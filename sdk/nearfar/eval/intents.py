@@ -1,0 +1,182 @@
+"""Intent and slots in one JSON object: HWU64, SNIPS, CLINC150.
+
+Metrics: the intent's accuracy, slot F1 over the multiset of (type, value), and the whole object right.  CLINC150 adds
+requests that no intent covers; nothing is trained on them, so a model can only notice them by being unsure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nearfar import forms, splits
+from nearfar.errors import DataError
+from nearfar.eval import corpora
+from nearfar.eval.intervals import Interval, bootstrap, wilson
+from nearfar.eval.metrics import auroc, micro_f1, overlap, parse_answer, slot_pairs
+from nearfar.eval.tasks import Figure, Json, Prediction, Row, Task
+
+OUT = "out of scope"
+OUT_RECALL = 0.9  # the share of out-of-scope rows that the second CLINC150 figure turns away
+
+
+def load(folder: Path) -> list[Task]:
+    """The three sets; official SNIPS and CLINC150 test files are used beside them where the folder has them."""
+    tasks = [hwu64(folder), snips(folder), clinc150(folder)]
+    if (folder / "intents" / "snips_test.jsonl.xz").is_file():
+        tasks.append(snips(folder, official=True))
+    if (folder / "intents" / "clinc150_test.json.xz").is_file():
+        tasks.append(clinc150(folder, official=True))
+    return tasks
+
+
+def train_rows(name: str, folder: Path) -> list[Row]:
+    """What a baseline of task `name` may learn from: all training rows that are not scored."""
+    if name == "hwu64":
+        return list(_lines(folder / "intents" / "hwu64_train.jsonl.xz"))
+    if name.startswith("snips"):
+        rows = _lines(folder / "intents" / "snips_train.jsonl.xz")
+        return [r for r in rows if splits.split_residue(r.text) not in (splits.DEV, splits.HELD_OUT)]
+    return list(_clinc(folder / "intents" / "clinc150_train_val.json.xz", "train"))
+
+
+def dev_rows(folder: Path) -> list[Task]:
+    """The three sets' held-out twentieths of training data: for calibration and for steering, never for the table."""
+    sets = (
+        ("hwu64", list(_lines(folder / "intents" / "hwu64_train.jsonl.xz"))),
+        ("snips", list(_lines(folder / "intents" / "snips_train.jsonl.xz"))),
+        ("clinc150", train_rows("clinc150", folder)),
+    )
+    return [
+        _task(name, name, f"{name} dev", [r for r in rows if splits.split_residue(r.text) == splits.DEV], rows)
+        for name, rows in sets
+    ]
+
+
+def hwu64(folder: Path) -> Task:
+    rows = list(_lines(folder / "intents" / "hwu64_test.jsonl.xz"))
+    return _task("hwu64", "hwu64", "HWU64 test", rows, train_rows("hwu64", folder))
+
+
+def snips(folder: Path, *, official: bool = False) -> Task:
+    train = train_rows("snips", folder)
+    if official:
+        rows = list(_lines(folder / "intents" / "snips_test.jsonl.xz"))
+        return _task("snips", "snips_test", "SNIPS official test", rows, train)
+    rows = list(_lines(folder / "intents" / "snips_train.jsonl.xz"))
+    held = [r for r in rows if splits.split_residue(r.text) == splits.HELD_OUT]
+    return _task("snips", "snips", "SNIPS, held-out twentieth of train", held, train)
+
+
+def clinc150(folder: Path, *, official: bool = False) -> Task:
+    file = folder / "intents" / "clinc150_train_val.json.xz"
+    train, outside = train_rows("clinc150", folder), list(_clinc(file, "oos_train"))
+    if official:
+        test = folder / "intents" / "clinc150_test.json.xz"
+        rows = [*_clinc(test, "test"), *_clinc(test, "oos_test")]
+        return _task("clinc150", "clinc150_test", "CLINC150 official test", rows, train)
+    rows = [*_clinc(file, "val"), *outside, *_clinc(file, "oos_val")]
+    return _task("clinc150", "clinc150", "CLINC150 validation", rows, train)
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    for where, row in corpora.json_lines(path, "intents"):
+        intent = corpora.field(where, row, "intent", str)
+        if "scenario" in row:  # HWU64's label is both
+            intent = f"{corpora.field(where, row, 'scenario', str)}_{intent}"
+        gold = {"intent": intent, "slots": forms.group_slots(corpora.pairs(where, row, "slots"))}
+        yield Row(where, corpora.field(where, row, "text", str), gold)
+
+
+def _clinc(path: Path, part: str) -> Iterator[Row]:
+    rows = corpora.field(path.name, corpora.json_file(path, "intents", dict), part, list)
+    for n, row in enumerate(rows):
+        if not (isinstance(row, list) and len(row) == 2 and all(isinstance(x, str) for x in row)):
+            raise DataError(f"{path.name} {part} row {n}: expected [text, intent], found {str(row)[:60]}")
+        yield Row(f"{path.name} {part} {n}", row[0], {"intent": row[1], "slots": {}}, OUT if row[1] == "oos" else "")
+
+
+def _task(space: str, name: str, split: str, rows: Sequence[Row], train: Sequence[Row]) -> Task:
+    """`space` is the label set as nano's rows name it; labels and examples come from `train`."""
+    labels = sorted({str(r.gold["intent"]) for r in train})
+    kinds = sorted({kind for r in train for kind in r.gold["slots"]})
+    schema = intent_schema(labels, kinds)
+    shots = [(r.text, forms.compact(r.gold)) for r in _spread(train, 3)]
+    slot_line = f"Slot types: {', '.join(kinds)}.\n" if kinds else ""
+    return Task(
+        name=name,
+        split=split,
+        rows=rows,
+        prompt=lambda row: forms.intent_prompt(space, row.text),
+        schema=lambda row: schema,
+        score=score,
+        instruction=(
+            'Name the intent of the request and its slots as one JSON object {"intent": …, "slots": {type: value}}; '
+            f"values are words of the request.\nIntents: {', '.join(labels)}.\n{slot_line}"
+        ),
+        shots=shots,
+    )
+
+
+def _spread(rows: Sequence[Row], n: int) -> list[Row]:
+    return [rows[(2 * i + 1) * len(rows) // (2 * n)] for i in range(n)] if rows else []
+
+
+def intent_schema(labels: Sequence[str], slot_types: Sequence[str]) -> Json:
+    """One object of an intent and slots in any order; a repeated slot is a list."""
+    value = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    slots: dict[str, object] = {"type": "object", "additionalProperties": False}
+    if slot_types:
+        slots["patternProperties"] = {f"^({'|'.join(slot_types)})$": value}
+    return {
+        "type": "object",
+        "properties": {"intent": {"enum": list(labels)}, "slots": slots},
+        "required": ["intent", "slots"],
+        "additionalProperties": False,
+    }
+
+
+def score(rows: Sequence[Row], predictions: Sequence[Prediction]) -> list[Figure]:
+    """The figures of one line; out-of-scope rows count only for the two figures about them."""
+    inside = [(r, p) for r, p in zip(rows, predictions, strict=True) if r.kind != OUT]
+    answers = [(r.gold, parse_answer(p.text) or {}) for r, p in inside]
+    right = [str(found.get("intent")) == gold["intent"] for gold, found in answers]
+    meets = [overlap(slot_pairs(found.get("slots")), slot_pairs(gold["slots"])) for gold, found in answers]
+    figures = [Figure("intent", wilson(sum(right), len(inside)))]
+    if any(m.wanted for m in meets):
+        counts = np.array([(m.shared, m.found, m.wanted) for m in meets])
+        whole = sum(ok and m.exact for ok, m in zip(right, meets, strict=True))
+        figures += [Figure("slot F1", bootstrap(counts, micro_f1)), Figure("exact JSON", wilson(whole, len(inside)))]
+    figures.append(Figure("valid JSON", wilson(sum(parse_answer(p.text) is not None for _, p in inside), len(inside))))
+    outside = [p for r, p in zip(rows, predictions, strict=True) if r.kind == OUT]
+    if outside:
+        for head in sorted(set.intersection(*(set(p.scores) for p in predictions))):
+            figures += _scope_figures(head, [p for _, p in inside], right, outside)
+    return figures
+
+
+def _scope_figures(
+    head: str, inside: Sequence[Prediction], right: Sequence[bool], outside: Sequence[Prediction]
+) -> list[Figure]:
+    """How well a head's confidence tells in scope from out, and what turning 90 % of the latter away costs."""
+    sure_in, sure_out = (np.array([p.scores[head] for p in ps]) for ps in (inside, outside))
+    area = auroc(sure_in, sure_out)
+    threshold = np.quantile(sure_out, OUT_RECALL, method="higher")
+    kept = int((np.array(right) & (sure_in > threshold)).sum())
+    return [
+        Figure(f"out-of-scope AUROC by {head}", _area_interval(area, len(inside), len(outside)), unit=""),
+        Figure(f"intent at 90 % out-of-scope recall by {head}", wilson(kept, len(inside))),
+    ]
+
+
+def _area_interval(area: float, n_in: int, n_out: int) -> Interval:
+    """Hanley and McNeil (1982), equation 2."""
+    if math.isnan(area):
+        return Interval(area, area, area, n_in + n_out)
+    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
+    spread = area * (1 - area) + (n_out - 1) * (q1 - area * area) + (n_in - 1) * (q2 - area * area)
+    half = 1.96 * math.sqrt(max(spread, 0.0) / (n_in * n_out))
+    return Interval(area, max(0.0, area - half), min(1.0, area + half), n_in + n_out)

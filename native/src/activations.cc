@@ -7,6 +7,7 @@
 #include <string>
 
 #include "check.h"
+#include "half.h"
 
 namespace nearfar {
 namespace {
@@ -18,6 +19,9 @@ int64_t values_per_sum(int grain) {
 }
 
 int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
+
+// A group whose largest magnitude is below this counts as zeros: 127 / max stays finite.
+constexpr float kSmallestMax = 0x1p-120f;
 
 // The largest |x| as its bit pattern: integers compare like the floats here, a NaN is larger than
 // infinity, and the loop vectorises without reordering any float.
@@ -34,11 +38,11 @@ float quantize_group(const float* x, int64_t n, int8_t* q) {
   const uint32_t bits = max_magnitude(x, n);
   if (bits >= 0x7f800000u) throw std::invalid_argument("an activation is not finite");
   const float max = std::bit_cast<float>(bits);
-  const float inverse = 127.0f / max;
-  if (!(inverse <= 0x1.fffffep127f)) {  // max is 0 or 127 / max overflows
+  if (max < kSmallestMax) {
     std::memset(q, 0, static_cast<size_t>(n));
     return 0.0f;
   }
+  const float inverse = 127.0f / max;
   // |x * inverse| <= 127 (1 + 2^-23): adding 1.5 * 2^23 leaves the integer, rounded to nearest
   // even, in the low bits of the sum, and it is never beyond 127.
   constexpr float kRound = 12582912.0f;
@@ -105,7 +109,9 @@ void QuantRows::quantize_row(std::span<const float> x, int64_t i) {
   auto* q = reinterpret_cast<int8_t*>(q_.data()) + i * rows_.q_stride;
   const int64_t group = rows_.grain == kGrainRow ? rows_.cols : rows_.grain;
   for (int64_t g = 0; g < rows_.n_scales; ++g) {
-    scales_[i * rows_.n_scales + g] = quantize_group(x.data() + g * group, group, q + g * group);
+    float scale = quantize_group(x.data() + g * group, group, q + g * group);
+    if (rows_.grain == 32 && scale < 65504.0f) scale = f16_to_f32(f32_to_f16(scale));
+    scales_[i * rows_.n_scales + g] = scale;
   }
   const int64_t run = values_per_sum(rows_.grain);
   for (int64_t j = 0; j < rows_.n_sums; ++j) {

@@ -44,7 +44,7 @@ class Sequence:
         self.kv.truncate(n)
         self.n_run = min(self.n_run, n, self.kv.length(0))
         for layer, rows in list(self.owed.items()):
-            waiting = self.n_run - self.kv.length(layer)  # the rows of positions length(layer)..n_run-1
+            waiting = self.kv.length(layer - 1) - self.kv.length(layer)  # positions that got this far, no further
             if waiting > 0:
                 self.owed[layer] = rows[:waiting]
             else:

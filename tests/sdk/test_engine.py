@@ -18,7 +18,7 @@ from nearfar.weights import Weights
 from tests.tiny import write_tiny
 
 PROMPT = [5, 17, 3, 99, 42]
-CONF_TOLERANCE = 2e-3  # softmax of f32 logits whose rows went through the layers in other batches
+CONF_TOLERANCE = 1e-5  # numpy sums in another order when a row comes in another batch; native does not
 
 
 class CancelAt(Cancel):
@@ -38,8 +38,10 @@ def lower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "native":
         pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
     path = tmp_path_factory.mktemp("engine") / "m.gguf"
-    # tau far below what a random model reaches now and then: about half of the tokens leave at an exit
-    write_tiny(path, "bitnet", "TQ2_0", n_layers=6, exits=(2, 4), tau=0.045, embedding_type="Q8_0", seed=4)
+    # Ternary for native, whose rows do not depend on their batch.  Float for numpy, where a last bit of a row in another
+    # batch would move an int8 activation across a rounding boundary.  tau: some tokens leave at each exit, some do not.
+    weight_type, embedding = ("TQ2_0", "Q8_0") if request.param == "native" else ("F32", "F32")
+    write_tiny(path, "bitnet", weight_type, n_layers=6, exits=(2, 4), tau=0.045, embedding_type=embedding, seed=4)
     return open_lower(Weights.open(path), request.param)
 
 

@@ -1,0 +1,164 @@
+"""Writes a GGUF 3 file, whole or not at all: what `nearfar import` and the training export end with.
+
+Imports the ground floor only.  The layout is drawn in gguf_reader.py; the alignment is always 32.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.errors import FileError, UsageError
+from nearfar.gguf_reader import DEFAULT_ALIGNMENT, DTYPES, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, TensorType, ValueType
+from nearfar.quant import n_bytes, quantize
+
+VERSION = 3
+
+Value = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float] | NDArray[Any]
+
+
+class GGUFWriter:
+    """Collects metadata and tensors; `write` puts them on disk under the final name in one step."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._metadata: dict[str, bytes] = {}
+        self._tensors: dict[str, tuple[TensorType, tuple[int, ...], NDArray[np.uint8]]] = {}
+
+    def add(self, key: str, value: Value, type: ValueType | None = None) -> None:
+        """Add one key.  `type` is the type of the value, or of the elements of a list.
+
+        Left out, it follows from the value: str, bool, float (f32) as they are; a whole number is a u32, a list of
+        whole numbers i32; an array keeps its dtype.  Raises UsageError for a value that does not fit its type.
+        """
+        if not 1 <= len(key.encode()) <= MAX_KEY or key in self._metadata:
+            raise UsageError(f"key {key[:80]!r}: expected 1..{MAX_KEY} bytes, and each key once")
+        if key == "general.alignment":
+            raise UsageError(f"general.alignment: this writer always aligns to {DEFAULT_ALIGNMENT}")
+        self._metadata[key] = _value(key, value, type)
+
+    def add_tensor(
+        self,
+        name: str,
+        data: NDArray[Any],
+        type: TensorType = TensorType.F32,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        """Add one tensor: raw bytes (u8) of `type` and `shape` (numpy order), or f32 numbers, rounded to `type`.
+
+        The array is kept, not copied, until `write`.  Raises UsageError where bytes, type and shape do not fit.
+        """
+        if not 1 <= len(name.encode()) < MAX_NAME or name in self._tensors:  # llama.cpp's names end before 64
+            raise UsageError(f"tensor {name[:80]!r}: expected 1..{MAX_NAME - 1} bytes, and each name once")
+        if data.dtype != np.uint8:
+            shape = data.shape
+            data = quantize(data, type)
+        if shape is None or not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
+            raise UsageError(f"{name}: shape {shape}, expected 1..{MAX_DIMS} dimensions of 1 or more")
+        if data.size != n_bytes(type, tuple(shape)):
+            raise UsageError(
+                f"{name} {list(shape)} {type.name} is {n_bytes(type, tuple(shape))} bytes, got {data.size}"
+            )
+        self._tensors[name] = (type, tuple(int(n) for n in shape), data)
+
+    def write(self) -> Path:
+        """Write, sync and rename; on failure the old file of that name is as it was.  Raises FileError."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            try:
+                with open(temporary, "wb") as f:
+                    self._write_to(f)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(temporary, self.path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as e:
+            raise FileError(f"{self.path} cannot be written: {e.strerror or e}") from None
+        return self.path
+
+    def _write_to(self, f: BinaryIO) -> None:
+        f.write(MAGIC + struct.pack("<IQQ", VERSION, len(self._tensors), len(self._metadata)))
+        for key, value in self._metadata.items():
+            f.write(_string(key) + value)
+        offset = 0
+        for name, (kind, shape, data) in self._tensors.items():
+            f.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset))
+            offset += _padded(data.size)
+        f.write(bytes(_padded(f.tell()) - f.tell()))
+        for _, _, data in self._tensors.values():
+            f.write(np.ascontiguousarray(data).data)
+            f.write(bytes(_padded(data.size) - data.size))
+
+
+def _padded(n: int) -> int:
+    return -(-n // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogateescape")  # token bytes that are no UTF-8 go back as they came
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(key: str, value: Value, kind: ValueType | None) -> bytes:
+    """The type's number and the value's bytes."""
+    if isinstance(value, (str, bool, int, float, np.generic)):
+        if isinstance(value, np.generic):
+            value = value.item()
+        kind = _kind_of(value) if kind is None else kind
+        return struct.pack("<I", kind) + _elements(key, [value], kind)
+    elements = value.tolist() if isinstance(value, np.ndarray) else list(value)
+    if kind is None and isinstance(value, np.ndarray):
+        kind = _kind_of_dtype(key, value.dtype)
+    if kind is None:
+        kinds = {_kind_of(v) for v in elements}
+        if kinds <= {ValueType.U32, ValueType.I32} and kinds:
+            kinds = {ValueType.I32}
+        if len(kinds) != 1:
+            raise UsageError(f"{key}: a list of {len(kinds)} types; expected one, or name the type")
+        kind = kinds.pop()
+    return struct.pack("<IIQ", ValueType.ARRAY, kind, len(elements)) + _elements(key, elements, kind)
+
+
+def _kind_of(value: object) -> ValueType:
+    if isinstance(value, str):
+        return ValueType.STRING
+    if isinstance(value, bool):
+        return ValueType.BOOL
+    if isinstance(value, int):
+        return ValueType.U32 if value >= 0 else ValueType.I32
+    if isinstance(value, float):
+        return ValueType.F32
+    raise UsageError(f"{value!r:.40}: expected text, a truth value, a number or a list of one of them")
+
+
+def _kind_of_dtype(key: str, dtype: np.dtype[Any]) -> ValueType:
+    if dtype == np.bool_:
+        return ValueType.BOOL
+    for kind, name in DTYPES.items():
+        if dtype == np.dtype(name):
+            return kind
+    raise UsageError(f"{key}: an array of {dtype} has no GGUF type")
+
+
+def _elements(key: str, elements: list[Any], kind: ValueType) -> bytes:
+    if kind is ValueType.STRING:
+        if not all(isinstance(e, str) for e in elements):
+            raise UsageError(f"{key}: expected text")
+        return b"".join(map(_string, elements))
+    if kind not in DTYPES or not all(isinstance(e, (bool, int, float)) for e in elements):
+        raise UsageError(f"{key}: expected numbers for {kind.name}")
+    dtype = np.dtype(DTYPES[kind])
+    if dtype.kind in "iu" and not all(isinstance(e, int) for e in elements):
+        raise UsageError(f"{key}: expected whole numbers for {kind.name}")
+    try:
+        return np.array(elements, dtype=dtype).tobytes()
+    except OverflowError:
+        raise UsageError(f"{key}: a number does not fit {kind.name}") from None

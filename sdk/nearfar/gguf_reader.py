@@ -298,7 +298,8 @@ class _Cursor:
         n = self.u64(f"the number of {what}")
         if n * smallest > self.size - self.pos:
             raise self.fail(
-                f"damaged: it announces {n} {what} of at least {smallest} bytes, {self.size - self.pos} bytes are left"
+                f"cut short or damaged: it announces {n} {what} of at least {smallest} bytes, "
+                f"{self.size - self.pos} bytes are left; fetch it again"
             )
         return n
 

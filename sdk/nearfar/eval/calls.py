@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nearfar import forms, splits
 from nearfar.errors import DataError
 from nearfar.eval import corpora
 from nearfar.eval.intervals import bootstrap, wilson
-from nearfar.eval.metrics import micro_f1, overlap, parse_answer, slot_pairs
+from nearfar.eval.metrics import group_sums, micro_f1, overlap, parse_answer, slot_pairs
 from nearfar.eval.tasks import Figure, Json, Prediction, Row, Task, prompt_text
 from nearfar.forms import Part, Parts, Turn
 
@@ -195,18 +193,10 @@ def score(rows: Sequence[Row], predictions: Sequence[Prediction]) -> list[Figure
         if part and len(part) < len(rows):
             figures.append(Figure(f"method, {kind}", wilson(sum(part), len(part))))
     whole = sum(ok and m.exact for ok, m in zip(right, meets, strict=True))
+    counts = group_sums([row.group for row in rows], [(m.shared, m.found, m.wanted) for m in meets])
     figures += [
-        Figure("argument F1", bootstrap(_by_group(rows, [(m.shared, m.found, m.wanted) for m in meets]), micro_f1)),
+        Figure("argument F1", bootstrap(counts, micro_f1)),
         Figure("whole call", wilson(whole, len(rows))),
         Figure("valid JSON", wilson(sum(parse_answer(p.text) is not None for p in predictions), len(rows))),
     ]
     return figures
-
-
-def _by_group(rows: Sequence[Row], counts: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """[G, 3]: the counts summed within each dialogue."""
-    groups = {name: i for i, name in enumerate(dict.fromkeys(row.group for row in rows))}
-    sums = np.zeros((len(groups), 3))
-    for row, count in zip(rows, counts, strict=True):
-        sums[groups[row.group]] += count
-    return sums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,15 @@ class Overlap:
 
 def overlap(found: Counter[tuple[str, str]], wanted: Counter[tuple[str, str]]) -> Overlap:
     return Overlap((found & wanted).total(), found.total(), wanted.total())
+
+
+def group_sums(groups: Sequence[str], counts: Sequence[Sequence[float]]) -> np.ndarray:
+    """counts [N, C], summed within each group: f64 [G, C] in the order of first appearance."""
+    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    sums = np.zeros((len(index), len(counts[0]) if counts else 1))
+    for name, count in zip(groups, counts, strict=True):
+        sums[index[name]] += count
+    return sums
 
 
 def micro_f1(counts: np.ndarray) -> np.ndarray:

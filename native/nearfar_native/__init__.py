@@ -1,1 +1,1 @@
-"""The C++ engine of nearfar; `_core` is the compiled extension."""
+"""The C++ engine of nearfar; `_core` is the compiled extension (`_core.pyi` its committed signature)."""

@@ -1,0 +1,230 @@
+// nearfar_native._core: conversions and the release of the GIL around work, no logic.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "errors.h"
+#include "kernels.h"
+#include "model.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace nearfar {
+namespace {
+
+template <typename T, size_t Rank>
+using In = nb::ndarray<const T, nb::ndim<Rank>, nb::c_contig, nb::device::cpu>;
+using RowsIn = In<float, 2>;
+using RowsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using Bytes = In<uint8_t, 1>;
+using Flag = nb::ndarray<const uint8_t, nb::shape<1>, nb::c_contig, nb::device::cpu>;
+using TensorArg = std::tuple<uint32_t, int64_t, int64_t, Bytes>;  // type, rows, cols, bytes
+
+RowsView view(const RowsIn& h) {
+  return {h.data(), static_cast<int64_t>(h.shape(0)), static_cast<int64_t>(h.shape(1))};
+}
+
+RawTensor view(const TensorArg& t) {
+  const auto& [type, rows, cols, bytes] = t;
+  return {static_cast<TensorType>(type), rows, cols, {bytes.data(), bytes.size()}};
+}
+
+// A numpy array [rows, cols] that owns its memory, filled by work(data) without the GIL.
+template <typename Work>
+RowsOut make_rows(size_t rows, size_t cols, Work work) {
+  auto data = std::make_unique_for_overwrite<float[]>(rows * cols);
+  {
+    const nb::gil_scoped_release released;
+    work(data.get());
+  }
+  float* raw = data.release();
+  return RowsOut(raw, {rows, cols},
+                 nb::capsule(raw, [](void* p) noexcept { delete[] static_cast<float*>(p); }));
+}
+
+// The engine's model beside what it needs of Python: the embedding's bytes stay where they are.
+struct PyModel {
+  Bytes embedding;
+  std::unique_ptr<Model> model;
+};
+
+void make_model(PyModel* self, const ModelSpec& spec,
+                const std::map<std::string, TensorArg>& matrices,
+                const std::map<std::string, In<float, 1>>& vectors, int first, int last,
+                int threads, const std::string& isa) {
+  Tensors tensors;
+  for (const auto& [name, tensor] : matrices) tensors.matrices[name] = view(tensor);
+  for (const auto& [name, values] : vectors) tensors.vectors[name] = {values.data(), values.size()};
+  std::unique_ptr<Model> model;
+  {
+    const nb::gil_scoped_release released;
+    model = std::make_unique<Model>(spec, tensors, first, last, threads, kernels(isa));
+  }
+  new (self) PyModel{std::get<3>(matrices.at("token_embd.weight")), std::move(model)};
+}
+
+// One packed matrix, for tests and benchmarks of the kernels.
+struct Matrix {
+  PackedMat weight;
+  const Kernels& kernels;
+};
+
+}  // namespace
+}  // namespace nearfar
+
+NB_MODULE(_core, m) {
+  using namespace nearfar;
+  m.doc() = "The C++ engine of nearfar.  Use it through nearfar.lower_native.";
+
+  nb::exception<EngineBusy>(m, "EngineBusy", PyExc_RuntimeError);
+  nb::exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
+  nb::exception<ContextFull>(m, "ContextFull", PyExc_RuntimeError);
+  nb::exception<EngineFailure>(m, "EngineFailure", PyExc_RuntimeError);
+
+  m.def("isas_available", &isas_available,
+        "Kernel sets that this CPU and build have, worst first.");
+  m.def(
+      "isa", [](const std::string& name) { return std::string(kernels(name).isa); }, "name"_a = "",
+      "The kernel set that `name` selects (\"\": the best).  ValueError if the CPU lacks it.");
+  m.def("default_threads", &default_threads, "Physical cores that this process may use.");
+  m.def(
+      "read_bandwidth",
+      [](int threads, size_t n_bytes, int n_passes) {
+        const nb::gil_scoped_release released;
+        return read_bandwidth(threads, n_bytes, n_passes);
+      },
+      "threads"_a, "n_bytes"_a, "n_passes"_a = 5,
+      "GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.");
+
+  nb::class_<ModelSpec>(m, "ModelSpec", "Sizes and variants of one model; immutable.")
+      .def(
+          "__init__",
+          [](ModelSpec* self, int n_layers, int64_t d_model, int64_t n_heads, int64_t n_kv_heads,
+             int64_t head_dim, int64_t d_ff, int64_t n_vocab, float norm_eps, double rope_base,
+             double rope_scale, bool rope_adjacent, bool relu2, bool has_sub_norms,
+             bool has_qk_norms) {
+            new (self) ModelSpec{n_layers,
+                                 d_model,
+                                 n_heads,
+                                 n_kv_heads,
+                                 head_dim,
+                                 d_ff,
+                                 n_vocab,
+                                 norm_eps,
+                                 rope_base,
+                                 rope_scale,
+                                 rope_adjacent ? RopePairs::kAdjacent : RopePairs::kHalves,
+                                 relu2 ? Activation::kRelu2 : Activation::kSilu,
+                                 has_sub_norms,
+                                 has_qk_norms};
+          },
+          nb::kw_only(), "n_layers"_a, "d_model"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a,
+          "d_ff"_a, "n_vocab"_a, "norm_eps"_a, "rope_base"_a, "rope_scale"_a, "rope_adjacent"_a,
+          "relu2"_a, "has_sub_norms"_a, "has_qk_norms"_a);
+
+  nb::class_<KvCache>(m, "KVCache", "Keys and values of one sequence; made by Model.new_kv.")
+      .def("length", &KvCache::length, "layer"_a, "Positions that `layer` has run.")
+      .def("truncate", &KvCache::truncate, "n"_a,
+           "Forget the positions from `n` on, in all layers.")
+      .def("fork", &KvCache::fork, "n"_a,
+           "An independent cache with the first `n` positions; full blocks are shared.")
+      .def_prop_ro("n_bytes", &KvCache::n_bytes, "Bytes of the blocks, shared ones included.")
+      .def_prop_ro("max_len", [](const KvCache& kv) { return kv.shape().max_len; });
+
+  nb::class_<PyModel>(m, "Model", "Layers [first, last) of a model, packed for `isa`.")
+      .def("__init__", &make_model, "spec"_a, "matrices"_a, "vectors"_a, "first"_a, "last"_a,
+           "threads"_a, "isa"_a = "",
+           "matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the "
+           "gains of the heads as \"final\" and \"exit.{layer}\".  Only the bytes of the embedding "
+           "are referred to later.")
+      .def_prop_ro("isa", [](const PyModel& self) { return std::string(self.model->isa()); })
+      .def_prop_ro("n_threads", [](const PyModel& self) { return self.model->n_threads(); })
+      .def(
+          "panels",
+          [](const PyModel& self) {
+            std::vector<std::tuple<std::string, std::string, int64_t, int64_t, size_t>> list;
+            for (const PanelInfo& p : self.model->panels()) {
+              list.emplace_back(p.name, p.kind, p.rows, p.cols, p.n_bytes);
+            }
+            return list;
+          },
+          "(name, kind, rows, cols, bytes) of each packed matrix.")
+      .def(
+          "new_kv",
+          [](const PyModel& self, int64_t max_len, bool half) {
+            return self.model->new_kv(max_len, half ? KvType::kF16 : KvType::kF32);
+          },
+          "max_len"_a, "half"_a, "An empty cache: f16 if `half`, else f32.")
+      .def(
+          "embed",
+          [](const PyModel& self, const In<int32_t, 1>& ids) {
+            return make_rows(ids.size(), self.model->spec().d_model,
+                             [&](float* out) { self.model->embed({ids.data(), ids.size()}, out); });
+          },
+          "ids"_a.noconvert(), "i32 [T] -> f32 [T, D]")
+      .def(
+          "forward",
+          [](PyModel& self, const RowsIn& h, KvCache& kv, int first, int last,
+             const std::optional<Flag>& cancel) {
+            const uint8_t* flag = cancel ? cancel->data() : nullptr;
+            return make_rows(h.shape(0), h.shape(1), [&](float* out) {
+              self.model->forward(view(h), kv, first, last, flag, out);
+            });
+          },
+          "h"_a.noconvert(), "kv"_a, "first"_a, "last"_a, "cancel"_a.none() = nb::none(),
+          "f32 [T, D] -> f32 [T, D]; the cache grows by T, or by nothing if the call fails.")
+      .def(
+          "norm",
+          [](const PyModel& self, const RowsIn& h, const std::string& head) {
+            return make_rows(h.shape(0), h.shape(1),
+                             [&](float* out) { self.model->norm(view(h), head, out); });
+          },
+          "h"_a.noconvert(), "head"_a, "f32 [M, D] -> f32 [M, D]: what the head multiplies.")
+      .def(
+          "logits",
+          [](PyModel& self, const RowsIn& h, const std::string& head) {
+            return make_rows(h.shape(0), self.model->spec().n_vocab,
+                             [&](float* out) { self.model->logits(view(h), head, out); });
+          },
+          "h"_a.noconvert(), "head"_a, "f32 [M, D] -> f32 [M, V]: norm and head.");
+
+  nb::class_<Matrix>(m, "Matrix", "One packed matrix, for tests and benchmarks of the kernels.")
+      .def(
+          "__init__",
+          [](Matrix* self, uint32_t type, int64_t rows, int64_t cols, const Bytes& bytes,
+             const std::string& isa) {
+            const Kernels& k = kernels(isa);
+            new (self) Matrix{pack(view({type, rows, cols, bytes})), k};
+          },
+          "type"_a, "rows"_a, "cols"_a, "bytes"_a, "isa"_a = "")
+      .def_prop_ro("kind",
+                   [](const Matrix& self) { return std::string(kind_name(self.weight.kind)); })
+      .def_prop_ro("n_bytes", [](const Matrix& self) { return self.weight.data.size(); })
+      .def(
+          "multiply",
+          [](const Matrix& self, const RowsIn& x) {
+            return make_rows(x.shape(0), self.weight.rows, [&](float* y) {
+              QuantRows q;
+              const auto [data, rows, cols] = view(x);
+              quantize_rows({data, x.size()}, rows, cols, self.weight.grain(), q);
+              matmul(self.kernels, self.weight, q,
+                     {y, static_cast<size_t>(rows * self.weight.rows)});
+            });
+          },
+          "x"_a.noconvert(), "x f32 [M, cols] -> f32 [M, rows], one thread.");
+}

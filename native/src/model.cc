@@ -1,0 +1,418 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "errors.h"
+
+namespace nearfar {
+namespace {
+
+constexpr int64_t kChunkRows = 128;  // rows that scratch is made for; longer inputs go in chunks
+constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes at a time
+constexpr int64_t kAloneBelow =
+    64 << 10;  // bytes of panels times rows that a second thread does not speed up
+constexpr int64_t kRowsChunk = 16 << 10;  // numbers of rows that one thread takes at a time
+constexpr const char* kBusy =
+    "another thread is at work in this model: one thread at a time, or one model for each";
+
+std::string shape_text(int64_t rows, int64_t cols) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
+std::string range_text(int first, int last) {
+  return "[" + std::to_string(first) + ", " + std::to_string(last) + ")";
+}
+
+bool is_set(const uint8_t* cancel) {
+  return cancel != nullptr && __atomic_load_n(cancel, __ATOMIC_RELAXED) != 0;
+}
+
+void check_spec(const ModelSpec& s, int first, int last) {
+  const auto expect = [](bool fine, const char* what) {
+    if (!fine) throw std::invalid_argument(std::string("model: expected ") + what);
+  };
+  expect(s.n_layers > 0 && s.d_model > 0 && s.d_ff > 0 && s.n_vocab > 0, "sizes of at least 1");
+  expect(s.head_dim > 0 && s.head_dim % 2 == 0, "an even head size");
+  expect(s.n_kv_heads > 0 && s.n_heads > 0 && s.n_heads % s.n_kv_heads == 0,
+         "query heads that share the key-value heads evenly");
+  expect(s.norm_eps >= 0 && s.rope_base > 0, "norm_eps >= 0 and rope_base > 0");
+  if (first < 0 || last <= first || last > s.n_layers) {
+    throw std::invalid_argument("layers " + range_text(first, last) + ": the model has " +
+                                range_text(0, s.n_layers));
+  }
+}
+
+// Looks tensors up and checks their shapes.
+class Reader {
+ public:
+  explicit Reader(const Tensors& tensors) : tensors_(tensors) {}
+
+  const RawTensor& matrix(const std::string& name, int64_t rows, int64_t cols) const {
+    const auto found = tensors_.matrices.find(name);
+    if (found == tensors_.matrices.end()) throw std::invalid_argument(name + " is missing");
+    const RawTensor& t = found->second;
+    if (t.rows != rows || t.cols != cols) {
+      throw std::invalid_argument(name + " is " + shape_text(t.rows, t.cols) + ": expected " +
+                                  shape_text(rows, cols));
+    }
+    return t;
+  }
+
+  std::vector<float> vector(const std::string& name, int64_t n) const {
+    std::vector<float> v = optional(name, n);
+    if (v.empty()) throw std::invalid_argument(name + " is missing");
+    return v;
+  }
+
+  // Empty if the file has none.
+  std::vector<float> optional(const std::string& name, int64_t n) const {
+    const auto found = tensors_.vectors.find(name);
+    if (found == tensors_.vectors.end()) return {};
+    const auto& v = found->second;
+    if (static_cast<int64_t>(v.size()) != n) {
+      throw std::invalid_argument(name + " holds " + std::to_string(v.size()) +
+                                  " numbers: expected " + std::to_string(n));
+    }
+    return {v.begin(), v.end()};
+  }
+
+  bool has_matrix(const std::string& name) const { return tensors_.matrices.contains(name); }
+
+ private:
+  const Tensors& tensors_;
+};
+
+constexpr std::array kGrains = {kGrainFloat, kGrainRow, 32, 256};
+
+size_t grain_slot(int grain) {
+  return std::find(kGrains.begin(), kGrains.end(), grain) - kGrains.begin();
+}
+
+}  // namespace
+
+Model::Model(const ModelSpec& spec, const Tensors& tensors, int first, int last, int n_threads,
+             const Kernels& kernels)
+    : spec_((check_spec(spec, first, last), spec)),
+      first_(first),
+      last_(last),
+      kernels_(kernels),
+      ops_(*kernels.ops),
+      pool_(n_threads) {
+  const Reader reader(tensors);
+  const int64_t d = spec.d_model, d_q = spec.n_heads * spec.head_dim;
+  const int64_t d_kv = spec.n_kv_heads * spec.head_dim;
+
+  // Matrices are packed by all threads, so first they are only listed.
+  std::vector<std::pair<Linear*, RawTensor>> to_pack;
+  const auto linear = [&](Linear& to, const std::string& name, int64_t rows, int64_t cols) {
+    to.name = name;
+    to.bias = reader.optional(name + ".bias", rows);
+    to_pack.emplace_back(&to, reader.matrix(name + ".weight", rows, cols));
+  };
+
+  embedding_ = reader.matrix("token_embd.weight", spec.n_vocab, d);
+  layers_.resize(last - first);
+  for (int i = first; i < last; ++i) {
+    const std::string block = "blk." + std::to_string(i) + ".";
+    Layer& layer = layers_[i - first];
+    layer.attn_norm = reader.vector(block + "attn_norm.weight", d);
+    layer.ffn_norm = reader.vector(block + "ffn_norm.weight", d);
+    if (spec.has_sub_norms) {
+      layer.attn_sub_norm = reader.vector(block + "attn_sub_norm.weight", d_q);
+      layer.ffn_sub_norm = reader.vector(block + "ffn_sub_norm.weight", spec.d_ff);
+    }
+    if (spec.has_qk_norms) {
+      layer.q_norm = reader.vector(block + "attn_q_norm.weight", spec.head_dim);
+      layer.k_norm = reader.vector(block + "attn_k_norm.weight", spec.head_dim);
+    }
+    linear(layer.q, block + "attn_q", d_q, d);
+    linear(layer.k, block + "attn_k", d_kv, d);
+    linear(layer.v, block + "attn_v", d_kv, d);
+    linear(layer.o, block + "attn_output", d, d_q);
+    linear(layer.gate, block + "ffn_gate", spec.d_ff, d);
+    linear(layer.up, block + "ffn_up", spec.d_ff, d);
+    linear(layer.down, block + "ffn_down", d, spec.d_ff);
+  }
+  for (const auto& [name, values] : tensors.vectors) {
+    if (name == "final" || name.starts_with("exit.")) gains_[name] = reader.vector(name, d);
+  }
+  if (!gains_.empty()) {
+    linear(head_, reader.has_matrix("output.weight") ? "output" : "token_embd", spec.n_vocab, d);
+  }
+  frequencies_ = rope_frequencies(spec.rope_base, spec.head_dim,
+                                  reader.optional("rope_freqs.weight", spec.head_dim / 2));
+
+  pool_.run(static_cast<int64_t>(to_pack.size()), [&](int64_t i, int) {
+    auto& [to, raw] = to_pack[i];
+    const std::vector<float> scale = reader.optional(to->name + ".scale", 1);
+    try {
+      to->weight = pack(raw, scale.empty() ? 1.0f : scale[0]);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(to->name + ".weight: " + error.what());
+    }
+  });
+
+  Scratch& s = scratch_;
+  s.q.resize(kChunkRows * d_q);
+  s.k.resize(kChunkRows * d_kv);
+  s.v.resize(kChunkRows * d_kv);
+  s.o.resize(kChunkRows * d_q);
+  s.gate.resize(kChunkRows * spec.d_ff);
+  s.up.resize(kChunkRows * spec.d_ff);
+  s.y.resize(kChunkRows * d);
+  s.cos.resize(kChunkRows * spec.head_dim / 2);
+  s.sin.resize(kChunkRows * spec.head_dim / 2);
+  for (int i = 0; i < n_threads; ++i) {
+    s.row.emplace_back(std::max({d, d_q, spec.d_ff}));
+    s.attention.emplace_back(spec.n_heads, spec.n_kv_heads, spec.head_dim);
+  }
+  for (const auto& [to, raw] : to_pack) {
+    s.inputs[grain_slot(to->weight.grain())].reset(kChunkRows, raw.cols, to->weight.grain());
+  }
+}
+
+std::vector<PanelInfo> Model::panels() const {
+  std::vector<PanelInfo> list;
+  const auto add = [&](const Linear& l) {
+    const PackedMat& w = l.weight;
+    list.push_back(
+        {l.name, kind_name(w.kind), w.rows, w.cols, w.data.size() + w.row_scales.size()});
+  };
+  for (const Layer& l : layers_) {
+    for (const Linear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) add(*w);
+  }
+  if (!gains_.empty()) add(head_);
+  return list;
+}
+
+std::unique_ptr<KvCache> Model::new_kv(int64_t max_len, KvType type) const {
+  return std::make_unique<KvCache>(
+      KvShape{first_, last_, spec_.n_kv_heads, spec_.head_dim, max_len, type});
+}
+
+void Model::embed(std::span<const int32_t> ids, float* out) const {
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= spec_.n_vocab) {
+      throw std::invalid_argument("token id " + std::to_string(id) + ": the vocabulary holds 0.." +
+                                  std::to_string(spec_.n_vocab - 1));
+    }
+    dequantize_row(embedding_, id, {out, static_cast<size_t>(spec_.d_model)});
+    out += spec_.d_model;
+  }
+}
+
+void Model::check_rows(RowsView h) const {
+  if (h.rows < 1 || h.cols != spec_.d_model) {
+    throw std::invalid_argument("rows of shape " + shape_text(h.rows, h.cols) + ": expected [T, " +
+                                std::to_string(spec_.d_model) + "], T >= 1");
+  }
+}
+
+// The position of the first row.
+int64_t Model::check_call(RowsView h, const KvCache& kv, int first, int last) const {
+  check_rows(h);
+  if (first < first_ || last <= first || last > last_) {
+    throw std::invalid_argument("layers " + range_text(first, last) + ": the model has " +
+                                range_text(first_, last_));
+  }
+  const KvShape& s = kv.shape();
+  if (s.first != first_ || s.last != last_ || s.n_kv_heads != spec_.n_kv_heads ||
+      s.head_dim != spec_.head_dim) {
+    throw std::invalid_argument("the KV cache was made for a model of another shape");
+  }
+  const int64_t start = kv.length(first);
+  for (int i = first; i < last; ++i) {
+    if (kv.length(i) != start) {
+      throw std::invalid_argument("layers " + range_text(first, last) +
+                                  " have run different positions: layer " + std::to_string(first) +
+                                  " " + std::to_string(start) + ", layer " + std::to_string(i) +
+                                  " " + std::to_string(kv.length(i)));
+    }
+  }
+  if (h.rows > s.max_len - start) {
+    throw ContextFull(std::to_string(start + h.rows) + " positions: the cache holds " +
+                      std::to_string(s.max_len));
+  }
+  return start;
+}
+
+void Model::forward(RowsView h, KvCache& kv, int first, int last, const uint8_t* cancel,
+                    float* out) {
+  pool_.check_process();
+  const Occupied model_occupied(in_use_, kBusy);
+  const Occupied kv_occupied(kv.in_use(), "another thread is at work with this KV cache");
+  const int64_t start = check_call(h, kv, first, last), d = spec_.d_model;
+  if (out != h.data) std::memcpy(out, h.data, h.rows * d * sizeof(float));
+  try {
+    for (int64_t done = 0; done < h.rows; done += kChunkRows) {
+      const int64_t n = std::min(kChunkRows, h.rows - done);
+      rope_angles(frequencies_, spec_.rope_scale, start + done, n, scratch_.cos.data(),
+                  scratch_.sin.data());
+      for (int i = first; i < last; ++i) {
+        if (is_set(cancel)) throw Cancelled("stopped on request");
+        run_layer(i, out + done * d, n, start + done, kv);
+      }
+    }
+  } catch (...) {
+    for (int i = first; i < last; ++i) kv.shorten(i, start);
+    throw;
+  }
+}
+
+void Model::run_layer(int index, float* h, int64_t rows, int64_t start, KvCache& kv) {
+  const Layer& layer = layers_[index - first_];
+  Scratch& s = scratch_;
+  const int64_t d = spec_.d_model, hd = spec_.head_dim;
+  const int64_t d_q = spec_.n_heads * hd, d_kv = spec_.n_kv_heads * hd, d_ff = spec_.d_ff;
+  const float eps = spec_.norm_eps;
+  const auto normed = [&](const std::vector<float>& gain, int64_t n) {
+    return [this, &gain, h, n, eps](int64_t i, float* row) {
+      ops_.rms_norm(h + i * n, gain.data(), n, eps, row);
+      return static_cast<const float*>(row);
+    };
+  };
+
+  const Product qkv[] = {{layer.q, s.q.data()}, {layer.k, s.k.data()}, {layer.v, s.v.data()}};
+  quantize(qkv, rows, normed(layer.attn_norm, d));
+  multiply(qkv, rows);
+  for_rows(rows, d_q + d_kv, [&](int64_t i, int) {
+    float* q = s.q.data() + i * d_q;
+    float* k = s.k.data() + i * d_kv;
+    if (spec_.has_qk_norms) {
+      for (int64_t j = 0; j < d_q; j += hd)
+        ops_.rms_norm(q + j, layer.q_norm.data(), hd, eps, q + j);
+      for (int64_t j = 0; j < d_kv; j += hd)
+        ops_.rms_norm(k + j, layer.k_norm.data(), hd, eps, k + j);
+    }
+    const float* cos = s.cos.data() + i * (hd / 2);
+    const float* sin = s.sin.data() + i * (hd / 2);
+    rotate(q, spec_.n_heads, hd / 2, cos, sin, spec_.rope_pairs);
+    rotate(k, spec_.n_kv_heads, hd / 2, cos, sin, spec_.rope_pairs);
+  });
+  kv.append(index, s.k.data(), s.v.data(), rows, ops_);
+  attention({kv, index, start, rows, spec_.n_heads, s.q.data(), s.o.data()}, ops_, pool_,
+            s.attention);
+
+  const Product wo[] = {{layer.o, s.y.data()}};
+  quantize(wo, rows, [&](int64_t i, float* row) -> const float* {
+    const float* o = s.o.data() + i * d_q;
+    if (!spec_.has_sub_norms) return o;
+    ops_.rms_norm(o, layer.attn_sub_norm.data(), d_q, eps, row);
+    return row;
+  });
+  multiply(wo, rows);
+  ops_.add(s.y.data(), rows * d, h);
+
+  const Product gate_up[] = {{layer.gate, s.gate.data()}, {layer.up, s.up.data()}};
+  quantize(gate_up, rows, normed(layer.ffn_norm, d));
+  multiply(gate_up, rows);
+  const Product down[] = {{layer.down, s.y.data()}};
+  const auto activate = spec_.activation == Activation::kRelu2 ? ops_.relu2_mul : ops_.silu_mul;
+  quantize(down, rows, [&](int64_t i, float* row) -> const float* {
+    activate(s.gate.data() + i * d_ff, s.up.data() + i * d_ff, d_ff, row);
+    if (spec_.has_sub_norms) ops_.rms_norm(row, layer.ffn_sub_norm.data(), d_ff, eps, row);
+    return row;
+  });
+  multiply(down, rows);
+  ops_.add(s.y.data(), rows * d, h);
+}
+
+template <typename MakeRow>
+void Model::quantize(std::span<const Product> products, int64_t rows, MakeRow make_row) {
+  const int64_t cols = products[0].w.weight.cols;
+  std::array<bool, kGrains.size()> needed = {};
+  for (const Product& p : products) needed[grain_slot(p.w.weight.grain())] = true;
+  for (size_t slot = 0; slot < needed.size(); ++slot) {
+    if (needed[slot]) scratch_.inputs[slot].reset(rows, cols, kGrains[slot]);
+  }
+  for_rows(rows, cols, [&](int64_t i, int worker) {
+    const std::span<const float> x(make_row(i, scratch_.row[worker].data()), cols);
+    try {
+      for (size_t slot = 0; slot < needed.size(); ++slot) {
+        if (needed[slot]) scratch_.inputs[slot].quantize_row(x, i);
+      }
+    } catch (const std::invalid_argument& error) {
+      throw EngineFailure("input of " + products[0].w.name + ": " + error.what());
+    }
+  });
+}
+
+void Model::multiply(std::span<const Product> products, int64_t rows) {
+  // Chunks of whole panels, product after product.
+  const auto per_chunk = [&](const PackedMat& w) {
+    return std::max<int64_t>(1, kChunkBytes / (w.panel_bytes * rows));
+  };
+  int64_t n_chunks = 0, n_bytes = 0;
+  for (const Product& p : products) {
+    n_chunks += (p.w.weight.n_panels() + per_chunk(p.w.weight) - 1) / per_chunk(p.w.weight);
+    n_bytes += p.w.weight.n_panels() * p.w.weight.panel_bytes;
+  }
+  const auto work = [&](int64_t chunk, int) {
+    for (const Product& p : products) {
+      const PackedMat& w = p.w.weight;
+      const int64_t step = per_chunk(w), n = (w.n_panels() + step - 1) / step;
+      if (chunk >= n) {
+        chunk -= n;
+        continue;
+      }
+      const int64_t first = chunk * step, last = std::min(w.n_panels(), first + step);
+      matmul(kernels_, w, scratch_.inputs[grain_slot(w.grain())], first, last,
+             {p.y, static_cast<size_t>(rows * w.rows)}, w.rows);
+      if (p.w.bias.empty()) return;
+      const int64_t begin = first * kPanelRows, end = std::min(w.rows, last * kPanelRows);
+      for (int64_t i = 0; i < rows; ++i) {
+        ops_.add(p.w.bias.data() + begin, end - begin, p.y + i * w.rows + begin);
+      }
+      return;
+    }
+  };
+  pool_.run(n_chunks, work, n_bytes * rows < kAloneBelow);
+}
+
+template <typename Work>
+void Model::for_rows(int64_t rows, int64_t width, Work work) {
+  const int64_t step = std::max<int64_t>(1, kRowsChunk / width);
+  pool_.run((rows + step - 1) / step, [&](int64_t chunk, int worker) {
+    for (int64_t i = chunk * step; i < std::min(rows, (chunk + 1) * step); ++i) work(i, worker);
+  });
+}
+
+const std::vector<float>& Model::gain(const std::string& head) const {
+  const auto found = gains_.find(head);
+  if (found != gains_.end()) return found->second;
+  std::string known;
+  for (const auto& [name, values] : gains_) known += (known.empty() ? "" : ", ") + name;
+  throw std::invalid_argument("head \"" + head + "\": the model has " +
+                              (known.empty() ? "none" : known));
+}
+
+void Model::norm(RowsView h, const std::string& head, float* out) const {
+  check_rows(h);
+  const float* g = gain(head).data();
+  const int64_t d = spec_.d_model;
+  for (int64_t i = 0; i < h.rows; ++i) {
+    ops_.rms_norm(h.data + i * d, g, d, spec_.norm_eps, out + i * d);
+  }
+}
+
+void Model::logits(RowsView h, const std::string& head, float* out) {
+  pool_.check_process();
+  const Occupied occupied(in_use_, kBusy);
+  check_rows(h);
+  const float* g = gain(head).data();
+  const int64_t d = spec_.d_model;
+  for (int64_t done = 0; done < h.rows; done += kChunkRows) {
+    const int64_t n = std::min(kChunkRows, h.rows - done);
+    const Product product[] = {{head_, out + done * spec_.n_vocab}};
+    quantize(product, n, [&](int64_t i, float* row) -> const float* {
+      ops_.rms_norm(h.data + (done + i) * d, g, d, spec_.norm_eps, row);
+      return row;
+    });
+    multiply(product, n);
+  }
+}
+
+}  // namespace nearfar

@@ -1,0 +1,143 @@
+// The layer loop: embed ids, run any range of layers over rows, norm and multiply by a head.
+//
+//   ids [T] -> embed -> h [T, D] -> forward(first, last) -> h [T, D] -> logits(head) -> [M, V]
+//
+// A Model does not change after construction but for its scratch; sequences live in KvCache.  One
+// thread at a time. Row invariance: a row's bits depend on its own input and the rows before it in
+// the cache, not on how many rows share the call, how they are cut into chunks, or on threads.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "kernels.h"
+#include "kv_cache.h"
+#include "quant.h"
+#include "rope.h"
+#include "threads.h"
+
+namespace nearfar {
+
+enum class Activation : uint8_t { kSilu, kRelu2 };  // silu(gate) * up, relu(gate)^2 * up
+
+// Sizes and variants of one decoder-only transformer.
+struct ModelSpec {
+  int n_layers;
+  int64_t d_model, n_heads, n_kv_heads, head_dim, d_ff, n_vocab;
+  float norm_eps;
+  double rope_base, rope_scale;
+  RopePairs rope_pairs;
+  Activation activation;
+  bool has_sub_norms, has_qk_norms;  // before wo and down; on the heads of q and k
+};
+
+// What a file holds, by its GGUF names: matrices `*.weight`, vectors (norm gains, `*.bias`,
+// `rope_freqs.weight`) and scalars `*.scale`; "final" and "exit.{e}" name the gains of the heads.
+// The bytes of `token_embd.weight` must outlive the Model, the rest may go.
+struct Tensors {
+  std::map<std::string, RawTensor> matrices;
+  std::map<std::string, std::span<const float>> vectors;
+};
+
+// f32 rows of a caller, without gaps.
+struct RowsView {
+  const float* data;
+  int64_t rows, cols;
+};
+
+struct PanelInfo {
+  std::string name;
+  std::string_view kind;
+  int64_t rows, cols;
+  size_t n_bytes;
+};
+
+class Model {
+ public:
+  // Packs the layers [first, last) and, if there is a gain for any head, the head's matrix
+  // (`output.weight`, or the embedding).  Throws std::invalid_argument that names a tensor which is
+  // missing or has another shape.
+  Model(const ModelSpec& spec, const Tensors& tensors, int first, int last, int n_threads,
+        const Kernels& kernels);
+
+  const ModelSpec& spec() const { return spec_; }
+  int n_threads() const { return pool_.size(); }
+  const char* isa() const { return kernels_.isa; }
+
+  // What a token reads, matrix by matrix.
+  std::vector<PanelInfo> panels() const;
+
+  std::unique_ptr<KvCache> new_kv(int64_t max_len, KvType type) const;
+
+  // out [ids, D]: rows of the embedding.  Throws std::invalid_argument on an id outside the
+  // vocabulary.
+  void embed(std::span<const int32_t> ids, float* out) const;
+
+  // h [rows, D] -> out [rows, D], the raw residual rows (input of layer `last`); `out` may be `h`.
+  // K and V of the layers [first, last) grow by `rows`.  `cancel`: null, or a byte that another
+  // thread sets to end the call. Throws std::invalid_argument, ContextFull, Cancelled, EngineBusy,
+  // EngineFailure (a number that is not finite), std::bad_alloc; then the cache is as it was.
+  void forward(RowsView h, KvCache& kv, int first, int last, const uint8_t* cancel, float* out);
+
+  // h [rows, D] -> out [rows, D]: what the head multiplies.  Throws std::invalid_argument on an
+  // unknown head.
+  void norm(RowsView h, const std::string& head, float* out) const;
+  // h [rows, D] -> out [rows, V]: norm, then the head's matrix.
+  void logits(RowsView h, const std::string& head, float* out);
+
+ private:
+  struct Linear {
+    std::string name;
+    PackedMat weight;
+    std::vector<float> bias;  // empty: none
+  };
+  struct Layer {
+    std::vector<float> attn_norm, ffn_norm, attn_sub_norm, ffn_sub_norm, q_norm, k_norm;
+    Linear q, k, v, o, gate, up, down;
+  };
+  struct Product {
+    const Linear& w;
+    float* y;  // [rows, w.rows]
+  };
+  struct Scratch {
+    std::vector<float> q, k, v, o, gate, up, y;  // [kChunkRows, ...]
+    std::vector<float> cos, sin;                 // [kChunkRows, head_dim / 2]
+    std::vector<std::vector<float>> row;         // a row for each thread
+    std::array<QuantRows, 4> inputs;             // the input of a product, by grain
+    std::vector<AttentionScratch> attention;     // for each thread
+  };
+
+  void run_layer(int index, float* h, int64_t rows, int64_t start, KvCache& kv);
+  // Makes the input of `products`: make_row(i, a scratch row) returns row i of it, f32 [cols].
+  template <typename MakeRow>
+  void quantize(std::span<const Product> products, int64_t rows, MakeRow make_row);
+  void multiply(std::span<const Product> products, int64_t rows);
+  // Calls work(row, worker) for each row; `width` numbers of a row tell what that costs.
+  template <typename Work>
+  void for_rows(int64_t rows, int64_t width, Work work);
+  const std::vector<float>& gain(const std::string& head) const;
+  void check_rows(RowsView h) const;
+  int64_t check_call(RowsView h, const KvCache& kv, int first, int last) const;
+
+  ModelSpec spec_;
+  int first_, last_;
+  const Kernels& kernels_;
+  const Ops& ops_;
+  ThreadPool pool_;
+  RawTensor embedding_;
+  std::vector<Layer> layers_;  // [last - first]
+  Linear head_;
+  std::map<std::string, std::vector<float>> gains_;
+  std::vector<double> frequencies_;
+  Scratch scratch_;
+  mutable std::atomic_flag in_use_ = ATOMIC_FLAG_INIT;
+};
+
+}  // namespace nearfar

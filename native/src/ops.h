@@ -1,0 +1,57 @@
+// Everything between the matrix products: norms, activations, rotation, and the steps of attention.
+//
+// `Ops` is compiled once per ISA from one source (ops_body.h).  No fused multiply-add and sums over
+// 16 fixed lanes, so that every ISA gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace nearfar {
+
+constexpr int64_t kBlock = 64;  // positions of a KV block
+
+// One step of attention: all queries that share a KV head, against one block of keys and values.
+struct AttendBlock {
+  int64_t n_queries;  // rows of the call times heads that share the KV head
+  int64_t head_dim;   // numbers of a head, a multiple of 16 (padded with zeros)
+  const float* q;     // [n_queries, head_dim]
+  const float* k;     // [head_dim, kBlock]: a lane is a position
+  const float* v;     // [kBlock, head_dim]
+  const int64_t*
+      visible;    // [n_queries]: each sees the positions [0, visible) of the block; 0..kBlock
+  float scale;    // multiplies the scores
+  float* scores;  // [n_queries, kBlock] scratch
+  float* max;     // [n_queries] running maximum, -inf at the start
+  float* sum;     // [n_queries] running sum of exp(score - max), 0 at the start
+  float* out;     // [n_queries, head_dim] running sum of exp(score - max) * v, 0 at the start
+};
+
+struct Ops {
+  // y[i] = x[i] / sqrt(mean(x^2) + eps) * gain[i].  y may be x.  RMSNorm, 1910.07467 eq. 4.
+  void (*rms_norm)(const float* x, const float* gain, int64_t n, float eps, float* y);
+  // y[i] = silu(gate[i]) * up[i].  y may be an input.
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* y);
+  // y[i] = max(gate[i], 0)^2 * up[i].  y may be an input.
+  void (*relu2_mul)(const float* gate, const float* up, int64_t n, float* y);
+  // y[i] += x[i]
+  void (*add)(const float* x, int64_t n, float* y);
+  // Round to nearest even, and back.
+  void (*to_half)(const float* x, int64_t n, uint16_t* y);
+  void (*from_half)(const uint16_t* x, int64_t n, float* y);
+  // Online softmax (2112.05682): a query's result depends on its own numbers and the order of the
+  // blocks only.
+  void (*attend)(const AttendBlock& block);
+};
+
+// Reached through kernels().ops.
+namespace ref {
+extern const Ops kOps;
+}
+namespace avx2 {
+extern const Ops kOps;
+}
+namespace avx512 {
+extern const Ops kOps;
+}
+
+}  // namespace nearfar

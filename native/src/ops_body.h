@@ -1,0 +1,272 @@
+// The body of ops_{ref,avx2,avx512}.cc: included once by each, after it has defined in an anonymous
+// namespace
+//   kWidth            floats of a vector register (4, 8 or 16)
+//   half_to_float     const uint16_t* -> Vec, kWidth numbers
+//   float_to_half     Vec -> uint16_t*
+// Vectors are the compiler's own (GCC and clang): element-wise + - * / and ?: are exact on every
+// ISA.  Only builtins here: an inline function of the standard library, compiled for AVX-512, could
+// replace the portable one at link time.
+//
+// Registers of the two attention loops: kQueries x (kBlock / kWidth) accumulators would not fit, so
+// both hold kQueries x kColumns vectors of results (16 of 32 zmm, 8 of 16 ymm), load kColumns and
+// broadcast kQueries a step.
+
+#include "check.h"
+#include "ops.h"
+
+namespace nearfar {
+namespace {
+
+constexpr int kLanes = 16;  // partial sums of every reduction, whatever the register width
+constexpr int kRegisters = kLanes / kWidth;
+constexpr int kColumns = kWidth == 16 ? 4 : 2;
+constexpr int kQueries = 4;
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, whatever its sign
+inline Vec at_least(Vec x, float low) { return x < splat(low) ? splat(low) : x; }  // NaN stays
+inline Vec at_most(Vec x, float high) { return x > splat(high) ? splat(high) : x; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// e^x with a relative error under 3e-7, x clamped to [-87, 88]; NaN stays.  Range reduction by n ln
+// 2 in two parts, polynomial of degree 7 on [-ln2/2, ln2/2] (Cephes, expf).
+inline Vec exponential(Vec x) {
+  x = at_most(at_least(x, -87.0f), 88.0f);
+  const Vec magic = splat(0x1.8p23f);  // adding and subtracting it rounds to a whole number
+  const Vec n = (x * 1.44269504088896341f + magic) - magic;
+  const Vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec power;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+// Adds 16 lanes in a fixed tree.
+inline float sum_lanes(const Vec (&sum)[kRegisters]) {
+  float lane[kLanes];
+  __builtin_memcpy(lane, &sum, sizeof(lane));
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  }
+  return lane[0];
+}
+
+// Calls step(register, offset, a vector of x) for all of x[0, n); the last lanes are filled up with
+// zeros.
+template <typename Step>
+inline void for_lanes(const float* x, int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) step(r, load(x + i + r * kWidth));
+  }
+  if (i < n) {
+    float rest[kLanes] = {};
+    __builtin_memcpy(rest, x + i, (n - i) * sizeof(float));
+    for (int r = 0; r < kRegisters; ++r) step(r, load(rest + r * kWidth));
+  }
+}
+
+// y[i] = f(a[i], b[i]); the tail goes through a padded register, so that all elements take the same
+// path.
+template <typename F>
+inline void map(const float* a, const float* b, int64_t n, float* y, F f) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(y + i, f(load(a + i), load(b + i)));
+  if (i < n) {
+    float rest_a[kWidth] = {}, rest_b[kWidth] = {}, rest_y[kWidth];
+    __builtin_memcpy(rest_a, a + i, (n - i) * sizeof(float));
+    __builtin_memcpy(rest_b, b + i, (n - i) * sizeof(float));
+    store(rest_y, f(load(rest_a), load(rest_b)));
+    __builtin_memcpy(y + i, rest_y, (n - i) * sizeof(float));
+  }
+}
+
+void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* y) {
+  Vec squares[kRegisters] = {};
+  for_lanes(x, n, [&](int r, Vec v) { squares[r] += v * v; });
+  const float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(n) + eps);
+  map(x, gain, n, y, [scale](Vec v, Vec g) { return v * scale * g; });
+}
+
+void silu_mul(const float* gate, const float* up, int64_t n, float* y) {
+  map(gate, up, n, y, [](Vec g, Vec u) { return g / (1.0f + exponential(-g)) * u; });
+}
+
+void relu2_mul(const float* gate, const float* up, int64_t n, float* y) {
+  map(gate, up, n, y, [](Vec g, Vec u) {
+    const Vec positive = at_least(g, 0.0f);
+    return positive * positive * u;
+  });
+}
+
+void add(const float* x, int64_t n, float* y) {
+  map(x, y, n, y, [](Vec a, Vec b) { return b + a; });
+}
+
+void to_half(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) float_to_half(load(x + i), y + i);
+  if (i < n) {
+    float rest[kWidth] = {};
+    uint16_t half[kWidth];
+    __builtin_memcpy(rest, x + i, (n - i) * sizeof(float));
+    float_to_half(load(rest), half);
+    __builtin_memcpy(y + i, half, (n - i) * sizeof(uint16_t));
+  }
+}
+
+void from_half(const uint16_t* x, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(y + i, half_to_float(x + i));
+  if (i < n) {
+    uint16_t rest[kWidth] = {};
+    float wide[kWidth];
+    __builtin_memcpy(rest, x + i, (n - i) * sizeof(uint16_t));
+    store(wide, half_to_float(rest));
+    __builtin_memcpy(y + i, wide, (n - i) * sizeof(float));
+  }
+}
+
+// scores[i][j] = sum_d q[i][d] * k[d][j], d rising, for N queries and all 64 positions.
+template <int N>
+inline void score(const float* q, int64_t head_dim, const float* k, float* scores) {
+  for (int64_t j = 0; j < kBlock; j += kColumns * kWidth) {
+    Vec sum[N][kColumns] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      Vec key[kColumns];
+      for (int c = 0; c < kColumns; ++c) key[c] = load(k + d * kBlock + j + c * kWidth);
+      for (int i = 0; i < N; ++i) {
+        const float query = q[i * head_dim + d];
+        for (int c = 0; c < kColumns; ++c) sum[i][c] += key[c] * query;
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      for (int c = 0; c < kColumns; ++c) store(scores + i * kBlock + j + c * kWidth, sum[i][c]);
+    }
+  }
+}
+
+// Turns a query's scores into exp(score - max), 0 where not visible; updates max and sum; scales
+// `out` to the new max.
+inline void soften(float* scores, int64_t visible, float scale, int64_t head_dim, float& max,
+                   float& sum, float* out) {
+  constexpr float kNothing = -__builtin_inff();
+  IntVec lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  const auto seen = [&](int64_t j) { return lane < static_cast<int>(visible - j); };
+
+  Vec top = splat(kNothing);
+  for (int64_t j = 0; j < kBlock; j += kWidth) {
+    const Vec s = seen(j) ? load(scores + j) * scale : splat(kNothing);
+    store(scores + j, s);
+    top = larger(s, top);
+  }
+  float new_max = max;
+  for (int i = 0; i < kWidth; ++i) new_max = top[i] > new_max ? top[i] : new_max;
+
+  Vec sums[kRegisters] = {};
+  for (int64_t j = 0; j < kBlock; j += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) {
+      float* s = scores + j + r * kWidth;
+      const Vec p = seen(j + r * kWidth) ? exponential(load(s) - new_max) : Vec{};
+      store(s, p);
+      sums[r] += p;
+    }
+  }
+  const Vec correction =
+      exponential(splat(max - new_max));  // at the start max is -inf: any factor of zero will do
+  sum = sum * correction[0] + sum_lanes(sums);
+  max = new_max;
+  for (int64_t d = 0; d < head_dim; d += kWidth) store(out + d, load(out + d) * correction);
+}
+
+// out[i][d] += sum_j p[i][j] * v[j][d] for j in [first, last) and N queries, kColumns vectors of d
+// at a time.
+template <int N, int Columns>
+inline void accumulate(const float* p, const float* v, int64_t head_dim, int64_t d, int64_t first,
+                       int64_t last, float* out) {
+  Vec sum[N][Columns];
+  for (int i = 0; i < N; ++i) {
+    for (int c = 0; c < Columns; ++c) sum[i][c] = load(out + i * head_dim + d + c * kWidth);
+  }
+  for (int64_t j = first; j < last; ++j) {
+    Vec value[Columns];
+    for (int c = 0; c < Columns; ++c) value[c] = load(v + j * head_dim + d + c * kWidth);
+    for (int i = 0; i < N; ++i) {
+      const float weight = p[i * kBlock + j];
+      for (int c = 0; c < Columns; ++c) sum[i][c] += value[c] * weight;
+    }
+  }
+  for (int i = 0; i < N; ++i) {
+    for (int c = 0; c < Columns; ++c) store(out + i * head_dim + d + c * kWidth, sum[i][c]);
+  }
+}
+
+template <int N>
+inline void add_values(const float* p, const float* v, int64_t head_dim, int64_t first,
+                       int64_t last, float* out) {
+  int64_t d = 0;
+  for (; d + kColumns * kWidth <= head_dim; d += kColumns * kWidth) {
+    accumulate<N, kColumns>(p, v, head_dim, d, first, last, out);
+  }
+  for (; d < head_dim; d += kWidth) accumulate<N, 1>(p, v, head_dim, d, first, last, out);
+}
+
+// N queries from `i` on.
+template <int N>
+inline void attend_queries(const AttendBlock& a, int64_t i) {
+  const int64_t hd = a.head_dim;
+  float* scores = a.scores + i * kBlock;
+  float* out = a.out + i * hd;
+  score<N>(a.q + i * hd, hd, a.k, scores);
+  int64_t common = kBlock;  // positions that all N see
+  for (int n = 0; n < N; ++n) {
+    const int64_t visible = a.visible[i + n];
+    NF_DCHECK(visible >= 0 && visible <= kBlock);
+    // A query that sees nothing here keeps its state as it is.
+    if (visible > 0)
+      soften(scores + n * kBlock, visible, a.scale, hd, a.max[i + n], a.sum[i + n], out + n * hd);
+    common = visible < common ? visible : common;
+  }
+  add_values<N>(scores, a.v, hd, 0, common, out);
+  // The rest one by one: values that a query does not see must not touch it, not even multiplied by
+  // zero.
+  for (int n = 0; n < N; ++n) {
+    if (a.visible[i + n] > common) {
+      add_values<1>(scores + n * kBlock, a.v, hd, common, a.visible[i + n], out + n * hd);
+    }
+  }
+}
+
+void attend(const AttendBlock& a) {
+  NF_DCHECK(a.head_dim % kLanes == 0);
+  int64_t i = 0;
+  for (; i + kQueries <= a.n_queries; i += kQueries) attend_queries<kQueries>(a, i);
+  switch (a.n_queries - i) {
+    case 3:
+      return attend_queries<3>(a, i);
+    case 2:
+      return attend_queries<2>(a, i);
+    case 1:
+      return attend_queries<1>(a, i);
+    default:
+      return;
+  }
+}
+
+constexpr Ops kTable = {rms_norm, silu_mul, relu2_mul, add, to_half, from_half, attend};
+
+}  // namespace
+}  // namespace nearfar

@@ -9,6 +9,7 @@ that the file brings along.
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,7 @@ class _Model:
 
     def __init__(self, api: Any, path: Path) -> None:
         self.api = api
-        self._log = api.llama_log_callback(lambda level, text, data: None)  # kept alive as long as it is installed
-        api.llama_log_set(self._log, ctypes.c_void_p(0))
+        api.llama_log_set(_silent(api), ctypes.c_void_p(0))
         api.llama_backend_init()
         self.handle = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         if not self.handle:
@@ -93,6 +93,12 @@ class _Model:
         if getattr(self, "handle", None):
             self.api.llama_model_free(self.handle)
             self.handle = None
+
+
+@functools.cache
+def _silent(api: Any) -> Any:
+    """A log callback that says nothing; cached for good, because llama.cpp keeps calling it."""
+    return api.llama_log_callback(lambda level, text, data: None)
 
 
 class LlamaKV:

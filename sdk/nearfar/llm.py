@@ -22,7 +22,7 @@ from nearfar.constraint import Constraint, Vocabulary
 from nearfar.detokenize import Detokenizer
 from nearfar.engine import Engine, Stepper
 from nearfar.errors import Cancelled, ContextError, UnsupportedError, UsageError
-from nearfar.forms import Part, encode
+from nearfar.forms import Part
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import open_lower
 from nearfar.sampling import Sampling
@@ -198,6 +198,7 @@ class LLM:
         return Stream(
             self,
             ids,
+            continues=isinstance(prompt, str),
             max_tokens=max_tokens,
             sampling=sampling,
             stops=StopMatcher(stop),
@@ -242,7 +243,7 @@ class LLM:
             return self.tokenizer.encode(prompt) if prompt else []
         items = list(prompt)
         if items and isinstance(items[0], Part):
-            return encode([p for p in items if isinstance(p, Part)], self.tokenizer)
+            return self.tokenizer.encode_parts([p for p in items if isinstance(p, Part)])
         return [int(i) for i in items if not isinstance(i, Part)]
 
     def _constraint(self, schema: Mapping[str, Any]) -> Constraint:
@@ -267,6 +268,7 @@ class Stream(Iterator[TokenEvent]):
         llm: LLM,
         ids: list[int],
         *,
+        continues: bool,
         max_tokens: int,
         sampling: Sampling,
         stops: StopMatcher,
@@ -277,7 +279,7 @@ class Stream(Iterator[TokenEvent]):
     ) -> None:
         self._llm, self._stops, self._stop_ids, self._constraint = llm, stops, stop_ids, constraint
         self._n_prompt, self._max_tokens, self._cancel = len(ids), max_tokens, cancel
-        self._detokenizer = Detokenizer(llm.tokenizer)
+        self._detokenizer = Detokenizer(llm.tokenizer, continues=continues)
         self._events: list[TokenEvent] = []
         self._tail = ""  # text that a cancel left without an event
         self._finish: FinishReason | None = None

@@ -195,6 +195,31 @@ def reply(text: str) -> Parts:
     return (Part(neutral(text), answer=True), Part(END, control=True, answer=True))
 
 
+@dataclass(frozen=True)
+class JournalEntry:
+    """One stretch of a segment: what the phone's sensors support about it."""
+
+    kind: str  # of place: home, office, cafe, …
+    motion: str  # stationary, walking, running, cycling, vehicle, lift, stairs
+    minutes: int
+    name: str = ""  # of the place; "" when unknown
+    steps: int = 0
+    floors: int = 0  # climbed; negative for down
+
+
+def journal_facts(part_of_day: str, entries: Sequence[JournalEntry]) -> str:
+    """The facts of a segment as a journal prompt lists them; entries count from 1."""
+    lines = []
+    for n, e in enumerate(entries, 1):
+        more = [
+            f"{e.minutes} min",
+            *([f"{e.steps} steps"] * bool(e.steps)),
+            *([f"{e.floors:+d} floors"] * bool(e.floors)),
+        ]
+        lines.append(f"{n} {e.kind}{f' [{e.name}]' if e.name else ''} {e.motion} {' '.join(more)}")
+    return f"journal: {part_of_day}; " + "; ".join(lines)
+
+
 def journal_prompt(facts: str) -> Parts:
     """Ask for the journal of one segment, described by the facts that the phone may share."""
     return (Part(SETTING, control=True), Part(neutral(facts)), Part(CALL, control=True))

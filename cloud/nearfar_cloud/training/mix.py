@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nearfar_cloud.training import rows
 from nearfar_cloud.training.rows import Row
+from nearfar_cloud.training.generators import Generator, generators
 from nearfar_cloud.training.tokenizer import RowTokenizer
 
 Phase = Literal["stable", "decay"]
@@ -67,11 +68,15 @@ FILES: dict[str, tuple[str, ...]] = {
     "persona": ("dialogue/synthetic_persona_chat_valid.jsonl.xz",),
     "gsm8k": ("math/gsm8k_train.jsonl.xz",),
     "support": ("intents/banking77_train.csv.xz", "intents/restaurant8k_train.jsonl.xz"),
-    "home": ("smart_home/home_assistant_intents_en.tar.xz", "smart_home/home_llm_piles_en.tar.xz"),
+    "home": (
+        "smart_home/home_assistant_intents_en.tar.xz",
+        "smart_home/home_llm_piles_en.tar.xz",
+        "intents/clinc150_train_val.json.xz",
+        "intents/clinc150_domains.json",
+    ),
     "journals": ("smart_home/home_llm_piles_en.tar.xz",),
     "skills": (),
 }
-GENERATORS: tuple[str, ...] = ()
 CALLS_ONLY_IN_DECAY = ("sgd", "coffee")
 
 
@@ -138,7 +143,7 @@ class _Files:
 class _Generated:
     """Rows of a generator, tokenised in blocks; the last few blocks are kept."""
 
-    def __init__(self, generator: Any, tokenizer: RowTokenizer) -> None:
+    def __init__(self, generator: Generator, tokenizer: RowTokenizer) -> None:
         self.generator, self.tokenizer = generator, tokenizer
         self.blocks: dict[int, list[tuple[NDArray[np.uint16], NDArray[np.bool_]]]] = {}
 
@@ -150,11 +155,6 @@ class _Generated:
             while len(self.blocks) > 3:
                 del self.blocks[min(self.blocks)]
         return self.blocks[block][i % BLOCK]
-
-
-def generators(data: Path, seed: int, names: Sequence[str]) -> dict[str, Any]:
-    """Source -> generator; each has `row(i) -> Row`, a pure function of seed and i."""
-    return {}
 
 
 class Mix:
@@ -178,8 +178,7 @@ class Mix:
         unknown = [name for name in without if name not in known]
         if unknown:
             raise ConfigError(f"without {', '.join(unknown)}: expected sources of {', '.join(known)}")
-        names = [name for name in known if name not in without and (name in rows.FILE_SOURCES or name in GENERATORS)]
-        without = [name for name in known if name not in names]
+        names = [name for name in known if name not in without]
         self.tokenizer, self.seq_len, self.seed, self.without = tokenizer, seq_len, seed, tuple(without)
         self.shares: dict[Phase, dict[str, float]] = {
             "stable": shares.of("stable", without),

@@ -160,6 +160,12 @@ def clinc150(data: Path, split: Split = "train") -> Iterator[tuple[str, str]]:
             yield row[0], row[1]
 
 
+def clinc_domains(data: Path) -> dict[str, list[str]]:
+    """CLINC150's ten domains, each with its intents."""
+    found: dict[str, list[str]] = _json_file(data / "intents" / "clinc150_domains.json", "intents", dict)
+    return found
+
+
 SYLLABLES = tuple(
     a + b for a in "b br ch d f g gr h j k l m n p r s st t v w y z".split() for b in "a e i o u ar en il on".split()
 )

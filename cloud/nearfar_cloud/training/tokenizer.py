@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.trainers import BpeTrainer
 
 from nearfar_cloud.training import rows
+from nearfar_cloud.training.generators import generators
 from nearfar_cloud.training.rows import Row
 
 VOCAB_SIZE = 4096
@@ -130,6 +131,8 @@ def training_texts(data: Path, without: Sequence[str] = ()) -> Iterator[str]:
         all_rows = list(read(data, "train"))
         random.Random(f"{SEED} {source}").shuffle(all_rows)
         yield from _texts(all_rows[: SAMPLE[source]])
+    for source, generator in generators(data, SEED, [name for name in GENERATED if name not in without]).items():
+        yield from _texts(generator.row(i) for i in range(GENERATED[source]))
 
 
 def _texts(rows: Iterable[Row]) -> Iterator[str]:

@@ -201,11 +201,19 @@ class TensorInfo:
 class GGUFFile:
     """An open GGUF file: metadata in memory, tensors as views of a read-only map."""
 
-    def __init__(self, path: Path, version: int, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        version: int,
+        metadata: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        spans: dict[str, tuple[int, int]],
+    ) -> None:
         self.path = path
         self.version = version
         self.metadata = metadata
         self.tensors = tensors
+        self._spans = spans  # of each key's value, its type included
         self._bytes: NDArray[np.uint8] | None = None
 
     @classmethod
@@ -235,6 +243,12 @@ class GGUFFile:
             )
         assert self._bytes is not None, "the file is closed"
         return self._bytes[info.offset : info.offset + info.n_bytes]
+
+    def encoded(self, key: str) -> bytes:
+        """A key's value as the file holds it, its type first: for a copy that changes nothing it does not know."""
+        assert self._bytes is not None, "the file is closed"
+        start, stop = self._spans[key]
+        return self._bytes[start:stop].tobytes()
 
     def close(self) -> None:
         """Let go of the map; it goes away with the last view that `raw` gave out."""
@@ -328,7 +342,9 @@ class _Cursor:
         return [s.decode("utf-8", "surrogateescape") for s in found]
 
 
-def _parse(data: mmap.mmap, path: Path) -> tuple[int, dict[str, Any], dict[str, TensorInfo]]:
+def _parse(
+    data: mmap.mmap, path: Path
+) -> tuple[int, dict[str, Any], dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     c = _Cursor(data, path)
     magic = c.take(min(4, c.size), "the magic")
     if magic != MAGIC:
@@ -343,14 +359,17 @@ def _parse(data: mmap.mmap, path: Path) -> tuple[int, dict[str, Any], dict[str, 
     n_kv = c.count(MIN_KV, "keys")
 
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(n_kv):
         key = c.name(MAX_KEY, "a key")
         if key in metadata:
             raise c.fail(f"damaged: the key {key[:80]!r} occurs twice")
+        start = c.pos
         metadata[key] = _value(c, f"the value of {key[:80]!r}")
+        spans[key] = (start, c.pos)
 
     entries = [_tensor_entry(c) for _ in range(n_tensors)]
-    return version, metadata, _place(c, entries, _alignment(c, metadata))
+    return version, metadata, _place(c, entries, _alignment(c, metadata)), spans
 
 
 def _value(c: _Cursor, what: str) -> Any:

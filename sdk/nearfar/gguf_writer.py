@@ -43,6 +43,10 @@ class GGUFWriter:
             raise UsageError(f"general.alignment: this writer always aligns to {DEFAULT_ALIGNMENT}")
         self._metadata[key] = _value(key, value, type)
 
+    def add_encoded(self, key: str, encoded: bytes) -> None:
+        """Add one key as `GGUFFile.encoded` gave it."""
+        self._metadata[key] = encoded
+
     def add_tensor(
         self,
         name: str,

@@ -10,7 +10,7 @@ namespace {
 
 #define NF_TABLE(isa)                                                                            \
   Kernels {                                                                                      \
-    #isa, {                                                                                      \
+    #isa, &isa::kOps, {                                                                          \
       isa::matmul_f32, isa::matmul_f16, isa::matmul_bf16, isa::matmul_i2, isa::matmul_i2_blocks, \
           isa::matmul_q4, isa::matmul_q4_k, isa::matmul_int8, isa::matmul_int8_k                 \
     }                                                                                            \
@@ -23,9 +23,26 @@ struct Level {
   bool (*supported)();
 };
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks the OS whether it saves the registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
+#endif
+
+// Worst first.
 const Level kLevels[] = {
-    // worst first
     {NF_TABLE(ref), always},
+#if defined(__x86_64__)
+    {NF_TABLE(avx2), has_avx2},
+    {NF_TABLE(avx512), has_avx512},
+#endif
 };
 
 std::string joined(const std::vector<std::string_view>& names) {

@@ -8,12 +8,14 @@
 
 #include "activations.h"
 #include "mat.h"
+#include "ops.h"
 #include "quant.h"
 
 namespace nearfar {
 
 struct Kernels {
   const char* isa;              // "ref", "avx2", "avx512"
+  const Ops* ops;               // what lies between the products
   Matmul* matmul[kPanelKinds];  // by PanelKind
 };
 

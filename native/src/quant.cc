@@ -191,7 +191,15 @@ void settle_zero(TernaryBlock& b) {
   }
 }
 
+// The i32 sums of the i2 kernels hold 352,000 columns.
+constexpr int64_t kMaxTernaryColumns = 1 << 18;
+
 PackedMat pack_ternary(const RawTensor& w, float scale) {
+  if (w.cols > kMaxTernaryColumns) {
+    throw std::invalid_argument("ternary tensor with " + std::to_string(w.cols) +
+                                " columns: the kernels sum at most " +
+                                std::to_string(kMaxTernaryColumns));
+  }
   const int64_t n_blocks = w.cols / kSuper;
   const int64_t block_bytes = block_shape(w.type).bytes;
   std::vector<float> d(static_cast<size_t>(w.rows * n_blocks));

@@ -1,0 +1,300 @@
+// Every kernel gives the bits of `ref`; `ref` gives the sums that the file's numbers say.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstdlib>
+
+#include "kernels.h"
+#include "made_tensor.h"
+
+namespace nearfar::tests {
+namespace {
+
+// An f32 chain of n terms is off by at most n roundings of the sum of magnitudes; the group scales
+// of the integer kinds round their products a few times more.
+constexpr double kMaxF32Chain = 0x1p-24;
+
+std::vector<float> random_rows(int64_t n, uint32_t seed) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& v : x) v = normal(rng);
+  return x;
+}
+
+std::vector<float> product(const Kernels& k, const PackedMat& w, std::span<const float> x,
+                           int64_t m) {
+  QuantRows rows;
+  quantize_rows(x, m, w.cols, w.grain(), rows);
+  std::vector<float> y(m * w.rows, -1.0f);
+  matmul(k, w, rows, y);
+  return y;
+}
+
+// What the int8 kernels see of x: q * s.
+std::vector<float> rounded(const QuantRows& x) {
+  const Rows r = x.view();
+  std::vector<float> out(r.m * r.cols);
+  for (int64_t i = 0; i < r.m; ++i) {
+    for (int64_t k = 0; k < r.cols; ++k) {
+      if (r.grain == kGrainFloat) {
+        out[i * r.cols + k] = r.x[i * r.x_stride + k];
+      } else {
+        const float s = r.scales[i * r.n_scales + k / (r.cols / r.n_scales)];
+        out[i * r.cols + k] = s * static_cast<float>(r.q[i * r.q_stride + k]);
+      }
+    }
+  }
+  return out;
+}
+
+TEST_CASE("the scalar kernels multiply what the file holds") {
+  for (TensorType type : kTypes) {
+    for (bool one_scale_a_row : {true, false}) {
+      const MadeTensor t = make_tensor(type, 70, columns(type).back(), 3, one_scale_a_row);
+      const PackedMat w = pack(t.raw(), 0.75f);
+      constexpr int64_t kM = 2;
+      QuantRows x;
+      quantize_rows(random_rows(kM * t.cols, 4), kM, t.cols, w.grain(), x);
+      const std::vector<float> seen = rounded(x);
+      std::vector<float> y(kM * t.rows), row(t.cols);
+      matmul(kernels("ref"), w, x, y);
+      for (int64_t n = 0; n < t.rows; ++n) {
+        dequantize_row(t.raw(), n, row);
+        for (int64_t i = 0; i < kM; ++i) {
+          double sum = 0, magnitude = 0;
+          for (int64_t k = 0; k < t.cols; ++k) {
+            const double term = double{row[k]} * seen[i * t.cols + k];
+            sum += term;
+            magnitude += std::fabs(term);
+          }
+          const double bound = static_cast<double>(t.cols + 8) * kMaxF32Chain * magnitude;
+          REQUIRE_MESSAGE(std::fabs(y[i * t.rows + n] - 0.75 * sum) <= bound, t.name());
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("every ISA gives the bits of ref, for every type, shape and number of rows") {
+  for (std::string_view isa : isas_available()) {
+    if (isa == "ref") continue;
+    for (TensorType type : kTypes) {
+      for (int64_t n : {1, 3, 17, 63, 64, 65, 130}) {
+        for (int64_t k : columns(type)) {
+          for (bool one_scale_a_row : {true, false}) {
+            const MadeTensor t = make_tensor(type, n, k, 11, one_scale_a_row);
+            const PackedMat w = pack(t.raw(), 1.25f);
+            const std::vector<float> x = random_rows(9 * k, 12);
+            const std::vector<float> truth = product(kernels("ref"), w, x, 9);
+            for (int64_t m = 1; m <= 9; ++m) {
+              const std::vector<float> y = product(kernels(isa), w, std::span(x).first(m * k), m);
+              const bool same = std::equal(y.begin(), y.end(), truth.begin());
+              REQUIRE_MESSAGE(same, isa << " " << t.name() << " times " << m << " rows");
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a row's bits do not depend on the other rows, nor on how panels are handed out") {
+  for (std::string_view isa : isas_available()) {
+    for (TensorType type : kTypes) {
+      const int64_t k = columns(type).back(), n = 200, m = 9;
+      const PackedMat w = pack(make_tensor(type, n, k, 21, type != TensorType::kTQ1_0).raw());
+      const std::vector<float> x = random_rows(m * k, 22);
+      const std::vector<float> whole = product(kernels(isa), w, x, m);
+      for (int64_t i = 0; i < m; ++i) {
+        const std::vector<float> one = product(kernels(isa), w, std::span(x).subspan(i * k, k), 1);
+        REQUIRE(std::equal(one.begin(), one.end(), whole.begin() + i * n));
+      }
+      QuantRows rows;
+      quantize_rows(x, m, k, w.grain(), rows);
+      std::vector<float> split(m * n);
+      for (int64_t p : {3, 0, 2, 1}) matmul(kernels(isa), w, rows, p, p + 1, split, n);
+      REQUIRE(split == whole);
+    }
+  }
+}
+
+TEST_CASE("a kernel writes its panels' rows and nothing else") {
+  for (std::string_view isa : isas_available()) {
+    for (TensorType type : kTypes) {
+      const int64_t k = columns(type)[0], n = 150, m = 3, ldy = 170;
+      const PackedMat w = pack(make_tensor(type, n, k, 31).raw());
+      QuantRows rows;
+      quantize_rows(random_rows(m * k, 32), m, k, w.grain(), rows);
+      constexpr float kUntouched = 12345.0f;
+      std::vector<float> y(m * ldy, kUntouched);
+      matmul(kernels(isa), w, rows, 1, 3, y, ldy);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < ldy; ++j) {
+          REQUIRE((y[i * ldy + j] != kUntouched) == (j >= 64 && j < n));
+        }
+      }
+    }
+  }
+}
+
+// All codes of `type` equal to `code`, scales 1 (Q4_K and Q6_K: their integer scales at `scale`,
+// min at 63).
+MadeTensor constant_tensor(TensorType type, int64_t n, int64_t k, int code, int scale) {
+  MadeTensor t = make_tensor(type, n, k, 1);
+  const auto size = static_cast<size_t>(block_shape(type).bytes);
+  for (size_t i = 0; i < t.bytes.size(); i += size) {
+    uint8_t* b = &t.bytes[i];
+    switch (type) {
+      case TensorType::kTQ2_0:
+        std::memset(b, code * 0x55, 64);
+        break;
+      case TensorType::kQ4_0:
+        std::memset(b + 2, code * 0x11, 16);
+        break;
+      case TensorType::kQ8_0:
+        std::memset(b + 2, code, 32);
+        break;
+      case TensorType::kQ4_K:
+        std::memset(b + 4, scale == 63 ? 0xff : scale, 4);  // 63 with its top bits, or below 16
+        std::memset(b + 8, 0xff, 4);
+        std::memset(b + 12, scale == 63 ? 0xff : 0xf0 | scale, 4);
+        std::memset(b + 16, code * 0x11, 128);
+        break;
+      case TensorType::kQ6_K:
+        std::memset(b, (code & 15) * 0x11, 128);
+        std::memset(b + 128, (code >> 4) * 0x55, 64);
+        std::memset(b + 192, scale, 16);
+        break;
+      default:
+        FAIL("no such tensor");
+    }
+  }
+  set_scales(t, 1.0f, 1.0f);
+  return t;
+}
+
+enum class Signs { kPlus, kMinus, kAlternating };
+
+TEST_CASE("sums at the extremes of codes and activations are exact") {
+  struct Extreme {
+    TensorType type;
+    int code, scale;
+    double weight;  // what one weight is
+  };
+  const Extreme extremes[] = {
+      {TensorType::kTQ2_0, 0, 0, -1},
+      {TensorType::kTQ2_0, 2, 0, 1},
+      {TensorType::kTQ2_0, 3, 0, 2},
+      {TensorType::kQ4_0, 0, 0, -8},
+      {TensorType::kQ4_0, 15, 0, 7},
+      {TensorType::kQ8_0, -128, 0, -128},
+      {TensorType::kQ8_0, 127, 0, 127},
+      {TensorType::kQ4_K, 0, 63, -63},
+      {TensorType::kQ4_K, 15, 63, 15 * 63 - 63},
+      {TensorType::kQ4_K, 15, 0, -63},
+      {TensorType::kQ6_K, 0, 127, -32 * 127},
+      {TensorType::kQ6_K, 63, 127, 31 * 127},
+      {TensorType::kQ6_K, 0, -128, 32 * 128},
+      {TensorType::kQ6_K, 63, -128, -31 * 128},
+  };
+  constexpr int64_t kN = 65;
+  for (std::string_view isa : isas_available()) {
+    for (const Extreme& e : extremes) {
+      for (int64_t k : {int64_t{256}, int64_t{6912}, int64_t{27648}}) {
+        const PackedMat w = pack(constant_tensor(e.type, kN, k, e.code, e.scale).raw());
+        for (Signs signs : {Signs::kPlus, Signs::kMinus, Signs::kAlternating}) {
+          // max|x| = 127: the scale is 1 and q = x. Rows 0 and 1 are equal: both tile shapes run.
+          std::vector<float> x(2 * k);
+          for (int64_t i = 0; i < 2 * k; ++i) {
+            const bool minus = signs == Signs::kMinus || (signs == Signs::kAlternating && i % 2);
+            x[i] = minus ? -127.0f : 127.0f;
+          }
+          const double terms = signs == Signs::kPlus ? k : signs == Signs::kMinus ? -k : 0;
+          const double exact = 127.0 * e.weight * terms;
+          // Integer sums are exact; only their conversion and the sum over groups round.
+          const double slack = std::fabs(exact) * 0x1p-24 * (1 + static_cast<double>(k) / 32);
+          for (const auto& y : {product(kernels(isa), w, x, 2),
+                                product(kernels(isa), w, std::span(x).first(k), 1)}) {
+            for (float v : y) REQUIRE(std::fabs(v - exact) <= slack);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("sums with every sign matched to its weight are exact") {
+  constexpr int64_t kN = 65, kK = 6912;
+  for (std::string_view isa : isas_available()) {
+    for (TensorType type : {TensorType::kTQ1_0, TensorType::kTQ2_0, TensorType::kQ4_0,
+                            TensorType::kQ8_0, TensorType::kQ4_K, TensorType::kQ6_K}) {
+      MadeTensor t = make_tensor(type, kN, kK, 41);
+      set_scales(t, 1.0f, type == TensorType::kQ4_K ? 1.0f : 0.0f);
+      const PackedMat w = pack(t.raw());
+      std::vector<float> row(kK), x(kK);
+      for (int64_t n : {0, 40, 64}) {
+        dequantize_row(t.raw(), n, row);
+        double exact = 0;
+        for (int64_t k = 0; k < kK; ++k) {
+          x[k] = row[k] < 0 ? -127.0f : 127.0f;
+          exact += double{row[k]} * x[k];
+        }
+        const float y = product(kernels(isa), w, x, 1)[n];
+        REQUIRE(std::fabs(y - exact) <= exact * 0x1p-24 * (1 + kK / 32));
+      }
+    }
+  }
+}
+
+TEST_CASE("rows of zeros give zeros") {
+  for (std::string_view isa : isas_available()) {
+    for (TensorType type : kTypes) {
+      const int64_t k = columns(type)[1];
+      const PackedMat w = pack(make_tensor(type, 65, k, 51, false).raw());
+      const std::vector<float> y = product(kernels(isa), w, std::vector<float>(5 * k), 5);
+      REQUIRE(y == std::vector<float>(5 * 65, 0.0f));
+    }
+  }
+}
+
+TEST_CASE("no rows and no panels are no work") {
+  const PackedMat w = pack(make_tensor(TensorType::kQ8_0, 65, 64, 1).raw());
+  QuantRows rows;
+  quantize_rows({}, 0, 64, 32, rows);
+  std::vector<float> y;
+  CHECK_NOTHROW(matmul(kernels(), w, rows, y));
+  quantize_rows(random_rows(64, 1), 1, 64, 32, rows);
+  CHECK_NOTHROW(matmul(kernels(), w, rows, 1, 1, y, 65));
+}
+
+TEST_CASE("shapes that do not fit are refused at the door") {
+  const PackedMat w = pack(make_tensor(TensorType::kQ8_0, 65, 64, 1).raw());
+  QuantRows rows;
+  std::vector<float> y(2 * 65);
+  const std::vector<float> x = random_rows(2 * 96, 1);
+  quantize_rows(x, 2, 96, 32, rows);
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, y), std::invalid_argument);  // columns
+  quantize_rows(std::span(x).first(128), 2, 64, kGrainFloat, rows);
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, y), std::invalid_argument);  // grain
+  quantize_rows(std::span(x).first(128), 2, 64, 32, rows);
+  CHECK_NOTHROW(matmul(kernels(), w, rows, y));
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, 0, 3, y, 65), std::invalid_argument);
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, -1, 1, y, 65), std::invalid_argument);
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, 2, 1, y, 65), std::invalid_argument);
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, 0, 2, y, 64), std::invalid_argument);
+  y.pop_back();
+  CHECK_THROWS_AS(matmul(kernels(), w, rows, y), std::invalid_argument);
+}
+
+TEST_CASE("an ISA is chosen by its name, and an unknown one is refused") {
+  const std::vector<std::string_view> names = isas_available();
+  REQUIRE(names.front() == "ref");
+  for (std::string_view name : names) CHECK(kernels(name).isa == name);
+  CHECK(kernels().isa == names.back());
+  CHECK_THROWS_AS(kernels("sse9"), std::invalid_argument);
+  CHECK_THROWS_AS(kernels("AVX2"), std::invalid_argument);
+}
+
+}  // namespace
+}  // namespace nearfar::tests

@@ -13,6 +13,7 @@ VARIABLES = {
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
     "NEARFAR_BACKEND": "force the engine: native, numpy, llama (default: native if built)",
     "NEARFAR_DATA": "folder of the corpora for `nearfar train` and `nearfar eval`",
+    "NO_COLOR": "any value: no colours in the terminal (no-color.org)",
 }
 
 ISA_NAMES = ("ref", "avx2", "avx512")
@@ -60,3 +61,8 @@ def backend() -> str | None:
 def data_dir() -> str | None:
     """The folder with the corpora, or None."""
     return os.environ.get("NEARFAR_DATA") or None
+
+
+def no_color() -> bool:
+    """Whether the person asked for plain text."""
+    return bool(os.environ.get("NO_COLOR"))

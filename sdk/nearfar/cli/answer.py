@@ -1,0 +1,59 @@
+"""One answer on the terminal: its tokens as they are made, then who decided them and how fast it went."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from nearfar.cli.interrupt import ctrl_c_cancels
+from nearfar.cli.terminal import Paint, colours_wanted, print_marks, printable, speed
+from nearfar.errors import Cancelled
+from nearfar.llm import LLM, Completion, Prompt, TokenEvent
+
+
+def paint_for(llm: LLM) -> Paint:
+    exits = [e.layer for e in llm.config.exits] if llm.config else []
+    return Paint(exits, llm.config.n_layers if llm.config else 0, colours_wanted(sys.stdout))
+
+
+def stream_answer(llm: LLM, prompt: Prompt, paint: Paint | None, **options: Any) -> Completion:
+    """Stream an answer to stdout (`paint=None`: print nothing).  Ctrl-C raises Cancelled after the line is ended."""
+    with ctrl_c_cancels() as cancel:
+        stream = llm.stream(prompt, cancel=cancel, **options)
+        for event in stream:
+            if paint is not None:
+                sys.stdout.write(paint.token(event))
+                sys.stdout.flush()
+    if paint is not None:
+        print(flush=True)
+    if cancel.is_set():
+        raise Cancelled("stopped")
+    return stream.completion
+
+
+def print_summary(completion: Completion, paint: Paint) -> None:
+    """Which head decided how many tokens; without colours also a line of marks under the text."""
+    if not paint.on:
+        print_marks(completion.events, sys.stdout, text_is_shown="\n" not in printable(completion.text))
+    print(f"{paint.decided(completion.stats)} · {speed(completion.stats)}")
+
+
+def answer_facts(completion: Completion) -> dict[str, Any]:
+    """The answer for `--json`."""
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "tokens": [token_facts(event) for event in completion.events],
+        "stats": asdict(completion.stats),
+    }
+
+
+def token_facts(event: TokenEvent) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "text": event.text,
+        "source": event.source,
+        "conf": round(event.conf, 6),
+        "ms": round(event.ms, 3),
+    }

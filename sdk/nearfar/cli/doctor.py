@@ -1,0 +1,181 @@
+"""`nearfar doctor`: what this installation runs on, how fast the memory is, what is missing and how to get it.
+
+The commonest "extremely slow" is a silent fallback to scalar code: here it is said aloud.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nearfar import __version__, env
+from nearfar.cli.verbs import Verbs, new_parser, shipped_path
+
+# What an extra is for.  Extras whose house is not there yet are not offered.
+EXTRAS = {
+    "schema": "JSON answers that satisfy a schema (`nearfar ask`)",
+    "llama": "every other GGUF architecture, through llama.cpp",
+    "train": "training a model of one's own (`nearfar train`)",
+}
+
+
+def add_verb(verbs: Verbs) -> None:
+    parser = new_parser(
+        verbs,
+        "doctor",
+        "show the kernels in use, the memory bandwidth, and what is missing",
+        "nearfar doctor",
+        "nearfar doctor --json",
+        "NEARFAR_ISA=ref nearfar doctor",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = diagnose()
+    print(json.dumps(facts, ensure_ascii=False) if args.json else report(facts))
+    return 0
+
+
+def diagnose() -> dict[str, Any]:
+    return {
+        "nearfar": __version__,
+        "where": str(Path(__file__).parents[1]),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "engine": engine_facts(),
+        "model": model_facts(),
+        "extras": {name: extra_facts(name) for name in EXTRAS},
+        "env": {name: os.environ.get(name) for name in env.VARIABLES},
+    }
+
+
+def cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def engine_facts() -> dict[str, Any]:
+    """The compiled engine's own account, or why it is not there."""
+    try:
+        from nearfar.lower_native import default_threads, isas_available, read_bandwidth, selected_isa
+    except ImportError as error:
+        return {"native": False, "why": str(error)}
+    threads = env.threads() or default_threads()
+    return {
+        "native": True,
+        "isa": selected_isa(),
+        "isas": isas_available(),
+        "threads": threads,
+        "kernels": kernels_of(shipped_path()),
+        "read_gb_per_s": {n: round(read_bandwidth(n), 1) for n in sorted({1, threads})},
+    }
+
+
+def kernels_of(model: Path) -> dict[str, dict[str, int]]:
+    """How the engine holds the matrices of a model: packed kind -> how many and how many bytes."""
+    from nearfar.lower_native import NativeLower
+    from nearfar.weights import Weights
+
+    if not model.is_file():
+        return {}
+    kinds: dict[str, dict[str, int]] = {}
+    with Weights.open(model) as weights:
+        for panel in NativeLower(weights).panels():
+            kind = kinds.setdefault(panel.kind, {"matrices": 0, "bytes": 0})
+            kind["matrices"] += 1
+            kind["bytes"] += panel.n_bytes
+    return kinds
+
+
+def model_facts() -> dict[str, Any]:
+    path = shipped_path()
+    return {"path": str(path), "bytes": path.stat().st_size if path.is_file() else None}
+
+
+def extra_facts(extra: str) -> dict[str, Any]:
+    """The packages of one extra with the versions found (None: missing)."""
+    found = {name: version_of(name) for name in packages_of(extra)}
+    return {"packages": found, "installed": bool(found) and all(found.values()), "purpose": EXTRAS[extra]}
+
+
+def packages_of(extra: str) -> list[str]:
+    """As the installed metadata of nearfar lists them."""
+    try:
+        required = metadata.requires("nearfar") or []
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return []
+    mark = re.compile(rf"extra\s*==\s*['\"]{extra}['\"]")
+    return [re.match(r"[\w.-]+", line)[0] for line in required if mark.search(line)]  # type: ignore[index]
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def report(facts: dict[str, Any]) -> str:
+    lines = [
+        f"nearfar   {facts['nearfar']} in {facts['where']}",
+        f"python    {facts['python']} on {facts['system']}",
+        f"cpu       {facts['cpu']}, {facts['cores']} cores for this process",
+        *engine_lines(facts["engine"]),
+        model_line(facts["model"]),
+        "",
+        *extra_lines(facts["extras"]),
+        "",
+        "environment",
+    ]
+    lines += [f"  {name:<16} {facts['env'][name] or '-':<8} {what}" for name, what in env.VARIABLES.items()]
+    return "\n".join(lines)
+
+
+def engine_lines(engine: dict[str, Any]) -> list[str]:
+    if not engine["native"]:
+        return [
+            f"engine    numpy only, slowly: the compiled engine is missing ({engine['why']})",
+            "          get it: pip install --force-reinstall nearfar, with a C++20 compiler",
+        ]
+    best = engine["isas"][-1]
+    lines = [
+        f"engine    native, {engine['isa']} kernels (this CPU has: {', '.join(engine['isas'])}), "
+        f"{engine['threads']} threads"
+    ]
+    if engine["isa"] != best:
+        lines.append(f"          NEARFAR_ISA={engine['isa']} holds it back: {best} is faster")
+    held = [f"{k['matrices']} as {kind} ({k['bytes'] / 1e6:.2f} MB)" for kind, k in engine["kernels"].items()]
+    if held:
+        lines.append(f"          nano's matrices: {', '.join(held)}, each with a kernel of that set")
+    speeds = [f"{gbs:.1f} GB/s with {n} thread{'s' * (n > 1)}" for n, gbs in engine["read_gb_per_s"].items()]
+    return [*lines, f"memory    reads {', '.join(speeds)}"]
+
+
+def model_line(model: dict[str, Any]) -> str:
+    if model["bytes"] is None:
+        return f"model     missing: {model['path']}"
+    return f"model     nano, {model['bytes'] / 1e6:.2f} MB: {model['path']}"
+
+
+def extra_lines(extras: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["extras"]
+    for name, extra in extras.items():
+        missing = [package for package, version in extra["packages"].items() if version is None]
+        if extra["installed"]:
+            state = " ".join(f"{p} {v}" for p, v in extra["packages"].items())
+        else:
+            state = f"missing{' ' * bool(missing)}{' '.join(missing)}: pip install 'nearfar[{name}]'"
+        lines += [f"  {name:<8} {extra['purpose']}", f"           {state}"]
+    return lines

@@ -1,0 +1,122 @@
+"""What every verb of the command line shares: how it joins, and the options that mean the same everywhere.
+
+A verb is a function `add_verb(verbs)` that makes its parser and ends with `parser.set_defaults(run=run)`, where
+`run(args) -> int` is the exit code.  A verb of another house is found through the entry-point group `nearfar.verbs`;
+its module must import without that house's extras, so that `nearfar --help` works everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from nearfar.errors import FileError
+
+if TYPE_CHECKING:
+    from nearfar.llm import LLM
+    from nearfar.sampling import Sampling
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+SHIPPED = "nano"
+
+
+def new_parser(verbs: Verbs, name: str, summary: str, *examples: str, detail: str = "") -> argparse.ArgumentParser:
+    """A verb's parser with its examples under `--help`; every verb has `--json`."""
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.{' ' + detail if detail else ''}",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of text for people")
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=("native", "numpy", "llama"), help="force the engine (default: the best)")
+    parser.add_argument("--threads", type=whole(1, 256), metavar="N", help="threads of the engine")
+    parser.add_argument(
+        "--n-ctx", type=whole(1, 1 << 24), metavar="N", help="positions of the cache (default: the model's)"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int = 256) -> None:
+    parser.add_argument(
+        "--max-tokens",
+        type=whole(1, 1 << 20),
+        default=max_tokens,
+        metavar="N",
+        help="stop after N (default %(default)s)",
+    )
+    parser.add_argument("--temperature", type=real(0, 100), default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", type=whole(0, 1 << 22), default=0, metavar="K", help="the K likeliest (0: all)")
+    parser.add_argument("--top-p", type=real(0, 1), default=1.0, metavar="P", help="the likeliest that sum to P")
+    parser.add_argument("--min-p", type=real(0, 1), default=0.0, metavar="P", help="at least P of the likeliest")
+    parser.add_argument(
+        "--repetition-penalty", type=real(0.1, 10), default=1.0, metavar="R", help="over 1: repeat less"
+    )
+    parser.add_argument("--seed", type=whole(0, (1 << 63) - 1), default=0, metavar="N", help="of the random draws")
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number in low..high."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {low}..{high}")
+        return int(text)
+
+    return parse
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number in low..high."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {low:g}..{high:g}")
+        return value
+
+    return parse
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    from nearfar.sampling import Sampling
+
+    return Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+def open_model(args: argparse.Namespace, model: str) -> LLM:
+    """`nano` is the shipped model, anything else the path of a GGUF file."""
+    from nearfar.llm import LLM
+
+    return LLM.open(model_path(model), backend=args.backend, threads=args.threads, n_ctx=args.n_ctx)
+
+
+def model_path(model: str) -> Path:
+    """The file behind a model's name.  Raises FileError where there is none."""
+    path = shipped_path() if model == SHIPPED else Path(model)
+    if path.is_file():
+        return path
+    if model == SHIPPED:
+        raise FileError(f"{path}: the shipped model is missing from this installation; reinstall nearfar")
+    raise FileError(f"{model}: no such file; expected {SHIPPED!r} (the shipped model) or the path of a GGUF file")
+
+
+def shipped_path() -> Path:
+    return Path(__file__).parents[1] / "models" / f"{SHIPPED}.gguf"

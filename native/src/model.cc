@@ -194,6 +194,7 @@ std::unique_ptr<KvCache> Model::new_kv(int64_t max_len, KvType type) const {
 }
 
 void Model::embed(std::span<const int32_t> ids, float* out) const {
+  if (ids.empty()) throw std::invalid_argument("no token ids: expected at least 1");
   for (const int32_t id : ids) {
     if (id < 0 || id >= spec_.n_vocab) {
       throw std::invalid_argument("token id " + std::to_string(id) + ": the vocabulary holds 0.." +

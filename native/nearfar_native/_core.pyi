@@ -1,0 +1,110 @@
+"""The C++ engine of nearfar.  Use it through nearfar.lower_native."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+
+class EngineBusy(RuntimeError):
+    pass
+
+class Cancelled(RuntimeError):
+    pass
+
+class ContextFull(RuntimeError):
+    pass
+
+class EngineFailure(RuntimeError):
+    pass
+
+def isas_available() -> list[str]:
+    """Kernel sets that this CPU and build have, worst first."""
+
+def isa(name: str = '') -> str:
+    """
+    The kernel set that `name` selects ("": the best).  ValueError if the CPU lacks it.
+    """
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+
+def read_bandwidth(threads: int, n_bytes: int, n_passes: int = 5) -> float:
+    """
+    GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.
+    """
+
+class ModelSpec:
+    """Sizes and variants of one model; immutable."""
+
+    def __init__(self, *, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, d_ff: int, n_vocab: int, norm_eps: float, rope_base: float, rope_scale: float, rope_adjacent: bool, relu2: bool, has_sub_norms: bool, has_qk_norms: bool) -> None: ...
+
+class KVCache:
+    """Keys and values of one sequence; made by Model.new_kv."""
+
+    def length(self, layer: int) -> int:
+        """Positions that `layer` has run."""
+
+    def truncate(self, n: int) -> None:
+        """Forget the positions from `n` on, in all layers."""
+
+    def fork(self, n: int) -> KVCache:
+        """
+        An independent cache with the first `n` positions; full blocks are shared.
+        """
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the blocks, shared ones included."""
+
+    @property
+    def max_len(self) -> int: ...
+
+class Model:
+    """Layers [first, last) of a model, packed for `isa`."""
+
+    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], first: int, last: int, threads: int, isa: str = '') -> None:
+        """
+        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}".  Only the bytes of the embedding are referred to later.
+        """
+
+    @property
+    def isa(self) -> str: ...
+
+    @property
+    def n_threads(self) -> int: ...
+
+    def panels(self) -> list[tuple[str, str, int, int, int]]:
+        """(name, kind, rows, cols, bytes) of each packed matrix."""
+
+    def new_kv(self, max_len: int, half: bool) -> KVCache:
+        """An empty cache: f16 if `half`, else f32."""
+
+    def embed(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """i32 [T] -> f32 [T, D]"""
+
+    def forward(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], kv: KVCache, first: int, last: int, cancel: Annotated[NDArray[numpy.uint8], dict(shape=(1), order='C', device='cpu', writable=False)] | None = None) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        f32 [T, D] -> f32 [T, D]; the cache grows by T, or by nothing if the call fails.
+        """
+
+    def norm(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: str) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """f32 [M, D] -> f32 [M, D]: what the head multiplies."""
+
+    def logits(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: str) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """f32 [M, D] -> f32 [M, V]: norm and head."""
+
+class Matrix:
+    """One packed matrix, for tests and benchmarks of the kernels."""
+
+    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '') -> None: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    def multiply(self, x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """x f32 [M, cols] -> f32 [M, rows], one thread."""

@@ -1,0 +1,205 @@
+"""`Lower` through the compiled engine: the same calls as `lower_numpy`, which says what they compute.
+
+The only importer of `nearfar_native`.  Here Python's objects become the engine's, and its refusals become ours; the
+engine releases the GIL while it works and takes one thread at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar import env
+from nearfar.cancel import Cancel
+from nearfar.config import ModelConfig
+from nearfar.errors import Cancelled, ConfigError, ContextError, EngineBusy, NearfarError, UsageError
+from nearfar.kv_cache import KVDtype
+from nearfar.lower import KV
+from nearfar.lower_numpy import check_ids
+from nearfar.weights import Weights
+from nearfar_native import _core
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One matrix as the engine holds it: what a token reads."""
+
+    name: str
+    kind: str  # "i2", "q4", "int8", "f32", ...
+    rows: int
+    cols: int
+    n_bytes: int
+
+
+@contextmanager
+def _our_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except _core.ContextFull as error:
+        raise ContextError(str(error)) from None
+    except _core.Cancelled as error:
+        raise Cancelled(str(error)) from None
+    except _core.EngineBusy as error:
+        raise EngineBusy(str(error)) from None
+    except _core.EngineFailure as error:
+        raise NearfarError(str(error)) from None
+
+
+class NativeKV:
+    """The engine's cache: blocks of 64 positions, shared between forks until one of them changes."""
+
+    def __init__(self, cache: _core.KVCache, first: int) -> None:
+        self.cache, self._first = cache, first
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the blocks referred to, those shared with forks included."""
+        with _our_errors():
+            return self.cache.n_bytes
+
+    @property
+    def max_len(self) -> int:
+        return self.cache.max_len
+
+    def length(self, layer: int | None = None) -> int:
+        """Positions that `layer` (default: the lowest one here) has run."""
+        with _our_errors():
+            return self.cache.length(self._first if layer is None else layer)
+
+    def truncate(self, n: int) -> None:
+        """Forget the positions from `n` on, in every layer that has them."""
+        with _our_errors():
+            self.cache.truncate(n)
+
+    def fork(self, n: int | None = None) -> NativeKV:
+        """An independent cache with the first `n` positions (default: all); copies at most one block a layer."""
+        with _our_errors():
+            return NativeKV(self.cache.fork(self.cache.max_len if n is None else n), self._first)
+
+
+class NativeLower:
+    """`Lower` in C++: layers [first, last) of a model (default: all), packed for the best kernels of this CPU.
+
+    `threads` None takes the physical cores that this process may use; NEARFAR_ISA forces the kernels.  `weights` must
+    stay open: embeddings are read from its file.  Raises ConfigError for an ISA that the CPU lacks, UsageError for a
+    bad range or number of threads.
+    """
+
+    name = "native"
+
+    def __init__(self, weights: Weights, threads: int | None = None, first: int = 0, last: int | None = None) -> None:
+        self.weights = weights
+        self.config: ModelConfig = weights.config
+        self.first, self.last = first, self.config.n_layers if last is None else last
+        tensors = weights.file.tensors
+        matrices = {}
+        for name in (name for name, info in tensors.items() if len(info.shape) == 2):
+            kind, (rows, cols), raw = weights.raw(name)
+            matrices[name] = (int(kind), rows, cols, raw)
+        vectors = {name: weights.f32(name) for name, info in tensors.items() if len(info.shape) == 1}
+        vectors |= {head: weights.norm_gain(head) for head in ("final", *weights.exit_names)}
+        with _our_errors():
+            self._model = _core.Model(
+                _spec(self.config),
+                matrices,
+                vectors,
+                self.first,
+                self.last,
+                threads or _core.default_threads(),
+                selected_isa(),
+            )
+
+    @property
+    def isa(self) -> str:
+        """The kernels in use: "ref", "avx2" or "avx512"."""
+        return self._model.isa
+
+    @property
+    def n_threads(self) -> int:
+        return self._model.n_threads
+
+    def panels(self) -> list[Panel]:
+        """Each packed matrix; a token reads the bytes of all of them."""
+        return [Panel(*panel) for panel in self._model.panels()]
+
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> NativeKV:
+        if dtype not in ("f16", "f32"):
+            raise UsageError(f"KV dtype {dtype!r}: expected f16 or f32")
+        with _our_errors():
+            return NativeKV(self._model.new_kv(max_len, dtype == "f16"), self.first)
+
+    def embed(self, ids: NDArray[np.int32]) -> Array:
+        check_ids(ids, self.config)
+        with _our_errors():
+            return self._model.embed(np.ascontiguousarray(ids, np.int32))
+
+    def forward(self, h: Array, kv: KV, first: int, last: int, cancel: Cancel | None = None) -> Array:
+        assert isinstance(kv, NativeKV), "a cache of another engine"
+        with _our_errors():
+            return self._model.forward(_rows(h), kv.cache, first, last, None if cancel is None else cancel.flag)
+
+    def norm(self, h: Array, head: str = "final") -> Array:
+        with _our_errors():
+            return self._model.norm(_rows(h), head)
+
+    def logits(self, h: Array, head: str = "final") -> Array:
+        with _our_errors():
+            return self._model.logits(_rows(h), head)
+
+
+def selected_isa() -> str:
+    """The kernels that this process uses: NEARFAR_ISA, or the best that the CPU has.  ConfigError if it lacks them."""
+    wanted = env.isa()
+    try:
+        return _core.isa(wanted or "")
+    except ValueError as error:
+        raise ConfigError(f"NEARFAR_ISA={wanted}: {error}") from None
+
+
+def isas_available() -> list[str]:
+    """Kernel sets that this CPU and build have, worst first."""
+    return _core.isas_available()
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+    return _core.default_threads()
+
+
+def read_bandwidth(threads: int, n_bytes: int = 256 << 20) -> float:
+    """GB/s (1e9) that `threads` read together from memory; `n_bytes` should be 4 times the last cache or more."""
+    with _our_errors():
+        return _core.read_bandwidth(threads, n_bytes)
+
+
+def _spec(c: ModelConfig) -> _core.ModelSpec:
+    return _core.ModelSpec(
+        n_layers=c.n_layers,
+        d_model=c.d_model,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        d_ff=c.d_ff,
+        n_vocab=c.n_vocab,
+        norm_eps=c.norm_eps,
+        rope_base=c.rope_base,
+        rope_scale=c.rope_scale,
+        rope_adjacent=c.rope_pairs == "adjacent",
+        relu2=c.ffn_act == "relu2",
+        has_sub_norms=c.has_sub_norms,
+        has_qk_norms=c.has_qk_norms,
+    )
+
+
+def _rows(h: Array) -> Array:
+    if h.ndim != 2:
+        raise UsageError(f"rows of shape {h.shape}: expected [T, D]")
+    return np.ascontiguousarray(h, np.float32)

@@ -57,6 +57,46 @@ LATER = (
     "in <timer_duration> (i want you to|could you|please) {timer_command:conversation_command}",
 )
 
+# Durations as people give them: mostly whole minutes.  Replaces the templates' rule, whose branches are uniform.
+DURATIONS = {
+    "minutes": "{timer_minutes:minutes} minute[s]",
+    "hours": "{timer_hours:hours} hour[s]",
+    "timer_duration": "(<minutes>|<minutes>|<minutes>|<minutes>|<minutes>|<minutes>|<hours>|<timer_duration_seconds>"
+    "|<timer_duration_minutes>|<timer_duration_hours>)",
+}
+# Commands for later as people say them, beside those that the templates give; {} is a name, an area or a number.
+COMMANDS = {
+    "area": (
+        "turn {onoff} the {area} {things}", "switch {onoff} the {area} {things}", "turn the {area} {things} {onoff}",
+        "turn {onoff} all the {things} in the {area}", "turn {onoff} the {things} in the {area}", "turn {onoff} {area} {things}",
+        "close the blinds in the {area}", "open the {area} blinds", "set the {area} lights to {n} percent", "dim the {area} lights",
+        "play some music in the {area}", "set the {area} to {degrees} degrees", "make the {area} lights {color}",
+    ),
+    "name": (
+        "turn {onoff} the {name}", "turn the {name} {onoff}", "switch {onoff} {name}", "turn {onoff} my {name}", "start the {name}",
+        "close the {name}", "open the {name}", "lock the {name}", "unlock the {name}", "set the {name} to {n} percent", "stop the {name}",
+    ),
+    "": (
+        "turn {onoff} all the lights", "turn {onoff} everything", "turn {onoff} the {things}", "lock all the doors",
+        "start the vacuum", "pause the music", "close all the blinds", "remind me to call {name}", "tell me the weather",
+    ),
+}  # fmt: skip
+THINGS = (
+    "lights",
+    "lights",
+    "lights",
+    "light",
+    "fans",
+    "fan",
+    "lamps",
+    "lamp",
+    "heater",
+    "switches",
+    "tv",
+    "speakers",
+    "heating",
+)
+
 AREAS = tuple(
     "kitchen|living room|bedroom|bathroom|garage|hallway|office|dining room|basement|garden|guest room|kids room|laundry room|"
     "pantry|study|library|porch|patio|attic|balcony|entrance|entryway|den|playroom|master bedroom|nursery|front yard|"
@@ -313,7 +353,7 @@ class HomeGenerator:
             value = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 45, 50, 60, 90))
         elif name == "temperature":
             value = rng.choice((rng.randint(15, 30), rng.randint(55, 85), value))
-            if span.get("fractions") == "halves" and rng.random() < 0.1:
+            if span.get("fractions") == "halves" and value < high and rng.random() < 0.1:
                 value += 0.5
         elif rng.random() < 0.4:
             value = min(high, max(low, 10 * round(value / 10)))
@@ -350,6 +390,18 @@ class HomeGenerator:
     def _command(self, draw: _Draw) -> str:
         """A command to give later: another row's request, without what makes requests long."""
         rng = draw.rng
+        if rng.random() < 0.5:
+            target = draw.target if rng.random() < 0.5 else self._entity(rng, rng.choice(HERE_DOMAINS))
+            pattern = rng.choice(COMMANDS[rng.choice(("area", "area", "area", "name", "name", ""))])
+            return pattern.format(
+                onoff=rng.choice(("off", "off", "on")),
+                area=target.area or rng.choice(AREAS),
+                name=target.name,
+                things=rng.choice(THINGS),
+                n=rng.randint(0, 100) if rng.random() < 0.5 else number_words(rng.randint(0, 100), rng),
+                degrees=rng.randint(15, 30),
+                color=rng.choice(home.COLORS),
+            )
         intent = rng.choices(("HassTurnOff", "HassTurnOn", "HassLightSet", "HassSetPosition", "HassVacuumStart", "HassMediaPause"), (8, 6, 2, 1, 1, 1))[0]  # fmt: skip
         template = rng.choice(self.corpus.templates[intent])
         target = draw.target
@@ -366,6 +418,8 @@ class HomeGenerator:
         """The request as somebody might type it: fillers, a slip of the finger, a mark at the end."""
         text = "".join(part if said or rng.random() > 0.5 else _slip(rng, part) for part, said in pieces)
         text = _tidy(text)
+        if rng.random() < 0.9:
+            text = UNITS.sub(_agree, text)
         if rng.random() < FILLER_SHARE:
             text = rng.choice(BEFORE) + text
         if rng.random() < FILLER_SHARE / 2 and not plain:
@@ -486,6 +540,15 @@ def _tidy(text: str) -> str:
     return re.sub(r" ([,.%°'])", r"\1", text)
 
 
+UNITS = re.compile(r"\b([\w/]+) (second|minute|hour|degree)s?\b(?! floor)")
+
+
+def _agree(match: re.Match[str]) -> str:
+    """`one minutes` as `one minute`, `nine minute` as `nine minutes`."""
+    single = match[1] in ("1", "one", "a", "an", "the")
+    return f"{match[1]} {match[2]}" if single else f"{match[1]} {match[2]}s"
+
+
 def _slip(rng: random.Random, text: str) -> str:
     """`text` with about two words in a hundred mistyped (half of the pieces are asked, hence the factor)."""
     words = text.split(" ")
@@ -575,6 +638,7 @@ def _corpus(data: Path, split: Split) -> _Corpus:
         raise DataError(f"{archive.name}: expected sentences/en/_common.yaml")
     common = _load(files.pop(common_name), common_name)
     rules = {name: _parse(f"({body})") for name, body in common["expansion_rules"].items()}
+    rules |= {name: _parse(body) for name, body in DURATIONS.items()}
     rules["percent"] = _parse("([ ]%| percent)")  # a rule of the newer files that this snapshot does not define
     templates: dict[str, list[Template]] = {}
     for name, text in files.items():

@@ -26,6 +26,9 @@ from nearfar_cloud.training.tokenizer import RowTokenizer
 Phase = Literal["stable", "decay"]
 NO_TARGET = -100  # the index that torch's cross entropy leaves out
 PROMPT_WEIGHT = 0.1  # of a token that the user or a tool wrote, in the decay phase
+CHARS_PER_TOKEN = (
+    2.75  # of the densest rows; rows are cut into pieces that fit a sequence, pieces too long lose their end
+)
 BLOCK = 512  # generated rows made at once
 LOOKAHEAD = 24  # rows waiting for a place in a sequence; the longest that fits goes first
 
@@ -189,7 +192,7 @@ class Mix:
         self._sources: dict[str, _Files | _Generated] = {
             name: _Generated(made[name], tokenizer)
             if name in made
-            else _tokenised(data, name, tokenizer, self.data_sha256, cache)
+            else _tokenised(data, name, tokenizer, self.data_sha256, seq_len, cache)
             for name in names
         }
         self._drawn: dict[str, int] = {}  # "source phase-order" -> rows taken
@@ -312,15 +315,18 @@ def data_hash(data: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _tokenised(data: Path, name: str, tokenizer: RowTokenizer, data_sha256: str, cache: Path | None) -> _Files:
+def _tokenised(
+    data: Path, name: str, tokenizer: RowTokenizer, data_sha256: str, seq_len: int, cache: Path | None
+) -> _Files:
     """The train rows of a file source as ids, from the cache where they are."""
     readers = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (rows, forms))
-    key = sha256(f"{name} {data_sha256} {tokenizer.sha256} {readers}".encode()).hexdigest()[:16]
+    max_chars = min(int(CHARS_PER_TOKEN * seq_len), rows.MAX_ROW_CHARS)
+    key = sha256(f"{name} {max_chars} {data_sha256} {tokenizer.sha256} {readers}".encode()).hexdigest()[:16]
     path = cache / f"{name}-{key}.npz" if cache else None
     if path and path.is_file():
         with np.load(path) as stored:
             return _Files(stored["ids"], stored["written"], stored["starts"])
-    encoded = tokenizer.encode_rows(list(rows.FILE_SOURCES[name](data, "train")))
+    encoded = tokenizer.encode_rows(list(rows.FILE_SOURCES[name](data, "train", max_chars)))
     if not encoded:
         raise DataError(f"source {name}: expected rows, found none in {data}")
     files = _Files(

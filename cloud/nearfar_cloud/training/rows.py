@@ -28,7 +28,7 @@ T = TypeVar("T")
 Split = Literal["train", "dev", "test"]
 
 VERSION = 1  # of the rows that these readers make; part of the data hash
-MAX_ROW_CHARS = 1_400  # about 450 tokens: a row that fits a context of 512
+MAX_ROW_CHARS = 1_400  # about 450 tokens: a piece of a dialogue or book that fits sequences of 512
 N_VARIANTS = 3  # each intent row is kept once as written and twice changed (names swapped, case, punctuation)
 DIALOGUE_DAY = "2019-03-01"  # the day on which SGD's speakers say "today"
 RESULT_FIELDS = 6  # of a call's first result
@@ -233,7 +233,7 @@ def _variants(space: str, text: str, intent: str, slots: list[tuple[str, str]], 
         yield Row("intents", forms.intent_prompt(space, new_text) + forms.intent_answer(intent, new_slots))
 
 
-def intents(data: Path, split: Split = "train") -> Iterator[Row]:
+def intents(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """HWU64, SNIPS and CLINC150; training has each row `N_VARIANTS` times, every one a little different."""
     known = test_texts(data) if split == "train" else frozenset()
     rows = [("hwu64", text, intent, slots) for text, _, intent, slots in hwu64(data, split)]
@@ -249,7 +249,7 @@ def intents(data: Path, split: Split = "train") -> Iterator[Row]:
             yield Row("intents", first)
 
 
-def support(data: Path, split: Split = "train") -> Iterator[Row]:
+def support(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """banking77 (intents) and restaurant8k (slots): narrow domains, surface only."""
     known = test_texts(data) if split == "train" else frozenset()
     path = data / "intents" / "banking77_train.csv.xz"
@@ -272,22 +272,21 @@ def support(data: Path, split: Split = "train") -> Iterator[Row]:
 # ---------------------------------------------------------------- dialogues
 
 
-def _windows(turns: list[Turn], setting: str, source: str) -> Iterator[Row]:
-    """A dialogue as rows of at most MAX_ROW_CHARS; a later row begins with the last turns of the one before."""
+def _windows(turns: list[Turn], setting: str, source: str, max_chars: int) -> Iterator[Row]:
+    """A dialogue as rows of about `max_chars`; a later row begins with the last turns of the one before."""
     first = 0
     while first < len(turns):
         used, last = len(setting), first
         while last < len(turns):
             used += len(turns[last].text) + sum(len(a) + len(b) for a, b in turns[last].calls)
-            if used > MAX_ROW_CHARS and last > first:
+            if used > max_chars and last > first + 1:
                 break
             last += 1
         parts = forms.dialogue(setting, turns[first:last])
         if last == len(turns):
-            parts += (forms.Part(forms.END, control=True, answer=True),)
-        yield Row(source, parts)
-        if last == len(turns):
+            yield Row(source, (*parts, forms.Part(forms.END, control=True, answer=True)))
             return
+        yield Row(source, parts)
         first = max(first + 1, last - 4)
         if turns[first].speaker == "a":
             first += 1
@@ -314,7 +313,7 @@ def sgd_setting(services: list[str], methods: dict[str, dict[str, list[str]]], *
     return "; ".join([DIALOGUE_DAY, *(forms.service_line(name, methods[name]) for name in services)])
 
 
-def sgd(data: Path, split: Split = "train") -> Iterator[Row]:
+def sgd(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Schema-guided dialogues with their API calls; split "test" is sgd_dev."""
     path = data / "dialogue" / ("sgd_train.jsonl.xz" if split != "test" else "sgd_dev.jsonl.xz")
     methods = schema(data, split)
@@ -336,7 +335,9 @@ def sgd(data: Path, split: Split = "train") -> Iterator[Row]:
         key = " ".join(turn.text for turn in turns)
         if split == "test" or _held(key, split):
             setting = sgd_setting(services, methods, with_schema=forms.residue(name, 2) == 0)
-            yield from _windows(turns, setting, "sgd")
+            if len(setting) > max_chars // 2:
+                setting = DIALOGUE_DAY  # short sequences have no room for what several services can do
+            yield from _windows(turns, setting, "sgd", max_chars)
 
 
 def _trim(value: Any) -> Any:
@@ -352,7 +353,7 @@ def _trim(value: Any) -> Any:
     return [_trim(item) for item in value[:3]] if isinstance(value, list) else value
 
 
-def coffee(data: Path, split: Split = "train") -> Iterator[Row]:
+def coffee(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Taskmaster-4's coffee orders; calls and results, over 80 % of the text, are trimmed."""
     path = data / "dialogue" / "taskmaster4_coffee_train.jsonl.xz"
     for where, row in _json_lines(path, "coffee orders"):
@@ -371,10 +372,10 @@ def coffee(data: Path, split: Split = "train") -> Iterator[Row]:
                 turns[-2:] = [Turn("a", turns[-1].text, turns[-2].calls)]
         turns = [turn for turn in turns if turn.text]
         if turns and _held(" ".join(turn.text for turn in turns), split):
-            yield from _windows(turns, "coffee bar", "coffee")
+            yield from _windows(turns, "coffee bar", "coffee", max_chars)
 
 
-def persona(data: Path, split: Split = "train") -> Iterator[Row]:
+def persona(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Persona chats: the second speaker's persona is the setting, the second speaker is the assistant."""
     path = data / "dialogue" / "synthetic_persona_chat_valid.jsonl.xz"
     for where, row in _json_lines(path, "persona chats"):
@@ -390,10 +391,10 @@ def persona(data: Path, split: Split = "train") -> Iterator[Row]:
             else:
                 turns.append(Turn(speaker, match[2]))
         if _held(" ".join(turn.text for turn in turns), split):
-            yield from _windows(turns, setting, "persona")
+            yield from _windows(turns, setting, "persona", max_chars)
 
 
-def gsm8k(data: Path, split: Split = "train") -> Iterator[Row]:
+def gsm8k(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Word problems, for their surface: a model of this size does not do maths."""
     known = test_texts(data) if split == "train" else frozenset()
     for where, row in _json_lines(data / "math" / "gsm8k_train.jsonl.xz", "word problems"):
@@ -406,19 +407,19 @@ def gsm8k(data: Path, split: Split = "train") -> Iterator[Row]:
 # ---------------------------------------------------------------- running text
 
 
-def _documents(text: str, source: str, split: Split, separator: str) -> Iterator[Row]:
-    """Pieces of at most MAX_ROW_CHARS, cut between paragraphs; one piece in twenty is dev."""
+def _documents(text: str, source: str, split: Split, separator: str, max_chars: int) -> Iterator[Row]:
+    """Pieces of at most `max_chars`, cut between paragraphs; one piece in twenty is dev."""
     for document in re.split(separator, text):
         pieces, piece = [], ""
         for paragraph in re.split(r"(?<=\n)\n+", document):
-            if len(paragraph) > MAX_ROW_CHARS:
+            if len(paragraph) > max_chars:
                 pieces.append(piece)
                 piece = ""
-            while len(paragraph) > MAX_ROW_CHARS:
-                cut = paragraph.rfind(" ", 0, MAX_ROW_CHARS) + 1 or MAX_ROW_CHARS
+            while len(paragraph) > max_chars:
+                cut = paragraph.rfind(" ", 0, max_chars) + 1 or max_chars
                 pieces.append(paragraph[:cut])
                 paragraph = paragraph[cut:]
-            if piece and len(piece) + len(paragraph) > MAX_ROW_CHARS:
+            if piece and len(piece) + len(paragraph) > max_chars:
                 pieces.append(piece)
                 piece = ""
             piece += paragraph + "\n"
@@ -429,7 +430,7 @@ def _documents(text: str, source: str, split: Split, separator: str) -> Iterator
                 yield Row(source, forms.plain(p, end=n == len(pieces) - 1))
 
 
-def books(data: Path, split: Split = "train") -> Iterator[Row]:
+def books(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Fourteen children's books in the public domain."""
     folder = data / "text" / "books"
     paths = sorted(folder.glob("*.txt.xz"))
@@ -437,16 +438,18 @@ def books(data: Path, split: Split = "train") -> Iterator[Row]:
         raise DataError(f"{folder}: expected books as .txt.xz, found none; {DATA_README}, or train --without books")
     for path in paths:
         with open_text(path, "running text") as file:
-            yield from _documents(file.read(), "books", split, r"\Z(?!)")
+            yield from _documents(file.read(), "books", split, r"\Z(?!)", max_chars)
 
 
-def stories(data: Path, split: Split = "train") -> Iterator[Row]:
+def stories(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """A slice of TinyStories; a single line break separates two stories, an empty line two paragraphs."""
     with open_text(data / "text" / "tinystories_train_slice.txt.xz", "short stories") as file:
-        yield from _documents(file.read(), "stories", split, r"(?<!\n)\n(?!\n)")
+        yield from _documents(file.read(), "stories", split, r"(?<!\n)\n(?!\n)", max_chars)
 
 
-FILE_SOURCES: dict[str, Callable[[Path, Split], Iterator[Row]]] = {
+# Every reader: (data folder, split, about how many characters a row may have) -> rows.
+Reader = Callable[[Path, Split, int], Iterator[Row]]
+FILE_SOURCES: dict[str, Reader] = {
     "intents": intents,
     "sgd": sgd,
     "books": books,

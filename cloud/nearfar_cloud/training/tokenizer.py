@@ -128,7 +128,7 @@ def training_texts(data: Path, without: Sequence[str] = ()) -> Iterator[str]:
     for source, read in rows.FILE_SOURCES.items():
         if source in without or source not in SAMPLE:
             continue
-        all_rows = list(read(data, "train"))
+        all_rows = list(read(data, "train", rows.MAX_ROW_CHARS))
         random.Random(f"{SEED} {source}").shuffle(all_rows)
         yield from _texts(all_rows[: SAMPLE[source]])
     for source, generator in generators(data, SEED, [name for name in GENERATED if name not in without]).items():

@@ -58,9 +58,10 @@ _CHUNK = 1 << 14  # blocks decoded at a time: bounds the temporaries to some MB
 def fake_quantize_activations(x: F32, grain: int | None) -> F32:
     """x [..., K] -> the same shape, rounded to int8 and back: the numbers that the integer kernels see.
 
-    Per group: s = max|x| / 127, q = rint(x * (127 / max)) (halves to even), result q * s, in f32, except
-    that s of a group of 32 is rounded to f16 (below 65504); a group with max|x| < 2^-120 becomes zeros.  `grain` is the group's length, 0 = the whole row, None = x as it is.  BitNet b1.58
-    (arXiv 2402.17764, eq. 4-5) with one scale a row.  Raises NearfarError for a number that is not finite.
+    Per group: s = max|x| / 127, q = rint(x * (127 / max)) (halves to even), result q * s, in f32, except that s of a
+    group of 32 is rounded to f16 (below 65504); a group with max|x| < 2^-120 becomes zeros.  `grain` is the group's
+    length, 0 = the whole row (as BitNet b1.58, arXiv 2402.17764, eq. 4-5), None = x as it is.
+    Raises NearfarError for a number that is not finite.
     """
     if grain is None:
         return x
@@ -73,7 +74,8 @@ def fake_quantize_activations(x: F32, grain: int | None) -> F32:
     q = np.clip(np.rint(groups * inverse), -127, 127)
     scale = np.where(live, top / np.float32(127), np.float32(0))
     if grain == F16_SCALE_GRAIN:
-        scale = np.where(scale < 65504, scale.astype(np.float16), scale).astype(np.float32)
+        with np.errstate(over="ignore", under="ignore"):
+            scale = np.where(scale < 65504, scale.astype(np.float16), scale).astype(np.float32)
     rounded: F32 = q * scale
     return rounded.reshape(x.shape)
 

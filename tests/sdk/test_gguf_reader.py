@@ -115,12 +115,11 @@ def test_metadata_of_a_whole_model_equals_that_of_the_gguf_package(arch: str, tm
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["gpt-2", "phi-3"])
-def test_real_vocabularies_equal_those_of_the_gguf_package(name: str) -> None:
-    path = SHARED / "tokenizers" / f"ggml-vocab-{name}.gguf"
-    fields = oracle.GGUFReader(path).fields
+def test_a_real_vocabulary_equals_that_of_the_gguf_package() -> None:
+    path = SHARED / "tokenizers" / "ggml-vocab-phi-3.gguf"
+    fields = oracle.GGUFReader(path).fields  # seconds: it makes an object of every string
     with GGUFFile.open(path) as file:
-        for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+        for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
             assert file.metadata[key] == fields[key].contents()
 
 

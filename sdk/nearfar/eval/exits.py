@@ -20,6 +20,7 @@ from nearfar.config import ExitConfig
 from nearfar.engine import Engine
 from nearfar.errors import ContextError, UsageError
 from nearfar.eval.intervals import Interval, bootstrap, wilson
+from nearfar.eval.metrics import ratio
 from nearfar.eval.tasks import Figure, Row, Task, answer
 from nearfar.exit import should_exit
 from nearfar.forms import Parts, encode
@@ -155,24 +156,18 @@ def figures(views: Sequence[View], exits: Sequence[ExitConfig]) -> list[Figure]:
     out = []
     for i, e in enumerate(exits):
         counts = np.array([(v.agree[i].sum(), v.agree.shape[1]) for v in views])
-        out.append(Figure(f"exit.{e.layer} agrees with full depth", bootstrap(counts, _ratio)))
+        out.append(Figure(f"exit.{e.layer} agrees with full depth", bootstrap(counts, ratio)))
     taus = [e.tau for e in exits]
     if all(tau >= 1 for tau in taus):
         return out
     decided = [decide(v, taus) for v in views]
     for i, e in enumerate(exits):
         counts = np.array([((d == i).sum(), len(d)) for d in decided])
-        out.append(Figure(f"tokens that leave at exit.{e.layer} (threshold {e.tau:.3g})", bootstrap(counts, _ratio)))
+        out.append(Figure(f"tokens that leave at exit.{e.layer} (threshold {e.tau:.3g})", bootstrap(counts, ratio)))
     losses = np.array([loss(v, taus) for v in views])
-    out.append(Figure("tokens that left and differ", bootstrap(np.stack([losses, np.ones_like(losses)], 1), _ratio)))
+    out.append(Figure("tokens that left and differ", bootstrap(np.stack([losses, np.ones_like(losses)], 1), ratio)))
     out.append(Figure("answers unchanged", wilson(int((losses == 0).sum()), len(losses))))
     return out
-
-
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    """sums [..., 2] -> first / second."""
-    result: np.ndarray = sums[..., 0] / np.maximum(sums[..., 1], 1)
-    return result
 
 
 def speed_up(model: Any, tasks: Sequence[Task], n: int = 40) -> Interval:

@@ -65,6 +65,14 @@ def group_sums(groups: Sequence[str], counts: Sequence[Sequence[float]]) -> np.n
     return sums
 
 
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """sums [..., 2] -> first / second; nan where the second is 0."""
+    result: np.ndarray = np.divide(
+        sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0
+    )
+    return result
+
+
 def micro_f1(counts: np.ndarray) -> np.ndarray:
     """counts [..., 3] = summed (shared, found, wanted) -> F1 [...]; nan where there was nothing to find."""
     shared, found, wanted = np.moveaxis(np.asarray(counts, np.float64), -1, 0)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from nearfar.errors import ContextError, DataError, FileError
+from nearfar.eval.corpora import json_lines
 from nearfar.eval.intervals import Interval
 from nearfar.forms import CALL_STOPS, Part, Parts
 
@@ -74,8 +75,11 @@ class Task:
         """The same task with at most `n` rows, spread evenly: files are sorted by label or service."""
         if n is None or n >= len(self.rows):
             return self
-        rows = [self.rows[i * len(self.rows) // n] for i in range(n)]
-        return Task(**{**self.__dict__, "rows": rows})
+        return self.only([self.rows[i * len(self.rows) // n] for i in range(n)])
+
+    def only(self, rows: Sequence[Row]) -> Task:
+        """The same task with other rows."""
+        return replace(self, rows=rows)
 
     def messages(self, row: Row) -> list[dict[str, str]]:
         """The conversation that asks a chat model for `row`."""
@@ -92,8 +96,10 @@ class Model(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...
     @property
     def tokenizer(self) -> Any: ...
-    def generate(self, prompt: Any, **options: Any) -> Any: ...
-    def chat(self, messages: Any, **options: Any) -> Any: ...
+    @property
+    def generate(self) -> Callable[..., Any]: ...
+    @property
+    def chat(self) -> Callable[..., Any]: ...
 
 
 def speaks_rows(model: Model) -> bool:
@@ -175,3 +181,24 @@ def in_order(rows: Sequence[Row], predictions: Sequence[Prediction]) -> tuple[li
     by_id = {p.id: p for p in predictions}
     both = [(row, by_id[row.id]) for row in rows if row.id in by_id]
     return [row for row, _ in both], [p for _, p in both]
+
+
+def prompts_task(path: Path) -> Task:
+    """Rows without right answers from JSON lines {"prompt": [[text, is_control], …]}: for what only needs answers."""
+    rows = []
+    for where, line in json_lines(path, "more prompts"):
+        parts = line.get("prompt")
+        if not isinstance(parts, list) or not all(
+            isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], bool) for p in parts
+        ):
+            raise DataError(f"{where}: expected 'prompt' as a list of [text, is_control], found {str(parts)[:60]}")
+        rows.append(Row(where, "", {}, context=tuple(Part(text, control=control) for text, control in parts)))
+    return Task(
+        name=path.stem,
+        split=path.name,
+        rows=rows,
+        prompt=lambda row: tuple(row.context),
+        schema=lambda row: {},
+        score=lambda rows, predictions: [],
+        instruction="",
+    )

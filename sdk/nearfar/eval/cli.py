@@ -1,0 +1,320 @@
+"""`nearfar eval` and `nearfar calibrate`: options in, table out.  Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model, real, whole
+from nearfar.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from nearfar.eval.calibrate import Calibration
+    from nearfar.eval.report import Section
+    from nearfar.eval.tasks import Prediction, Task
+    from nearfar.llm import LLM
+
+T = TypeVar("T")
+
+TASKS = ("hwu64", "snips", "clinc150", "sgd", "home")
+EXITS = "exits"
+EXIT_ROWS = 100  # rows of each task that the figures about exits are taken from
+SPEED_ROWS = 20  # rows of each task that are timed with and without exits
+CALIBRATION_ROWS = 600  # answers of each data set
+
+
+def add_verb(verbs: Verbs) -> None:
+    """Both verbs."""
+    _add_eval(verbs)
+    _add_calibrate(verbs)
+
+
+def _add_eval(verbs: Verbs) -> None:
+    parser = new_parser(
+        verbs,
+        "eval",
+        "measure a model on requests, calls and exits, with baselines",
+        "nearfar eval nano --data data/",
+        "nearfar eval nano --data data/ --tasks home,exits --limit 100",
+        "nearfar eval nano --data data/ --save answers.jsonl",
+        "nearfar eval --data data/ --table answers.jsonl",
+        detail="Greedy answers at full depth; every figure with a 95 % interval and its baseline on the same rows.",
+    )
+    parser.add_argument("model", nargs="?", help="nano, or the path of a GGUF file")
+    parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
+    parser.add_argument(
+        "--tasks", type=_names, default=(*TASKS, EXITS), metavar="LIST", help=f"of {','.join((*TASKS, EXITS))}"
+    )
+    parser.add_argument(
+        "--limit", type=whole(1, 1 << 20), metavar="N", help="at most N rows of each task, spread evenly"
+    )
+    parser.add_argument("--no-grammar", action="store_true", help="leave out the constrained answers")
+    parser.add_argument("--no-baselines", action="store_true", help="print stored baselines instead of fitting them")
+    parser.add_argument("--save", metavar="FILE", help="store the answers (JSON lines)")
+    parser.add_argument("--table", metavar="FILE", help="make the table from stored answers, without a model")
+    add_engine_options(parser)
+    parser.set_defaults(run=run_eval)
+
+
+def _add_calibrate(verbs: Verbs) -> None:
+    parser = new_parser(
+        verbs,
+        "calibrate",
+        "choose exit thresholds that keep a promise, and write them into a copy of the file",
+        "nearfar calibrate nano.gguf --data data/ -o nano-calibrated.gguf",
+        "nearfar calibrate nano.gguf --data data/ --rows requests.jsonl --delta 0.05 -o loose.gguf",
+        detail="The answers come from held-out training rows; for answers like those, with 95 % confidence, at most "
+        "a share DELTA of the tokens leaves early and differs from full depth.",
+    )
+    parser.add_argument("model", help="nano, or the path of a GGUF file with exits")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the calibrated copy")
+    parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
+    parser.add_argument("--rows", metavar="FILE", help='more prompts, JSON lines {"prompt": [[text, is_control], …]}')
+    parser.add_argument(
+        "--limit", type=whole(1, 1 << 20), default=CALIBRATION_ROWS, metavar="N", help="answers of each set"
+    )
+    parser.add_argument(
+        "--delta", type=real(1e-4, 0.5), default=0.02, metavar="D", help="tolerated share (default %(default)s)"
+    )
+    parser.add_argument(
+        "--plot", metavar="PNG", help="reliability plot (default: beside the output, if matplotlib is there)"
+    )
+    add_engine_options(parser)
+    parser.set_defaults(run=run_calibrate)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    unknown = [name for name in names if name not in (*TASKS, EXITS)]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join((*TASKS, EXITS))}")
+    return names
+
+
+# ---------------------------------------------------------------- eval
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from nearfar.eval.corpora import data_folder
+    from nearfar.eval.tasks import load_predictions, save_predictions
+
+    if (args.model is None) == (args.table is None):
+        raise UsageError("expected a model, or --table with stored answers, and not both")
+    started = time.perf_counter()
+    folder = data_folder(args.data)
+    tasks = [task.first(args.limit) for task in load_tasks(folder, args.tasks)]
+    facts: dict[str, Any] = {"model": args.model, "table": args.table, "limit": args.limit}
+    about_exits: list[Section] = []
+    if args.table:
+        predictions = load_predictions(Path(args.table))
+    else:
+        with open_model(args, args.model) as llm:
+            facts["backend"] = llm.backend
+            predictions = ask(llm, tasks, grammar=not args.no_grammar)
+            if EXITS in args.tasks:
+                about_exits = exit_section(llm, tasks)
+    if args.save:
+        save_predictions(Path(args.save), predictions)
+    sections = [s for task in tasks if (s := section(task, predictions, folder, fit=not args.no_baselines))]
+    facts["seconds"] = round(time.perf_counter() - started, 1)
+    _print(sections + about_exits, facts, args.json)
+    return 0
+
+
+def load_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
+    """The named tasks, and the official test files of their sets where the folder has them."""
+    from nearfar.eval import calls, home, intents
+
+    tasks: list[Task] = []
+    if {"hwu64", "snips", "clinc150"} & set(names):
+        tasks += [t for t in intents.load(folder) if t.name.removesuffix("_test") in names]
+    if "sgd" in names:
+        tasks += calls.load(folder)
+    if "home" in names:
+        tasks += home.load(folder)
+    return tasks
+
+
+def ask(llm: LLM, tasks: Sequence[Task], *, grammar: bool) -> dict[tuple[str, str], list[Prediction]]:
+    """Every task's answers, free and (with llguidance) under its grammar, by (task, mode)."""
+    from nearfar.eval import exits
+    from nearfar.eval.report import FREE, SCHEMA
+    from nearfar.eval.tasks import predict, speaks_rows
+
+    answers: dict[tuple[str, str], list[Prediction]] = {}
+    if grammar and not _has_llguidance():
+        print("without the column 'with grammar': pip install 'nearfar[schema]'", file=sys.stderr)
+        grammar = False
+    has_exits = bool(llm.config and llm.config.exits) and speaks_rows(llm)
+    for task in tasks:
+        for mode in (FREE, SCHEMA) if grammar else (FREE,):
+            wants_scores = mode == FREE and has_exits and task.name.startswith("clinc150")
+            scores: Callable[..., Mapping[str, float]] | None = (
+                (lambda prompt, ids: exits.confidences(llm, prompt, ids)) if wants_scores else None
+            )
+            found = predict(llm, task, constrained=mode == SCHEMA, scores=scores)
+            answers[task.name, mode] = list(_progress(found, len(task.rows), f"{task.name} {mode}"))
+    return answers
+
+
+def section(
+    task: Task, predictions: Mapping[tuple[str, str], Sequence[Prediction]], folder: Path, *, fit: bool
+) -> Section | None:
+    """A task's part of the table, over the rows that were answered; None where there are no answers."""
+    from nearfar.eval.baselines import baseline, stored_baseline
+    from nearfar.eval.report import MODES, Section
+    from nearfar.eval.tasks import in_order
+
+    modes = [mode for mode in MODES if (task.name, mode) in predictions]
+    if not modes:
+        return None
+    rows, _ = in_order(task.rows, predictions[task.name, modes[0]])
+    figures = {mode: task.score(*in_order(task.rows, predictions[task.name, mode])) for mode in modes}
+    cut = sum(p.finish == "context" for p in predictions[task.name, modes[0]])
+    notes = [f"{cut} prompts did not fit the context and count as wrong"] if cut else []
+    try:
+        beside = baseline(task.only(rows), folder) if fit else stored_baseline(task.name)
+    except MissingExtraError as error:
+        beside = stored_baseline(task.name)
+        notes.append(f"baseline stored, of the whole split: {error}")
+    return Section(task.name, task.split, len(rows), figures, beside, notes)
+
+
+def exit_section(llm: LLM, tasks: Sequence[Task]) -> list[Section]:
+    """What leaves early and what it changes, on some rows of each task; nothing for a model without exits."""
+    from nearfar.eval import exits
+    from nearfar.eval.report import FREE, Section
+    from nearfar.eval.tasks import Figure, speaks_rows
+
+    if not (llm.config and llm.config.exits and speaks_rows(llm) and tasks):
+        return []
+    engine, parts = exits.engine_of(llm), [task.first(EXIT_ROWS) for task in tasks]
+    found = exits.answers_at_full_depth(llm, parts)
+    traces = [t for _, t in _progress(found, sum(len(p.rows) for p in parts), "exits")]
+    views = [exits.view(engine.lower, t, llm.config.exits) for t in traces]
+    figures = exits.figures(views, llm.config.exits)
+    if any(e.tau < 1 for e in llm.config.exits):
+        figures.append(Figure("wall time at full depth / with exits", exits.speed_up(llm, parts, SPEED_ROWS), unit=""))
+    name = f"Exits, {EXIT_ROWS} rows of each task at most"
+    return [Section(EXITS, name, len(traces), {FREE: figures}, notes=["the baseline is full depth"])]
+
+
+def _has_llguidance() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("llguidance") is not None
+
+
+def _print(sections: Sequence[Section], facts: Mapping[str, Any], as_json: bool) -> None:
+    from nearfar.eval import report
+
+    if as_json:
+        print(json.dumps(report.as_json(sections, **facts), ensure_ascii=False))
+    else:
+        print(report.as_text(sections))
+        print(f"\n{facts['seconds']} s" + (f", engine {facts['backend']}" if "backend" in facts else ""))
+
+
+def _progress(items: Iterable[T], n: int, what: str) -> Iterator[T]:
+    """Pass `items` through and say on stderr how far they are; on a terminal the line is rewritten."""
+    live, started = sys.stderr.isatty(), time.perf_counter()
+    i = 0
+    for i, item in enumerate(items, 1):
+        yield item
+        if live and i % 10 == 0:
+            print(f"\r{what} {i}/{n}", end="", file=sys.stderr, flush=True)
+    print(
+        f"{chr(13) if live else ''}{what} {i}/{n}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True
+    )
+
+
+# ---------------------------------------------------------------- calibrate
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    from nearfar.eval import calibrate as cal
+    from nearfar.eval import exits
+    from nearfar.eval.corpora import data_folder
+    from nearfar.eval.tasks import speaks_rows
+    from nearfar.gguf_reader import GGUFFile
+
+    started, out = time.perf_counter(), Path(args.output)
+    source = model_path(args.model)
+    if out.exists() and out.samefile(source):
+        raise UsageError(f"{out}: expected another name than the model's; the thresholds go into a copy")
+    with open_model(args, args.model) as llm:
+        engine = exits.engine_of(llm)
+        if not speaks_rows(llm):
+            raise UsageError(f"{source} was not trained on nearfar's rows (no key nearfar.rows): nothing to ask it")
+        tasks = held_out(data_folder(args.data), args.rows)
+        total = sum(min(args.limit, len(task.rows)) for task in tasks)
+        found = exits.answers_at_full_depth(llm, tasks, args.limit)
+        traces = [t for _, t in _progress(found, total, "answers at full depth")]
+        result = cal.calibrate(engine.lower, traces, delta=args.delta)
+    mix = {task.name: sum(t.id.startswith(f"{task.name}:") for t in traces) for task in tasks}
+    with GGUFFile.open(source) as file:
+        cal.write_calibrated(file, out, result, mix)
+    picture = Path(args.plot) if args.plot else out.with_suffix(".reliability.png")
+    drawn = cal.plot(result, picture)
+    if args.plot and not drawn:
+        raise MissingExtraError("matplotlib", "train", "the reliability plot")
+    facts = calibration_facts(result, mix) | {
+        "output": str(out),
+        "plot": str(picture) if drawn else None,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    print(json.dumps(facts, ensure_ascii=False) if args.json else calibration_text(result, facts))
+    return 0
+
+
+def held_out(folder: Path, more: str | None) -> list[Task]:
+    """The held-out training rows of each set, and the prompts of `more`."""
+    from nearfar.eval import calls, intents
+    from nearfar.eval.tasks import prompts_task
+
+    tasks = [*intents.dev_rows(folder), *calls.dev_rows(folder)]
+    return [*tasks, prompts_task(Path(more))] if more else tasks
+
+
+def calibration_facts(c: Calibration, mix: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "delta": c.delta,
+        "alpha": c.alpha,
+        "answers": dict(c.n_answers),
+        "mix": dict(mix),
+        "exits": {
+            f"exit.{e.layer}": {
+                "temperature": round(e.temperature, 4),
+                "tau": round(e.tau, 6),
+                "ece_before": round(c.ece[e.layer][0], 5),
+                "ece_after": round(c.ece[e.layer][1], 5),
+            }
+            for e in c.exits
+        },
+        "tested": [{"tau": list(s.taus), "mean_loss": round(s.mean_loss, 6), "p": s.p} for s in c.tested],
+        "report": {k: {"value": i.value, "low": i.low, "high": i.high, "n": i.n} for k, i in c.report.items()},
+    }
+
+
+def calibration_text(c: Calibration, facts: Mapping[str, Any]) -> str:
+    from nearfar.eval.report import shown
+
+    lines = [f"answers: {', '.join(f'{k} {n}' for k, n in c.n_answers.items())} ({_listed(facts['mix'])})"]
+    for name, e in facts["exits"].items():
+        fires = f"threshold {e['tau']:.4g}" if e["tau"] < 1 else "never fires: no threshold passed"
+        error = f"calibration error {e['ece_before']:.4f} -> {e['ece_after']:.4f}"
+        lines.append(f"{name}: temperature {e['temperature']:.3f}, {error}, {fires}")
+    last = c.tested[-1]
+    lines.append(f"{len(c.tested)} thresholds tested; the last: mean loss {100 * last.mean_loss:.2f} %, p {last.p:.3g}")
+    lines += [f"on answers that chose nothing, {name}: {shown(i)}" for name, i in c.report.items()]
+    lines.append(f"wrote {facts['output']}" + (f" and {facts['plot']}" if facts["plot"] else ""))
+    return "\n".join(lines)
+
+
+def _listed(mix: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in mix.items())

@@ -118,6 +118,8 @@ def _value(key: str, value: Value, kind: ValueType | None) -> bytes:
             value = value.item()
         kind = _kind_of(value) if kind is None else kind
         return struct.pack("<I", kind) + _elements(key, [value], kind)
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise UsageError(f"{key}={value!r:.40}: expected text, a truth value, a number or a list of one of them")
     elements = value.tolist() if isinstance(value, np.ndarray) else list(value)
     if kind is None and isinstance(value, np.ndarray):
         kind = _kind_of_dtype(key, value.dtype)
@@ -140,7 +142,7 @@ def _kind_of(value: object) -> ValueType:
         return ValueType.U32 if value >= 0 else ValueType.I32
     if isinstance(value, float):
         return ValueType.F32
-    raise UsageError(f"{value!r:.40}: expected text, a truth value, a number or a list of one of them")
+    raise UsageError(f"an element {value!r:.40}: expected text, a truth value or a number")
 
 
 def _kind_of_dtype(key: str, dtype: np.dtype[Any]) -> ValueType:

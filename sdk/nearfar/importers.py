@@ -113,6 +113,8 @@ def read_llama2c(path: Path) -> tuple[Llama2cHeader, dict[str, F32]]:
         n = int(np.prod(shape))
         tensors[name] = np.frombuffer(data, "<f4", n, at).reshape(shape).astype(np.float32)
         at += 4 * n
+        if not np.isfinite(tensors[name]).all():
+            raise WeightsError(f"{path}: {name} holds a number that is not finite")
     _check_rotation(path, header, tensors["cos"], tensors["sin"])
     return header, tensors
 

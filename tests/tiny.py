@@ -1,6 +1,6 @@
 """Small random models as real GGUF files, written with the `gguf` package: the material of most tests.
 
-No download, no training: weights are drawn from a seed, scaled so that the rows neither die nor explode.  The widths are
+No download, no training: weights are drawn from a seed, scaled so that rows neither die nor explode.  The widths are
 multiples of 256, because the ternary types and the K-quants come in blocks of 256; the tokenizer is a byte-level BPE
 with a few merges and two control tokens, so that llama.cpp opens the files too.
 """

@@ -20,9 +20,8 @@
 namespace nearfar::avx2 {
 namespace {
 
-constexpr int kHalves = 8;        // halves of blocks, of 8 rows, in a panel
-constexpr int64_t kStep = 256;    // bytes of 4 blocks
-constexpr int64_t kAhead = 1024;  // prefetch distance
+constexpr int kHalves = 8;      // halves of blocks, of 8 rows, in a panel
+constexpr int64_t kStep = 256;  // bytes of 4 blocks
 
 // One panel and M tokens: rows n.. of w, rows i.. of x.
 struct Tile {
@@ -73,10 +72,6 @@ inline void for_each_tile(const Panels& w, const Rows& x, int64_t first, int64_t
 
 inline __m256i load(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
-}
-
-inline void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
 }
 
 inline __m256i broadcast4(const int8_t* q) {
@@ -130,25 +125,55 @@ inline void store_all(const Tile& t, const Floats<M>& total) {
 
 // ---- i2: sum q * code over 128 k, code 0..3, 16 k a step; added to sum
 // ----------------------------------
+
+template <int F>
+inline __m256i i2_field(__m256i v) {
+  return _mm256_and_si256(F == 0 ? v : _mm256_srli_epi16(v, 2 * F), _mm256_set1_epi8(3));
+}
+
+inline __m256i add_product(__m256i pairs, __m256i code, __m256i a) {
+  return _mm256_add_epi16(pairs, _mm256_maddubs_epi16(code, a));
+}
+
+// One token: 8 accumulators and 4 broadcasts just fit the registers, the panel is read in order.
+inline void dot_i2_one(const uint8_t* codes, const int8_t* q, Sums<1>& sum) {
+  __m256i pairs[kHalves];
+  for (int h = 0; h < kHalves; ++h) pairs[h] = _mm256_setzero_si256();
+  for (int s = 0; s < 8; ++s, codes += kStep, q += 16) {
+    const __m256i a0 = broadcast4(q), a1 = broadcast4(q + 4);
+    const __m256i a2 = broadcast4(q + 8), a3 = broadcast4(q + 12);
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalves; ++h) {
+      const __m256i v = load(codes + 32 * h);
+      pairs[h] = add_product(pairs[h], i2_field<0>(v), a0);
+      pairs[h] = add_product(pairs[h], i2_field<1>(v), a1);
+      pairs[h] = add_product(pairs[h], i2_field<2>(v), a2);
+      pairs[h] = add_product(pairs[h], i2_field<3>(v), a3);
+    }
+  }
+  for (int h = 0; h < kHalves; ++h) sum[h][0] = _mm256_add_epi32(sum[h][0], add_pairs(pairs[h]));
+}
+
+// M tokens: 8 rows at a time, so that M accumulators and a decoded field stay in registers.
 template <int M>
 inline void dot_i2(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum) {
-  const __m256i three = _mm256_set1_epi8(3);
-  for (int h = 0; h < kHalves; ++h) {
-    const uint8_t* p = codes + 32 * h;
-    __m256i pairs[M];
-    for (int m = 0; m < M; ++m) pairs[m] = _mm256_setzero_si256();
-    for (int s = 0; s < 8; ++s, p += kStep) {
-      const __m256i v = load(p);
-#pragma GCC unroll 4
-      for (int f = 0; f < 4; ++f) {
-        const __m256i code = _mm256_and_si256(_mm256_srli_epi16(v, 2 * f), three);
-        for (int m = 0; m < M; ++m) {
-          const __m256i a = broadcast4(t.q(m) + k + 16 * s + 4 * f);
-          pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(code, a));
+  if constexpr (M == 1) {
+    dot_i2_one(codes, t.q(0) + k, sum);
+  } else {
+    for (int h = 0; h < kHalves; ++h) {
+      __m256i pairs[M];
+      for (int m = 0; m < M; ++m) pairs[m] = _mm256_setzero_si256();
+      for (int s = 0; s < 8; ++s) {
+        const __m256i v = load(codes + s * kStep + 32 * h);
+        const __m256i code[4] = {i2_field<0>(v), i2_field<1>(v), i2_field<2>(v), i2_field<3>(v)};
+        for (int f = 0; f < 4; ++f) {
+          for (int m = 0; m < M; ++m) {
+            pairs[m] = add_product(pairs[m], code[f], broadcast4(t.q(m) + k + 16 * s + 4 * f));
+          }
         }
       }
+      for (int m = 0; m < M; ++m) sum[h][m] = _mm256_add_epi32(sum[h][m], add_pairs(pairs[m]));
     }
-    for (int m = 0; m < M; ++m) sum[h][m] = _mm256_add_epi32(sum[h][m], add_pairs(pairs[m]));
   }
 }
 
@@ -211,7 +236,6 @@ inline void dot_q4(const Tile& t, const uint8_t* codes, int64_t k, int h, __m256
 #pragma GCC unroll 4
   for (int s = 0; s < 4; ++s, k += 8) {
     const uint8_t* p = codes + s * kStep + 32 * h;
-    if (h % 2 == 0) prefetch(p);
     const __m256i v = load(p);
     const __m256i v_low = _mm256_and_si256(v, low);
     const __m256i v_high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);

@@ -30,7 +30,7 @@ class Constraint:
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise SchemaError(f"not a JSON schema: {error}") from error
         if problem := LLMatcher.validate_grammar(grammar, vocabulary.ll):

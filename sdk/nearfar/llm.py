@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+
 from nearfar import env
 from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
@@ -244,7 +246,7 @@ class LLM:
         items = list(prompt)
         if items and isinstance(items[0], Part):
             return self.tokenizer.encode_parts([p for p in items if isinstance(p, Part)])
-        return [int(i) for i in items if not isinstance(i, Part)]
+        return [int(i) for i in items if isinstance(i, (int, np.integer))]
 
     def _constraint(self, schema: Mapping[str, Any]) -> Constraint:
         if self._vocabulary is None:

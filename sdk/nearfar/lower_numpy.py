@@ -27,7 +27,8 @@ Array = NDArray[np.float32]
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """x [..., D], gain [D] -> [..., D]"""
     scale = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps))  # [..., 1]
-    return x * scale * gain
+    y: Array = x * scale * gain
+    return y
 
 
 def rope_angles(config: ModelConfig, start: int, n: int, factors: Array | None = None) -> tuple[Array, Array]:
@@ -59,7 +60,8 @@ def rotate(x: Array, cos: Array, sin: Array, pairs: str) -> Array:
 def softmax(x: Array) -> Array:
     """Along the last axis."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    p: Array = e / e.sum(axis=-1, keepdims=True)
+    return p
 
 
 def attention(q: Array, k: Array, v: Array, start: int) -> Array:
@@ -70,14 +72,14 @@ def attention(q: Array, k: Array, v: Array, start: int) -> Array:
     scores = np.einsum("tkgd,skd->kgts", q, k) / np.float32(np.sqrt(head_dim))  # [KH, G, T, S]
     visible = np.arange(len(k))[None, :] <= (start + np.arange(n_rows))[:, None]  # [T, S]
     weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
-    return np.einsum("kgts,skd->tkgd", weights, v).reshape(n_rows, n_heads * head_dim)
+    o: Array = np.einsum("kgts,skd->tkgd", weights, v)
+    return o.reshape(n_rows, n_heads * head_dim)
 
 
 def activate(gate: Array, up: Array, kind: str) -> Array:
     """The gated product of the feed-forward half: "silu" or "relu2"."""
-    if kind == "relu2":
-        return np.square(np.maximum(gate, 0)) * up
-    return gate / (1 + np.exp(-gate)) * up
+    gated: Array = np.square(np.maximum(gate, 0)) if kind == "relu2" else gate / (1 + np.exp(-gate))
+    return gated * up
 
 
 class NumpyLower:

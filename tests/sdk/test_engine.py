@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+
 from nearfar.cancel import Cancel
 from nearfar.config import ExitConfig
 from nearfar.engine import Engine, stages
@@ -14,7 +13,6 @@ from nearfar.lower import Lower, open_lower
 from nearfar.sampling import Sampling
 from nearfar.sequence import Sequence
 from nearfar.weights import Weights
-
 from tests.tiny import write_tiny
 
 PROMPT = [5, 17, 3, 99, 42]

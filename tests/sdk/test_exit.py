@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from nearfar.config import ExitConfig
 from nearfar.errors import WeightsError
 from nearfar.exit import MAX_DEBT, confidence, max_softmax, should_exit

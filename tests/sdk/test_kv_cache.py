@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+
 from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
 from nearfar.errors import Cancelled, ContextError, UsageError
 from nearfar.kv_cache import KVCache
 from nearfar.lower import Lower, open_lower
 from nearfar.weights import Weights
-
 from tests.tiny import write_tiny
 
 CONFIG = ModelConfig("llama", 2, 8, 2, 1, 4, 16, 32, 64)
@@ -68,7 +66,9 @@ def test_the_limit_is_named() -> None:
 def lower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lower:
     if request.param == "native":
         pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
-    return open_lower(Weights.open(write_tiny(tmp_path_factory.mktemp("kv") / "m.gguf", "qwen2", "Q8_0")), request.param)
+    return open_lower(
+        Weights.open(write_tiny(tmp_path_factory.mktemp("kv") / "m.gguf", "qwen2", "Q8_0")), request.param
+    )
 
 
 def embed(lower: Lower, *ids: int) -> np.ndarray:

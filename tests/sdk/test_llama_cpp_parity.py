@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from nearfar.lower import Lower, open_lower
 from nearfar.weights import Weights
-
 from tests.tiny import ARCHITECTURES, WEIGHT_TYPES, write_tiny
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra [llama])")

@@ -7,10 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from nearfar import LLM, Cancel, Sampling
 from nearfar.errors import ContextError, FileError, SchemaError, UnsupportedError, UsageError
 from nearfar.forms import Part
-
 from tests.tiny import write_tiny
 
 WARM = Sampling(temperature=1.5, seed=5)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from nearfar.errors import UsageError
 from nearfar.sampling import Sampling, gumbel, keep_min_p, keep_top_k, keep_top_p, penalize, sample
 
@@ -21,7 +22,9 @@ def test_top_k_keeps_k_tokens() -> None:
     assert kept(keep_top_k(LOGITS, 0)) == kept(keep_top_k(LOGITS, 9)) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("p", "expected"), [(0.4, [0]), (0.5, [0]), (0.6, [0, 1]), (0.89, [0, 1, 2]), (1.0, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.4, [0]), (0.5, [0]), (0.6, [0, 1]), (0.89, [0, 1, 2]), (1.0, [0, 1, 2, 3, 4])]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, expected: list[int]) -> None:
     assert kept(keep_top_p(LOGITS, p)) == expected
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nearfar.errors import UsageError
 from nearfar.stop import StopMatcher
 

@@ -1,30 +1,27 @@
 """Home rows without end: Home Assistant's English templates, sampled at random, over invented homes.
 
-`HomeGenerator(data, seed).row(i)` is a pure function of seed and i.  A template is parsed by hassil and its tree walked with
-random choices (its own enumeration goes in order and repeats itself).  A tenth of the templates, by hash, is never used in
-training ("dev"), and a request that equals a test sentence is drawn again.
+`HomeGenerator(data, seed).row(i)` is a pure function of seed and i.  A template is parsed by hassil and its tree walked
+with random choices (its own enumeration goes in order and repeats itself).  A tenth of the templates, by hash, is never
+used in training ("dev"), and a request that equals a test sentence is drawn again.
 """
 
 from __future__ import annotations
 
-import csv
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hassil.expression import Alternative, Expression, Group, ListReference, Permutation, RuleReference, TextChunk
-from hassil.parse_expression import parse_sentence
+
 from nearfar import forms, home
 from nearfar.errors import DataError
 from nearfar.home import Entity, Home
-
-from nearfar_cloud.training import rows
+from nearfar_cloud.training import lexicon, rows
 from nearfar_cloud.training.rows import Row, Split
+from nearfar_cloud.training.templates import Template, parse, read_corpus
 
 # Held out of training word for word, so that the README shows a request the model has not seen.
 HELD_SENTENCES = ("turn off the kitchen lights in ten minutes", "turn off the kitchen lights in 10 minutes")
@@ -47,149 +44,14 @@ WEIGHTS = {
 WEIGHTS |= {"HassClimateSetTemperature": 2, "HassListAddItem": 1.5, "HassMediaSearchAndPlay": 2, "HassSetVolume": 1.5}
 WEIGHTS |= {"HassNevermind": 0.3, "HassRespond": 0.3, "HassGetCurrentDate": 0.4, "HassGetCurrentTime": 0.5}
 DELAYED_SHARE = 0.65  # of the HassStartTimer rows carry a command for later
-# Ways to ask for something later that the templates lack.
-LATER = (
-    "{timer_command:conversation_command} in <timer_duration>",
-    "in <timer_duration>[,] {timer_command:conversation_command}",
-    "{timer_command:conversation_command} after <timer_duration>",
-    "{timer_command:conversation_command} <timer_duration> from now",
-    "(after|wait) <timer_duration>[,] [and] [then] {timer_command:conversation_command}",
-    "in <timer_duration> (i want you to|could you|please) {timer_command:conversation_command}",
-)
-
-# Durations as people give them: mostly whole minutes.  Replaces the templates' rule, whose branches are uniform.
-DURATIONS = {
-    "minutes": "{timer_minutes:minutes} minute[s]",
-    "hours": "{timer_hours:hours} hour[s]",
-    "timer_duration": "(<minutes>|<minutes>|<minutes>|<minutes>|<minutes>|<minutes>|<hours>|<timer_duration_seconds>"
-    "|<timer_duration_minutes>|<timer_duration_hours>)",
-}
-# Commands for later as people say them, beside those that the templates give; {} is a name, an area or a number.
-COMMANDS = {
-    "area": (
-        "turn {onoff} the {area} {things}", "switch {onoff} the {area} {things}", "turn the {area} {things} {onoff}",
-        "turn {onoff} all the {things} in the {area}", "turn {onoff} the {things} in the {area}", "turn {onoff} {area} {things}",
-        "close the blinds in the {area}", "open the {area} blinds", "set the {area} lights to {n} percent", "dim the {area} lights",
-        "play some music in the {area}", "set the {area} to {degrees} degrees", "make the {area} lights {color}",
-    ),
-    "name": (
-        "turn {onoff} the {name}", "turn the {name} {onoff}", "switch {onoff} {name}", "turn {onoff} my {name}", "start the {name}",
-        "close the {name}", "open the {name}", "lock the {name}", "unlock the {name}", "set the {name} to {n} percent", "stop the {name}",
-    ),
-    "": (
-        "turn {onoff} all the lights", "turn {onoff} everything", "turn {onoff} the {things}", "lock all the doors",
-        "start the vacuum", "pause the music", "close all the blinds", "remind me to call {name}", "tell me the weather",
-    ),
-}  # fmt: skip
-THINGS = (
-    "lights",
-    "lights",
-    "lights",
-    "light",
-    "fans",
-    "fan",
-    "lamps",
-    "lamp",
-    "heater",
-    "switches",
-    "tv",
-    "speakers",
-    "heating",
-)
-
-AREAS = tuple(
-    "kitchen|living room|bedroom|bathroom|garage|hallway|office|dining room|basement|garden|guest room|kids room|laundry room|"
-    "pantry|study|library|porch|patio|attic|balcony|entrance|entryway|den|playroom|master bedroom|nursery|front yard|"
-    "back yard|driveway|shed|workshop|studio|utility room|conservatory|sunroom|mudroom|gym|media room|wine cellar|greenhouse|"
-    "terrace|loft|landing|cloakroom|stairwell|family room|breakfast room|music room|sewing room|barn|pool house|sauna|"
-    "guest bathroom|front porch|closet|foyer|home office|lounge|bar|chapel|kitchenette|corridor|storage room".split("|")
-)
-FLOORS = (
-    "upstairs",
-    "downstairs",
-    "first floor",
-    "second floor",
-    "ground floor",
-    "top floor",
-    "basement",
-    "third floor",
-    "attic",
-)
-NOUNS = {
-    "light": "light|lights|lamp|ceiling light|floor lamp|desk lamp|chandelier|spotlight|led strip|pendant|night light|"
-    "bedside lamp|reading light|wall light|strip light|counter lights|main light|overhead light|mood light|side lamp",
-    "switch": "outlet|plug|coffee maker|kettle|heater|fountain|string lights|pump|toaster|christmas tree|humidifier|charger",
-    "fan": "fan|ceiling fan|extractor fan|tower fan|desk fan|ventilation|exhaust fan",
-    "cover": "blinds|curtain|shade|shutter|awning|garage door|gate|window|left blind|roller blind|skylight|sliding door",
-    "lock": "door|lock|front door|back door|side door|gate lock|patio door|cellar door",
-    "media_player": "tv|speaker|soundbar|radio|stereo|projector|record player|sonos|echo|music box",
-    "climate": "thermostat|air conditioner|heating|radiator|heat pump|climate control",
-    "vacuum": "vacuum|robot|roomba|sweeper|robot vacuum|hoover",
-    "valve": "water valve|sprinkler|irrigation valve|gas valve|drip line|garden tap",
-    "scene": "movie night|party time|romantic|good night|morning|dinner|relax|bedtime|reading time|focus|sunset|cinema",
-    "script": "stealth mode|goodbye|coffee routine|wake up|leave home|clean up|alarm test|start the day",
-    "input_boolean": "guest mode|vacation mode|away mode|night mode|holiday mode",
-    "sensor": "sensor|meter|probe|station|monitor|tracker|phone",
-    "binary_sensor": "sensor|detector|door|window|phone|pump|monitor",
-    "person": "anna|ben|carla|david|ella|frank|grace|henry|iris|jack|karin|leo|mona|nils|olga|paul|rosa|sam|tina|victor",
-    "weather": "berlin|london|oslo|new york|paris|tokyo|lisbon|home|prague|denver|madrid|sydney|vienna|dublin",
-    "todo": "groceries|chores|packing|work|to do|weekend|errands|gift ideas|garden jobs|reading",
-}
-CLASS_NOUNS = {"garage": "garage door", "blind": "blinds", "curtain": "curtains", "shade": "shades"}
-COVER_OF = {noun: kind for kind in home.COVER_CLASSES for noun in (kind, kind + "s")} | {"garage door": "garage"}
 HERE_DOMAINS = ("light", "switch", "fan", "media_player", "input_boolean", "climate")  # what a plain name may be
-INTENT_DOMAIN = {
-    "HassVacuumStart": "vacuum",
-    "HassVacuumReturnToBase": "vacuum",
-    "HassLightSet": "light",
-    "HassGetWeather": "weather",
-}
-INTENT_DOMAIN |= {f"HassMedia{x}": "media_player" for x in ("Pause", "Unpause", "Next", "Previous", "SearchAndPlay")}
-INTENT_DOMAIN |= {
-    "HassSetVolume": "media_player",
-    "HassClimateSetTemperature": "climate",
-    "HassClimateGetTemperature": "climate",
-}
-INTENT_DOMAIN |= {"HassListAddItem": "todo", "HassListCompleteItem": "todo"}
+OTHER_DOMAINS = ("light", "light", "light", "switch", "fan", "cover", "lock", "media_player", "climate", "vacuum")
+OTHER_DOMAINS += ("sensor", "scene", "todo")  # of the things beside the one that is meant
 PLACELESS = ("scene", "script", "person", "weather", "todo", "input_boolean")
-
-BEFORE = ("please ", "hey, ", "can you ", "could you ", "would you ", "ok, ", "um, ", "i'd like you to ", "hey ", "now ", "can you please ", "so ", "i want you to ", "uh ", "go ahead and ")  # fmt: skip
-AFTER = (" please", " for me", " now", " thanks", ", please", " right now", " will you", " thank you")
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # fmt: skip
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-FOODS = "milk eggs bread butter apples rice coffee tea oranges soap batteries flour cheese onions pasta bananas sugar yoghurt".split()
-MESSAGES = (
-    "dinner is ready", "the bus is here", "time for bed", "we leave in five minutes", "breakfast is on the table",
-    "somebody is at the door", "please come down", "the movie starts now", "your homework is due", "lunch time",
-)  # fmt: skip
-ZONES = ("home", "work", "school", "the gym", "the office", "the park", "the beach")
-TIMER_NAMES = "pizza|pasta|eggs|laundry|tea|bread|workout|nap|homework|cookies|rice|oven|break|meeting|bath|cake".split(
-    "|"
-)
-
-
-def number_words(n: int, rng: random.Random) -> str:
-    """0..100 in words: `twenty five` or `twenty-five`."""
-    if n < 20:
-        return ONES[n]
-    if n == 100:
-        return rng.choice(("one hundred", "a hundred"))
-    ten, one = divmod(n, 10)
-    return TENS[ten] + (rng.choice((" ", "-")) + ONES[one] if one else "")
-
-
-@dataclass(frozen=True)
-class Template:
-    """One sentence template with what its block says about it."""
-
-    intent: str
-    text: str
-    tree: Expression
-    rules: dict[str, Expression]
-    slots: dict[str, Any]
-    domains: tuple[str, ...]  # that a {name} may have; () for none said
-    device_class: str
-    lists: frozenset[str]  # the lists it can draw from
+COVER_OF = {noun: kind for kind in home.COVER_CLASSES for noun in (kind, kind + "s")} | {"garage door": "garage"}
+LATER_INTENTS = {"HassTurnOff": 8, "HassTurnOn": 6, "HassLightSet": 2, "HassSetPosition": 1, "HassVacuumStart": 1}
+ROUND_NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 45, 50, 60, 90)
+UNITS = re.compile(r"\b([\w/]+) (second|minute|hour|degree)s?\b(?! floor)")
 
 
 @dataclass
@@ -204,23 +66,11 @@ class _Draw:
     slots: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    templates: dict[str, tuple[Template, ...]]  # intent -> templates of one split
-    lists: dict[str, Any]
-    rules: dict[str, Expression]
-    devices: dict[str, tuple[str, ...]]  # domain -> names
-    media: tuple[str, ...]
-    todos: tuple[str, ...]
-    foreign: tuple[str, ...]
-    held: frozenset[bytes]
-
-
 class HomeGenerator:
     """`row(i)` for every i; the same seed and i give the same row.  Raises DataError when templates or piles are missing."""
 
     def __init__(self, data: Path, seed: int, split: Split = "train") -> None:
-        self.corpus, self.seed, self.split = _corpus(data, split), seed, split
+        self.corpus, self.seed, self.split = read_corpus(data, split), seed, split
         self.intents = tuple(self.corpus.templates)
         self.weights = tuple(WEIGHTS.get(intent, 1.0) for intent in self.intents)
 
@@ -258,11 +108,11 @@ class HomeGenerator:
         absent = rng.random() < ABSENT_SHARE
         target = self._target(rng, template, domain)
         entities = self._entities(rng, target, [target])
-        draw = _Draw(rng, target, rng.choice(FLOORS), entities)
+        draw = _Draw(rng, target, rng.choice(lexicon.FLOORS), entities)
         self._walk(template.tree, draw, template)
         slots = {**{k: v for k, v in template.slots.items() if k in home.INTENTS[template.intent]}, **draw.slots}
         text = self._noise(rng, draw.pieces, plain="conversation_command" in slots or "message" in slots)
-        in_home = "name" in slots and "name" in template.lists or "area" in slots
+        in_home = ("name" in slots and "name" in template.lists) or "area" in slots
         if absent and in_home:
             others = [e for e in entities if e is not target and not _same(e, target, slots)]
             spare = [self._entity(rng, rng.choice(("light", "switch", "cover", "fan"))) for _ in range(12)]
@@ -339,7 +189,7 @@ class HomeGenerator:
         choice = rng.choice(choices)
         if isinstance(choice, dict):
             said = _Draw(rng, target, draw.floor, draw.home)
-            self._walk(_parse(str(choice["in"])), said, template)
+            self._walk(parse(str(choice["in"])), said, template)
             draw.pieces.append(("".join(text for text, _ in said.pieces), True))
             draw.slots[slot] = choice["out"]
         else:
@@ -350,7 +200,7 @@ class HomeGenerator:
         rng, low, high = draw.rng, int(span["from"]), int(span["to"])
         value: float = rng.randint(low, high)
         if name.startswith("timer") and rng.random() < 0.6:  # what people say: round and small numbers
-            value = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 45, 50, 60, 90))
+            value = rng.choice(ROUND_NUMBERS)
         elif name == "temperature":
             value = rng.choice((rng.randint(15, 30), rng.randint(55, 85), value))
             if span.get("fractions") == "halves" and value < high and rng.random() < 0.1:
@@ -362,7 +212,7 @@ class HomeGenerator:
         elif value == 1 and name in ("timer_minutes", "timer_hours") and rng.random() < 0.4:
             text = "a" if name == "timer_minutes" else "an"
         else:
-            text = str(value) if rng.random() < 0.5 else number_words(int(value), rng)
+            text = str(value) if rng.random() < 0.5 else lexicon.number_words(int(value), rng)
         draw.pieces.append((text, True))
         draw.slots[slot] = value
 
@@ -373,32 +223,32 @@ class HomeGenerator:
             return self._command(draw)
         if name in ("shopping_list_item", "todo_list_item"):
             food = name == "shopping_list_item" or rng.random() < 0.3
-            return rng.choice(FOODS) if food and rng.random() < 0.7 else self._rare(rng, self.corpus.todos)
+            return rng.choice(lexicon.FOODS) if food and rng.random() < 0.7 else self._rare(rng, self.corpus.todos)
         if name == "timer_name":
-            return self._rare(rng, TIMER_NAMES)
+            return self._rare(rng, lexicon.TIMER_NAMES)
         if name == "message":
-            return self._rare(rng, MESSAGES)
+            return self._rare(rng, lexicon.MESSAGES)
         if name == "search_query":
             return self._rare(rng, self.corpus.media)
         if name == "zone":
-            return rng.choice(ZONES).removeprefix("the ")
+            return rng.choice(lexicon.ZONES)
         return None
 
     def _rare(self, rng: random.Random, common: Sequence[str]) -> str:
-        return rows.invented_name(rng) if rng.random() < 0.2 else rng.choice(common)
+        return lexicon.invented_name(rng) if rng.random() < 0.2 else rng.choice(common)
 
     def _command(self, draw: _Draw) -> str:
         """A command to give later: another row's request, without what makes requests long."""
         rng = draw.rng
         if rng.random() < 0.5:
             target = draw.target if rng.random() < 0.5 else self._entity(rng, rng.choice(HERE_DOMAINS))
-            pattern = rng.choice(COMMANDS[rng.choice(("area", "area", "area", "name", "name", ""))])
+            pattern = rng.choice(lexicon.COMMANDS[rng.choice(("area", "area", "area", "name", "name", ""))])
             return pattern.format(
                 onoff=rng.choice(("off", "off", "on")),
-                area=target.area or rng.choice(AREAS),
+                area=target.area or rng.choice(lexicon.AREAS),
                 name=target.name,
-                things=rng.choice(THINGS),
-                n=rng.randint(0, 100) if rng.random() < 0.5 else number_words(rng.randint(0, 100), rng),
+                things=rng.choice(lexicon.THINGS),
+                n=rng.randint(0, 100) if rng.random() < 0.5 else lexicon.number_words(rng.randint(0, 100), rng),
                 degrees=rng.randint(15, 30),
                 color=rng.choice(home.COLORS),
             )
@@ -421,9 +271,9 @@ class HomeGenerator:
         if rng.random() < 0.9:
             text = UNITS.sub(_agree, text)
         if rng.random() < FILLER_SHARE:
-            text = rng.choice(BEFORE) + text
+            text = rng.choice(lexicon.BEFORE) + text
         if rng.random() < FILLER_SHARE / 2 and not plain:
-            text += rng.choice(AFTER)
+            text += rng.choice(lexicon.AFTER)
         if rng.random() < 0.2:
             text += rng.choice((".", ".", "!", "?"))
         return text
@@ -455,23 +305,23 @@ class HomeGenerator:
 
     def _area(self, rng: random.Random) -> str:
         return (
-            rows.invented_name(rng)
+            lexicon.invented_name(rng)
             if rng.random() < INVENTED_SHARE / 2
-            else rng.choice(AREAS[:12] if rng.random() < 0.5 else AREAS)
+            else rng.choice(lexicon.AREAS[: lexicon.N_COMMON_AREAS] if rng.random() < 0.5 else lexicon.AREAS)
         )
 
     def _entity(self, rng: random.Random, domain: str, device_class: str = "", *, need_area: bool = False) -> Entity:
         area = "" if domain in PLACELESS and not need_area else self._area(rng)
         noun = (
-            CLASS_NOUNS.get(device_class, device_class)
+            lexicon.CLASS_NOUNS.get(device_class, device_class)
             if domain == "cover" and device_class
-            else rng.choice(NOUNS[domain].split("|"))
+            else rng.choice(lexicon.NOUNS[domain])
         )
         roll = rng.random()
         if domain in PLACELESS:
-            name = rows.invented_name(rng) if roll < INVENTED_SHARE else noun
+            name = lexicon.invented_name(rng) if roll < INVENTED_SHARE else noun
         elif roll < INVENTED_SHARE:
-            name = f"{rows.invented_name(rng)} {noun}" if rng.random() < 0.6 else rows.invented_name(rng)
+            name = f"{lexicon.invented_name(rng)} {noun}" if rng.random() < 0.6 else lexicon.invented_name(rng)
         elif roll < 0.6 and domain in self.corpus.devices and not device_class:
             name = rng.choice(self.corpus.devices[domain])
         elif roll < 0.75 and area:
@@ -480,7 +330,7 @@ class HomeGenerator:
             name = rng.choice(
                 (
                     f"{area} {noun}",
-                    f"{rng.choice(AREAS)} {device_class.replace('_', ' ')} {noun}".replace("  ", " "),
+                    f"{rng.choice(lexicon.AREAS)} {device_class.replace('_', ' ')} {noun}".replace("  ", " "),
                     noun,
                 )
             )
@@ -558,141 +408,3 @@ def _slip(rng: random.Random, text: str) -> str:
             swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
             words[i] = rng.choice((swapped, word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:]))
     return " ".join(words)
-
-
-# ---------------------------------------------------------------- templates and piles
-
-
-@cache
-def _parse(text: str) -> Expression:
-    try:
-        return parse_sentence(text).expression
-    except Exception as error:  # hassil raises several kinds
-        raise DataError(f"sentence template {text!r}: {error}") from None
-
-
-def _lists_of(node: Expression, rules: dict[str, Expression], depth: int = 0) -> Iterator[str]:
-    if isinstance(node, ListReference):
-        yield node.list_name
-    elif isinstance(node, Group):
-        for item in node.items:
-            yield from _lists_of(item, rules, depth)
-    elif isinstance(node, RuleReference) and depth < 12 and node.rule_name in rules:
-        yield from _lists_of(rules[node.rule_name], rules, depth + 1)
-
-
-def _words_of(value: Any) -> tuple[str, ...]:
-    return tuple(value) if isinstance(value, list) else (str(value),) if value else ()
-
-
-def _load(text: str, name: str) -> dict[str, Any]:
-    try:
-        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise DataError(f"{name}: expected YAML, {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{name}: expected a YAML mapping, found {type(value).__name__}")
-    return value
-
-
-def _blocks(name: str, content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(intent, block) of a sentences file, in its older and its newer form."""
-    if "intents" in content:
-        for intent, body in content["intents"].items():
-            for block in body["data"]:
-                yield intent, block
-    elif "data" in content:
-        for block in content["data"]:
-            yield Path(name).parent.name, block
-
-
-def _templates(name: str, content: dict[str, Any], rules: dict[str, Expression]) -> Iterator[Template]:
-    for intent, block in _blocks(name, content):
-        if intent not in home.INTENTS or not isinstance(block, dict) or not isinstance(block.get("sentences"), list):
-            raise DataError(
-                f"{name}: expected blocks of sentences for a known intent, found {intent} {str(block)[:60]}"
-            )
-        own = {k: _parse(f"({v})") for k, v in block.get("expansion_rules", {}).items()}
-        slots = dict(block.get("slots", {}))
-        if block.get("inferred_domain"):
-            slots.setdefault("domain", block["inferred_domain"])
-        context = block.get("requires_context", {})
-        domains = (
-            _words_of(block.get("name_domains")) or _words_of(context.get("domain")) or _words_of(slots.get("domain"))
-        )
-        domains = domains or _words_of(INTENT_DOMAIN.get(intent))
-        device_class = str(context.get("device_class") or slots.get("device_class") or "")
-        for text in block["sentences"]:
-            tree = _parse(text)
-            lists = frozenset(_lists_of(tree, {**rules, **own}))
-            yield Template(intent, text, tree, own, slots, domains, device_class, lists)
-
-
-@cache
-def _corpus(data: Path, split: Split) -> _Corpus:
-    """Templates, lists, names: everything that rows are drawn from."""
-    archive = data / "smart_home" / "home_assistant_intents_en.tar.xz"
-    files = {k: v for k, v in rows.tar_members(archive, "home requests", ".yaml").items() if "sentences/en/" in k}
-    common_name = next((name for name in files if name.endswith("sentences/en/_common.yaml")), None)
-    if common_name is None:
-        raise DataError(f"{archive.name}: expected sentences/en/_common.yaml")
-    common = _load(files.pop(common_name), common_name)
-    rules = {name: _parse(f"({body})") for name, body in common["expansion_rules"].items()}
-    rules |= {name: _parse(body) for name, body in DURATIONS.items()}
-    rules["percent"] = _parse("([ ]%| percent)")  # a rule of the newer files that this snapshot does not define
-    templates: dict[str, list[Template]] = {}
-    for name, text in files.items():
-        for template in _templates(name, _load(text, name), rules):
-            dev = forms.residue(f"{template.intent} {template.text}", 10) == 0
-            if dev == (split != "train"):
-                templates.setdefault(template.intent, []).append(template)
-    if split == "train":
-        for text in LATER:
-            tree = _parse(text)
-            lists = frozenset(_lists_of(tree, rules))
-            templates["HassStartTimer"].append(Template("HassStartTimer", text, tree, {}, {}, (), "", lists))
-    piles = rows.tar_members(data / "smart_home" / "home_llm_piles_en.tar.xz", "names of devices", "")
-    return _Corpus(
-        templates={intent: tuple(found) for intent, found in templates.items()},
-        lists=common["lists"],
-        rules=rules,
-        devices=_devices(_pile(piles, "pile_of_device_names.csv")),
-        media=_lines(_pile(piles, "pile_of_media_names.txt")),
-        todos=_lines(_pile(piles, "pile_of_todo_items.txt")),
-        foreign=_foreign_requests(data, split),
-        held=rows.test_texts(data),
-    )
-
-
-def _pile(piles: dict[str, str], name: str) -> str:
-    for member, text in piles.items():
-        if member.endswith(name):
-            return text
-    raise DataError(f"home_llm_piles_en.tar.xz: expected {name}")
-
-
-def _lines(text: str) -> tuple[str, ...]:
-    return tuple(forms.neutral(line.strip()) for line in text.splitlines() if 0 < len(line.strip()) <= 50)
-
-
-def _devices(text: str) -> dict[str, tuple[str, ...]]:
-    """Domain -> names from the pile of devices."""
-    kinds = {"blinds": "cover", "garage_door": "cover", "timer": ""}
-    found: dict[str, list[str]] = {}
-    for row in csv.DictReader(text.splitlines()):
-        if not row.get("device_name") or not row.get("description"):
-            raise DataError(f"pile_of_device_names.csv: expected device_name and description, found {str(row)[:60]}")
-        kind = row["device_name"].split(".")[0]
-        domain, name = kinds.get(kind, kind), forms.normalise(row["description"])
-        if domain in home.DOMAINS and 0 < len(name) <= 40:
-            found.setdefault(domain, []).append(name)
-    return {domain: tuple(names) for domain, names in found.items()}
-
-
-def _foreign_requests(data: Path, split: Split) -> tuple[str, ...]:
-    """Requests that no home can meet: CLINC150's banking, cards, work and travel."""
-    domains = rows.clinc_domains(data)
-    known = {intent for name in ("banking", "credit_cards", "work", "travel") for intent in domains[name]}
-    return tuple(
-        text for text, intent in rows.clinc150(data, "dev" if split != "train" else "train") if intent in known
-    )

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from nearfar import forms
-from nearfar.errors import ConfigError, DataError
 from numpy.typing import NDArray
 
+from nearfar import forms
+from nearfar.errors import ConfigError, DataError
 from nearfar_cloud.training import rows
-from nearfar_cloud.training.rows import Row
 from nearfar_cloud.training.generators import Generator, generators
+from nearfar_cloud.training.rows import Row
 from nearfar_cloud.training.tokenizer import RowTokenizer
 
 Phase = Literal["stable", "decay"]

@@ -1,7 +1,7 @@
-"""Readers: each corpus of the data folder as `Row`s.  First stop of the training walk: rows -> tokenizer -> mix -> trainer.
+"""Readers: each corpus of the data folder as `Row`s.  First stop of training: rows -> tokenizer -> mix -> trainer.
 
-Every reader checks what it reads and names file and line of what it cannot use.  Files marked *test only* are opened by one
-function here, `test_texts`, whose single purpose is to keep their sentences out of training.
+Every reader checks what it reads and names file and line of what it cannot use.  Files marked *test only* are opened by
+one function here, `test_texts`, whose single purpose is to keep their sentences out of training.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any, Literal, TypeVar
 from nearfar import forms
 from nearfar.errors import DataError
 from nearfar.forms import Parts, Turn
+from nearfar_cloud.training import lexicon
+from nearfar_cloud.training.lexicon import listed
 
 T = TypeVar("T")
 Split = Literal["train", "dev", "test"]
@@ -166,38 +168,20 @@ def clinc_domains(data: Path) -> dict[str, list[str]]:
     return found
 
 
-SYLLABLES = tuple(
-    a + b for a in "b br ch d f g gr h j k l m n p r s st t v w y z".split() for b in "a e i o u ar en il on".split()
-)
-NAME_WORDS = ("artist", "name", "person", "playlist", "album", "track", "song", "place", "city", "state", "restaurant", "poi")  # fmt: skip
-NAME_WORDS += (
-    "podcast",
-    "radio",
-    "entity",
-    "object_name",
-    "movie",
-    "game",
-    "business",
-    "house_place",
-    "device",
-    "list",
-)
-
-
-def invented_name(rng: random.Random) -> str:
-    """A name nobody has: one to three words of two or three syllables."""
-    words = ["".join(rng.choices(SYLLABLES, k=rng.choice((2, 2, 3)))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
-    return " ".join(words)
+NAMED_SLOTS = listed(
+    "artist|name|person|playlist|album|track|song|place|city|state|restaurant|poi|podcast|radio|entity|movie|game|"
+    "business|device|list"
+)  # a slot whose type contains one of these holds a name
 
 
 def swap_names(text: str, slots: list[tuple[str, str]], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
     """The same request about invented names: spans stay spans, which teaches copying instead of recalling."""
     changed = []
     for kind, value in slots:
-        named = any(word in kind for word in NAME_WORDS) and not value.isdigit()
+        named = any(word in kind for word in NAMED_SLOTS) and not value.isdigit()
         pattern = rf"(?<!\w){re.escape(value)}(?!\w)"
         if named and value and len(re.findall(pattern, text)) == 1 and rng.random() < 0.7:
-            new = invented_name(rng)
+            new = lexicon.invented_name(rng)
             new = new.title() if value[:1].isupper() else new
             text = re.sub(pattern, new, text)
             changed.append((kind, new))

@@ -10,23 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nearfar import forms
-
-from nearfar_cloud.training import rows
-from nearfar_cloud.training.homes import number_words
+from nearfar_cloud.training import lexicon
 from nearfar_cloud.training.rows import Row
 
-DIGITS = "zero one two three four five six seven eight nine".split()
-WORDS = (
-    "apple river yellow window seven garden music paper orange bridge winter summer doctor kitchen pencil mountain island "
-    "candle rocket silver turtle ladder basket button rabbit planet castle forest mirror engine butter coffee ticket market"
-).split()
 THINGS = ("door", "light", "shop", "window", "meeting", "train", "store", "museum")
 Exchange = list[tuple[str, str]]
 
 
 def _digits(rng: random.Random) -> Exchange:
     digits = [rng.randrange(10) for _ in range(rng.randint(1, 8))]
-    words = " ".join(DIGITS[d] for d in digits)
+    words = " ".join(lexicon.DIGITS[d] for d in digits)
     numbers = " ".join(map(str, digits))
     if rng.random() < 0.5:
         return [(words, numbers)]
@@ -34,14 +27,14 @@ def _digits(rng: random.Random) -> Exchange:
 
 
 def _spell(rng: random.Random) -> Exchange:
-    word = rng.choice(WORDS) if rng.random() < 0.5 else rows.invented_name(rng).split()[0]
+    word = rng.choice(lexicon.WORDS) if rng.random() < 0.5 else lexicon.invented_name(rng).split()[0]
     return [(rng.choice((f"spell {word}", f"how do you spell {word}?", f"spell the word {word}")), " ".join(word))]
 
 
 def _repeat(rng: random.Random) -> Exchange:
-    words = rng.sample(WORDS, rng.randint(1, 6))
+    words = rng.sample(lexicon.WORDS, rng.randint(1, 6))
     if rng.random() < 0.3:
-        words.append(rows.invented_name(rng))
+        words.append(lexicon.invented_name(rng))
     text = " ".join(words)
     return [(rng.choice((f"repeat after me: {text}", f"say {text}", f"repeat: {text}", f"please say {text}")), text)]
 
@@ -50,7 +43,7 @@ def _add(rng: random.Random) -> Exchange:
     a, b = rng.randint(0, 99), rng.randint(0, 99)
     if a + b > 99:
         a, b = a // 2, b // 2
-    x, y = (str(n) if rng.random() < 0.6 else number_words(n, rng) for n in (a, b))
+    x, y = (str(n) if rng.random() < 0.6 else lexicon.number_words(n, rng) for n in (a, b))
     return [(rng.choice((f"what is {x} plus {y}?", f"{x} plus {y}", f"add {x} and {y}")), f"{a + b}")]
 
 
@@ -109,4 +102,4 @@ class SkillGenerator:
         rng = random.Random(f"skills {self.seed} {i}")
         make = rng.choices([skill for skill, _ in SKILLS], [weight for _, weight in SKILLS])[0]
         turns = [forms.Turn(who, text) for pair in make(rng) for who, text in zip("ua", pair, strict=True)]
-        return Row("skills", forms.dialogue("", turns) + (forms.Part(forms.END, control=True, answer=True),))
+        return Row("skills", (*forms.dialogue("", turns), forms.Part(forms.END, control=True, answer=True)))

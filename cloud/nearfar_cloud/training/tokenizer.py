@@ -13,9 +13,6 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from nearfar import forms
-from nearfar.errors import TokenizerError
-from nearfar.forms import Part
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -23,6 +20,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.trainers import BpeTrainer
 
+from nearfar import forms
+from nearfar.errors import TokenizerError
+from nearfar.forms import Part
 from nearfar_cloud.training import rows
 from nearfar_cloud.training.generators import generators
 from nearfar_cloud.training.rows import Row

@@ -1,4 +1,4 @@
-"""What a model must beat, fitted and scored on the split of its line.  The only importer of scikit-learn and hassil.
+"""What a model must beat, fitted and scored on the split of its line.  The only importer of scikit-learn.
 
     intents   TF-IDF (words 1-2, characters 2-5) and a linear SVM; no slots; its largest margin as confidence
     calls     the most frequent method of the service (which it is told), arguments by the last value that was mentioned

@@ -111,7 +111,8 @@ def stop_ids(model: Model) -> tuple[int, ...]:
     """The control tokens that end a call."""
     if not speaks_rows(model):
         return ()
-    return tuple(i for stop in CALL_STOPS for i in model.tokenizer.encode(stop, add_bos=False, parse_special=True))
+    found = (model.tokenizer.encode(stop, add_bos=False, parse_special=True) for stop in CALL_STOPS)
+    return tuple(ids[0] for ids in found if len(ids) == 1)
 
 
 def answer(model: Model, task: Task, row: Row, *, constrained: bool, exits: bool = False) -> Any:

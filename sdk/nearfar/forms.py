@@ -1,7 +1,7 @@
 """The rows that nano reads and writes, as parts of text: one place for training, evaluation and the product.
 
-A part says whether its text is a control token and whether the model is asked to write it.  Text that comes from people or
-corpora never becomes a control token, because only parts marked `control` are encoded as such.
+A part says whether its text is a control token and whether the model is asked to write it.  Text that comes from people
+or corpora never becomes a control token, because only parts marked `control` are encoded as such.
 
     intents     <|s|>hwu64<|u|>text<|c|>{"intent":…,"slots":{…}}<|e|>
     dialogue    <|s|>setting<|u|>…<|c|>{"call":…,"args":{…}}<|r|>{…}<|a|>…<|e|>
@@ -16,10 +16,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-
-from nearfar.splits import RESIDUES as N_DEV_PARTS  # noqa: F401
-from nearfar.splits import normalise as normalise
-from nearfar.splits import split_residue as residue  # noqa: F401
 
 ROWS_VERSION = 1  # the key `nearfar.rows` of a GGUF file
 PAD, END, USER, ASSISTANT, CALL, RESULT, SETTING = CONTROLS = (

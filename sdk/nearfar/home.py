@@ -1,8 +1,8 @@
 """A home, the calls that nano may make in it, and the check between the two.
 
-Walk: request -> forms.home_prompt(home.setting(), request) -> the model's JSON -> `check` -> `HomeState.execute` -> `reply`.
-Nothing that the model writes is done before `check` has found its intent, slots, names and numbers to be possible here.  The
-intents are those of Home Assistant; the table is ours and complete for the calls that training shows.
+Walk: request -> forms.home_prompt(home.setting(), request) -> the model's JSON -> `check` -> `HomeState.execute` ->
+`reply`.  Nothing that the model writes is done before `check` has found its intent, slots, names and numbers to be
+possible here.  The intents are those of Home Assistant; the table is ours, complete for the calls that training shows.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nearfar import forms
 from nearfar.errors import NearfarError, UsageError
+from nearfar.splits import normalise
 
 MAX_CANDIDATES = 8  # entities that a prompt lists; more do not fit the context
 NO_INTENT = "none"  # what the model answers when the home has nothing of the kind
 
 COLORS = ("white", "black", "red", "orange", "yellow", "green", "blue", "purple", "brown", "pink", "turquoise")
-DOMAINS = (
-    "light switch fan cover lock media_player climate vacuum valve scene script sensor binary_sensor person weather todo "
-    "input_boolean"
-).split()
+_DEVICES = ("light", "switch", "fan", "cover", "lock", "media_player", "climate", "vacuum", "valve", "scene", "script")
+DOMAINS = (*_DEVICES, "sensor", "binary_sensor", "person", "weather", "todo", "input_boolean")
 COVER_CLASSES = ("awning", "blind", "curtain", "door", "garage", "gate", "shade", "shutter", "window")
 
 # What a slot may hold: a name or area of the home, words of the request, one of a list, or a number from..to.
@@ -32,7 +30,7 @@ _TIME: dict[str, Kind] = {"hours": (0, 100), "minutes": (0, 100), "seconds": (0,
 _START: dict[str, Kind] = {f"start_{unit}": span for unit, span in _TIME.items()}
 _PLACE: dict[str, Kind] = {"name": "name", "area": "area"}
 _FLOOR: dict[str, Kind] = {**_PLACE, "floor": "text"}
-_THINGS: dict[str, Kind] = {**_FLOOR, "domain": tuple(DOMAINS), "device_class": "word"}
+_THINGS: dict[str, Kind] = {**_FLOOR, "domain": DOMAINS, "device_class": "word"}
 _TIMER: dict[str, Kind] = {**_START, "name": "text", "area": "area"}
 
 # intent -> slot -> what it may hold
@@ -162,11 +160,11 @@ def duration_s(slots: Mapping[str, Any]) -> int:
 
 
 def _plain(text: str) -> str:
-    return " ".join(word.removesuffix("s") for word in forms.normalise(text).split())
+    return " ".join(word.removesuffix("s") for word in normalise(text).split())
 
 
 def _stems(text: str) -> set[str]:
-    return {word.removesuffix("s") for word in forms.normalise(text.replace("_", " ")).split()}
+    return {word.removesuffix("s") for word in normalise(text.replace("_", " ")).split()}
 
 
 # ---------------------------------------------------------------- the check
@@ -175,8 +173,8 @@ def _stems(text: str) -> set[str]:
 def check(call: str, home: Home, request: str) -> Action | None:
     """The action that the model's JSON asks for, or None when it says that the home has nothing of the kind.
 
-    Raises BadCall, with a reason, for anything that cannot be done: no JSON, an unknown intent or slot, a name that neither
-    home nor request knows, a number out of range, nothing to act on.
+    Raises BadCall, with a reason, for anything that cannot be done: no JSON, an unknown intent or slot, a name that
+    neither home nor request knows, a number out of range, nothing to act on.
     """
     try:
         value = json.loads(call)
@@ -217,7 +215,7 @@ def _check_value(where: str, kind: Kind, value: Any, home: Home, request: str) -
         if value not in kind:
             raise BadCall(f"{where} is {value!r}, expected one of {', '.join(map(str, kind))}")
         return
-    said = forms.normalise(value) in forms.normalise(request)
+    said = normalise(value) in normalise(request)
     if kind == "name" and not (said or home.called(value) or value == "all"):
         raise BadCall(f"{where} is {value!r}: neither the home nor the request has it")
     if kind == "area" and not (said or _plain(value) in map(_plain, home.areas)):
@@ -414,7 +412,7 @@ def _what(slots: Mapping[str, Any], default: str = "") -> str:
 def reply(intent: str, slots: Mapping[str, Any], domain: str = "", result: str = "ok") -> str:
     """What is said after a call: the sentence that training teaches, and the floor for a reply that the model spoils.
 
-    `domain` is that of the target, where the call names only the target; `result` is "ok" or a value that was asked for.
+    `domain` is that of the target, where the call names only the target; `result` is "ok" or a value asked for.
     """
     what, domain = _what(slots, _ACT_ON.get(intent, "")), slots.get("domain", domain)
     if intent in ("HassTurnOn", "HassTurnOff"):

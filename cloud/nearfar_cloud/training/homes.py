@@ -19,6 +19,7 @@ from hassil.expression import Alternative, Expression, Group, ListReference, Per
 from nearfar import forms, home
 from nearfar.errors import DataError
 from nearfar.home import Entity, Home
+from nearfar.splits import normalise
 from nearfar_cloud.training import lexicon, rows
 from nearfar_cloud.training.rows import Row, Split
 from nearfar_cloud.training.templates import Template, parse, read_corpus
@@ -32,8 +33,8 @@ INVENTED_SHARE = 0.3  # names of things and areas that nobody has
 TYPO_SHARE = 0.02  # of the words outside slots
 FILLER_SHARE = 0.3
 
-# Relative frequency of intents; templates count for nothing here, since 194 of 615 ask for states.
-WEIGHTS = {
+# Relative frequency of intents, 1 where none is said; not their number of templates, since 194 of 615 ask for states.
+WEIGHTS: dict[str, float] = {
     "HassTurnOn": 7,
     "HassTurnOff": 7,
     "HassLightSet": 5,
@@ -45,8 +46,9 @@ WEIGHTS |= {"HassClimateSetTemperature": 2, "HassListAddItem": 1.5, "HassMediaSe
 WEIGHTS |= {"HassNevermind": 0.3, "HassRespond": 0.3, "HassGetCurrentDate": 0.4, "HassGetCurrentTime": 0.5}
 DELAYED_SHARE = 0.65  # of the HassStartTimer rows carry a command for later
 HERE_DOMAINS = ("light", "switch", "fan", "media_player", "input_boolean", "climate")  # what a plain name may be
-OTHER_DOMAINS = ("light", "light", "light", "switch", "fan", "cover", "lock", "media_player", "climate", "vacuum")
-OTHER_DOMAINS += ("sensor", "scene", "todo")  # of the things beside the one that is meant
+# Of the things beside the one that is meant.
+_BESIDE = ("light", "light", "light", "switch", "fan", "cover", "lock", "media_player", "climate", "vacuum")
+OTHER_DOMAINS = (*_BESIDE, "sensor", "scene", "todo")
 PLACELESS = ("scene", "script", "person", "weather", "todo", "input_boolean")
 COVER_OF = {noun: kind for kind in home.COVER_CLASSES for noun in (kind, kind + "s")} | {"garage door": "garage"}
 LATER_INTENTS = {"HassTurnOff": 8, "HassTurnOn": 6, "HassLightSet": 2, "HassSetPosition": 1, "HassVacuumStart": 1}
@@ -67,7 +69,7 @@ class _Draw:
 
 
 class HomeGenerator:
-    """`row(i)` for every i; the same seed and i give the same row.  Raises DataError when templates or piles are missing."""
+    """`row(i)` for every i, the same for the same seed and i.  DataError when templates or piles are missing."""
 
     def __init__(self, data: Path, seed: int, split: Split = "train") -> None:
         self.corpus, self.seed, self.split = read_corpus(data, split), seed, split
@@ -85,7 +87,7 @@ class HomeGenerator:
         rng = random.Random(f"{self.seed} {self.split} {i}")
         while True:
             made = self._foreign(rng) if rng.random() < FOREIGN_SHARE else self._sampled(rng)
-            text = forms.normalise(made[1])
+            text = normalise(made[1])
             if rows.text_hash(made[1]) not in self.corpus.held and not any(held in text for held in HELD_SENTENCES):
                 return made
 
@@ -252,7 +254,8 @@ class HomeGenerator:
                 degrees=rng.randint(15, 30),
                 color=rng.choice(home.COLORS),
             )
-        intent = rng.choices(("HassTurnOff", "HassTurnOn", "HassLightSet", "HassSetPosition", "HassVacuumStart", "HassMediaPause"), (8, 6, 2, 1, 1, 1))[0]  # fmt: skip
+        known = {intent: n for intent, n in LATER_INTENTS.items() if intent in self.corpus.templates}
+        intent = rng.choices(tuple(known), tuple(known.values()))[0]
         template = rng.choice(self.corpus.templates[intent])
         target = draw.target
         if rng.random() < 0.5 or (template.domains and target.domain not in template.domains):
@@ -296,7 +299,7 @@ class HomeGenerator:
         if intent == "HassGetCurrentTime":
             return f"{rng.randint(0, 23)}:{rng.randint(0, 59):02d}"
         if intent == "HassGetCurrentDate":
-            return f"{rng.choice(('monday', 'tuesday', 'wednesday', 'thursday', 'friday', 'saturday', 'sunday'))} the {rng.randint(1, 28)}th"
+            return f"{rng.choice(lexicon.DAYS)}, {rng.randint(1, 28)} {rng.choice(lexicon.MONTHS)}"
         if intent == "HassTimerStatus":
             return home.spoken_duration({"minutes": rng.randint(0, 40), "seconds": rng.randint(1, 59)})
         return "ok"
@@ -342,27 +345,12 @@ class HomeGenerator:
 
     def _entities(self, rng: random.Random, target: Entity, wanted: list[Entity]) -> list[Entity]:
         """Eight entities, the wanted ones at random places; a few areas shared by several."""
-        domains = (
-            "light",
-            "light",
-            "light",
-            "switch",
-            "fan",
-            "cover",
-            "lock",
-            "media_player",
-            "climate",
-            "vacuum",
-            "sensor",
-            "scene",
-            "todo",
-        )
         n = N_ENTITIES if rng.random() < 0.8 else rng.randint(3, N_ENTITIES)
         found = list(wanted)
         names = {e.name for e in wanted}
         areas = [target.area] if target.area else []
         while len(found) < n:
-            domain = target.domain if rng.random() < 0.15 else rng.choice(domains)
+            domain = target.domain if rng.random() < 0.15 else rng.choice(OTHER_DOMAINS)
             entity = self._entity(rng, domain)
             if entity.area and areas and rng.random() < 0.4:
                 entity = Entity(entity.name, rng.choice(areas), entity.domain, entity.device_class)

@@ -2,8 +2,8 @@
 
 The grammar is ours alone: no sentence of it comes from the reference journals, and the sentences of a journal written
 without a model must be built differently, or that floor would be scored against itself.
-`JournalGenerator(data, seed).row(i)` is a pure function of seed and i; a tenth of the combinations of place kind, motion
-and part of day, and of the names, is dev.
+`JournalGenerator(data, seed).row(i)` is a pure function of seed and i; a tenth of the combinations of place kind,
+motion and part of day, and of the names, is dev.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nearfar import forms
 from nearfar.forms import JournalEntry
+from nearfar.splits import split_residue
 from nearfar_cloud.training import lexicon, rows
 from nearfar_cloud.training.lexicon import listed
 from nearfar_cloud.training.rows import Row, Split
@@ -97,7 +98,8 @@ class JournalGenerator:
         clauses = [_clause(rng, entries[n - 1]) for n in used]
         opening = rng.choice(OPENINGS[part])
         if len(clauses) > 2:
-            journal = f"{opening} the user {clauses[0]} and {clauses[1]}. Afterwards they {_plural(', then '.join(clauses[2:]))}."
+            rest = _plural(", then ".join(clauses[2:]))
+            journal = f"{opening} the user {clauses[0]} and {clauses[1]}. Afterwards they {rest}."
         else:
             journal = f"{opening} the user {rng.choice((', then ', ' and then ')).join(clauses)}."
         return forms.journal_facts(part, entries), journal, used
@@ -106,7 +108,7 @@ class JournalGenerator:
         while True:
             kind = rng.choice(tuple(KINDS))
             motion = "stationary" if rng.random() < 0.55 else rng.choice(tuple(MOVES))
-            held = forms.residue(f"{kind} {motion} {part}", 10) == 0
+            held = split_residue(f"{kind} {motion} {part}", 10) == 0
             if held == (self.split != "train"):
                 break
         minutes = rng.choice((1, 2)) if rng.random() < 0.08 else rng.randint(3, 180 if motion == "stationary" else 60)
@@ -126,7 +128,7 @@ class JournalGenerator:
         while True:
             words = lexicon.invented_name(rng).title() if rng.random() < 0.6 else rng.choice(_known_names(self.data))
             name = f"{words} {rng.choice(NAME_TAILS[kind])}"
-            if (forms.residue(name, 10) == 0) == (self.split != "train"):
+            if (split_residue(name, 10) == 0) == (self.split != "train"):
                 return name
 
 

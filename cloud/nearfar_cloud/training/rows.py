@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from nearfar import forms
 from nearfar.errors import DataError
 from nearfar.forms import Parts, Turn
+from nearfar.splits import RESIDUES, normalise, split_residue
 from nearfar_cloud.training import lexicon
 from nearfar_cloud.training.lexicon import listed
 
@@ -126,7 +127,7 @@ def tar_members(path: Path, use: str, suffix: str) -> dict[str, str]:
 
 def _held(text: str, split: Split) -> bool:
     """Whether a text of a training file belongs to `split`."""
-    return (forms.residue(text) == 0) == (split == "dev") and split != "test"
+    return (split_residue(text) == 0) == (split == "dev") and split != "test"
 
 
 # ---------------------------------------------------------------- intents
@@ -143,15 +144,15 @@ def hwu64(data: Path, split: Split = "train") -> Iterator[tuple[str, str, str, l
 
 def snips(data: Path, split: Split = "train") -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """(text, intent, slots) of SNIPS; residue 0 is dev and residue 1 test, for lack of its test file."""
-    wanted = {"dev": {0}, "test": {1}, "train": set(range(2, forms.N_DEV_PARTS))}[split]
+    wanted = {"dev": {0}, "test": {1}, "train": set(range(2, RESIDUES))}[split]
     for where, row in _json_lines(data / "intents" / "snips_train.jsonl.xz", "intents"):
         text = _get(where, row, "text", str)
-        if forms.residue(text) in wanted:
+        if split_residue(text) in wanted:
             yield text, _get(where, row, "intent", str), _pairs(where, row)
 
 
 def clinc150(data: Path, split: Split = "train") -> Iterator[tuple[str, str]]:
-    """(text, intent) of CLINC150 in scope; its own validation rows are the test part.  Out-of-scope rows never train."""
+    """(text, intent) of CLINC150 in scope; its own validation rows are the test part.  Out-of-scope rows stay out."""
     file = data / "intents" / "clinc150_train_val.json.xz"
     part = "val" if split == "test" else "train"
     rows = _get(file.name, _json_file(file, "intents", dict), part, list)
@@ -318,7 +319,7 @@ def sgd(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> I
             turns.append(Turn(_get(where, turn, "s", str), _get(where, turn, "t", str), tuple(calls)))
         key = " ".join(turn.text for turn in turns)
         if split == "test" or _held(key, split):
-            setting = sgd_setting(services, methods, with_schema=forms.residue(name, 2) == 0)
+            setting = sgd_setting(services, methods, with_schema=split_residue(name, 2) == 0)
             if len(setting) > max_chars // 2:
                 setting = DIALOGUE_DAY  # short sequences have no room for what several services can do
             yield from _windows(turns, setting, "sgd", max_chars)
@@ -384,8 +385,8 @@ def gsm8k(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) ->
     for where, row in _json_lines(data / "math" / "gsm8k_train.jsonl.xz", "word problems"):
         question, answer = _get(where, row, "question", str), _get(where, row, "answer", str)
         if _held(question, split) and text_hash(question) not in known:
-            parts = forms.dialogue("", [Turn("u", question)]) + (forms.Part(forms.ASSISTANT, control=True),)
-            yield Row("gsm8k", parts + forms.reply(re.sub(r"<<.*?>>", "", answer)))
+            turns = [Turn("u", question), Turn("a", re.sub(r"<<.*?>>", "", answer))]
+            yield Row("gsm8k", (*forms.dialogue("", turns), forms.Part(forms.END, control=True, answer=True)))
 
 
 # ---------------------------------------------------------------- running text
@@ -450,12 +451,12 @@ FILE_SOURCES: dict[str, Reader] = {
 
 def text_hash(text: str) -> bytes:
     """What leak checks compare."""
-    return blake2b(forms.normalise(text).encode(), digest_size=8).digest()
+    return blake2b(normalise(text).encode(), digest_size=8).digest()
 
 
 @cache
 def test_texts(data: Path) -> frozenset[bytes]:
-    """Hashes of every test sentence of the data folder that a training row could repeat; files not there are passed over."""
+    """Hashes of every test sentence that a training row could repeat; files that are not there are passed over."""
     return frozenset(text_hash(text) for text in _test_sentences(data) if text.strip())
 
 
@@ -489,7 +490,7 @@ def _test_sentences(data: Path) -> Iterator[str]:
 
 def _yaml_sentences(text: str) -> Iterator[str]:
     """Every text below a key `sentences` of a YAML file."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     def walk(node: Any, inside: bool) -> Iterator[str]:
         if isinstance(node, dict):

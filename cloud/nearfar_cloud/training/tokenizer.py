@@ -1,7 +1,7 @@
 """Byte-level BPE for nano: trained on train files only, stored beside the run, written into the GGUF by `export`.
 
-Second stop of the training walk.  The pre-tokenizer is llama.cpp's "smollm": every digit alone, then GPT-2's pattern, so that
-numbers are copied digit by digit.  Ids 0..6 are the controls of `nearfar.forms`, then 256 bytes, then merges.
+Second stop of the training walk.  The pre-tokenizer is llama.cpp's "smollm": every digit alone, then GPT-2's pattern,
+so that numbers are copied digit by digit.  Ids 0..6 are the controls of `nearfar.forms`, then 256 bytes, then merges.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RowTokenizer:
             raise TokenizerError(f"expected the JSON of a trained tokenizer: {error}") from None
         self.text = text
         self.n_vocab: int = self._bpe.get_vocab_size(with_added_tokens=True)
-        self.controls = {name: self._bpe.token_to_id(name) for name in forms.CONTROLS}
+        self.controls = {name: int(self._bpe.token_to_id(name) or 0) for name in forms.CONTROLS}
         if list(self.controls.values()) != list(range(len(forms.CONTROLS))):
             raise TokenizerError(f"expected the controls as ids 0..{len(forms.CONTROLS) - 1}, found {self.controls}")
         self.pad_id, self.eos_id = self.controls[forms.PAD], self.controls[forms.END]

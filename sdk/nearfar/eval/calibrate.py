@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nearfar.config import ExitConfig
 from nearfar.errors import DataError
-from nearfar.eval.exits import Trace, View, decide, guesses, loss, view
+from nearfar.eval.exits import Trace, View, decide, guesses, loss, views
 from nearfar.eval.intervals import Interval, bootstrap, wilson
 from nearfar.eval.metrics import calibration_error, ratio, reliability
 from nearfar.gguf_reader import GGUFFile
@@ -165,6 +165,19 @@ def chosen(tested: Sequence[Step], n_exits: int, alpha: float = ALPHA) -> Taus:
     return safe[-1] if safe else (1.0,) * n_exits
 
 
+def without_idle(taus: Taus, seen: Sequence[View]) -> Taus:
+    """`taus` without the first exits that no token leaves at: their heads would only cost time.
+
+    What remains is an earlier tuple of the same path, so it has been tested too.
+    """
+    kept = list(taus)
+    for e in range(len(kept)):
+        if any((decide(v, kept) == e).any() for v in seen):
+            break
+        kept[e] = 1.0
+    return tuple(kept)
+
+
 # ---------------------------------------------------------------- answers to thresholds
 
 
@@ -198,14 +211,14 @@ def calibrate(lower: Lower, traces: Sequence[Trace], *, delta: float = DELTA, al
         )
     plain = [ExitConfig(e.layer) for e in lower.config.exits]
     fitted = [_fit(lower, e.layer, parts["A"]) for e in plain]
-    views_b = [view(lower, t, fitted) for t in parts["B"]]
-    tested = walk(path(len(fitted)), lambda taus: [loss(v, taus) for v in views_b], delta, alpha)
-    taus = chosen(tested, len(fitted), alpha)
+    choosing = views(lower, parts["B"], fitted)
+    tested = walk(path(len(fitted)), lambda taus: [loss(v, taus) for v in choosing], delta, alpha)
+    taus = without_idle(chosen(tested, len(fitted), alpha), choosing)
     exits = tuple(replace(e, tau=tau) for e, tau in zip(fitted, taus, strict=True))
-    before, after = ([view(lower, t, es) for t in parts["C"]] for es in (plain, fitted))
+    before, after = (views(lower, parts["C"], es) for es in (plain, fitted))
     ece, curves = {}, {}
     for i, e in enumerate(exits):
-        raw, mapped = (_joined(views, i) for views in (before, after))
+        raw, mapped = (_joined(seen, i) for seen in (before, after))
         ece[e.layer] = (calibration_error(*raw), calibration_error(*mapped))
         curves[e.layer] = (reliability(*raw), reliability(*mapped))
     counts = {part: len(found) for part, found in parts.items()}
@@ -218,22 +231,21 @@ def _fit(lower: Lower, layer: int, traces: Sequence[Trace]) -> ExitConfig:
     sample = np.linspace(0, len(truth) - 1, min(FIT_ROWS, len(truth))).astype(int)
     head = f"exit.{layer}"
     temperature = _f32(fit_temperature(lower.logits(np.ascontiguousarray(rows[sample]), head), truth[sample]))
-    told = [guesses(lower, t.rows[layer], head, temperature) for t in traces]
-    agree = np.concatenate([best == t.tokens for (best, _), t in zip(told, traces, strict=True)])
-    xs, ys = thinned(*isotonic(np.concatenate([conf for _, conf in told]), agree))
+    best, conf = guesses(lower, rows, head, temperature)
+    xs, ys = thinned(*isotonic(conf, best == truth))
     xs, ys = np.maximum.accumulate(xs.astype(np.float32)), np.maximum.accumulate(ys.astype(np.float32))
     return ExitConfig(layer, temperature, tuple(map(float, xs)), tuple(map(float, ys)))
 
 
-def _joined(views: Sequence[View], i: int) -> tuple[np.ndarray, np.ndarray]:
+def _joined(seen: Sequence[View], i: int) -> tuple[np.ndarray, np.ndarray]:
     """(confidence, agreement) of exit `i` over all tokens."""
-    return np.concatenate([v.conf[i] for v in views]), np.concatenate([v.agree[i] for v in views])
+    return np.concatenate([v.conf[i] for v in seen]), np.concatenate([v.agree[i] for v in seen])
 
 
-def _report(views: Sequence[View], exits: Sequence[ExitConfig]) -> dict[str, Interval]:
+def _report(seen: Sequence[View], exits: Sequence[ExitConfig]) -> dict[str, Interval]:
     taus = [e.tau for e in exits]
-    losses = np.array([loss(v, taus) for v in views])
-    decided = [decide(v, taus) for v in views]
+    losses = np.array([loss(v, taus) for v in seen])
+    decided = [decide(v, taus) for v in seen]
     shares = {
         f"tokens leaving at exit.{e.layer}": bootstrap(np.array([((d == i).sum(), len(d)) for d in decided]), ratio)
         for i, e in enumerate(exits)

@@ -196,8 +196,7 @@ def exit_section(llm: LLM, tasks: Sequence[Task]) -> list[Section]:
     engine, parts = exits.engine_of(llm), [task.first(EXIT_ROWS) for task in tasks]
     found = exits.answers_at_full_depth(llm, parts)
     traces = [t for _, t in _progress(found, sum(len(p.rows) for p in parts), "exits")]
-    views = [exits.view(engine.lower, t, llm.config.exits) for t in traces]
-    figures = exits.figures(views, llm.config.exits)
+    figures = exits.figures(exits.views(engine.lower, traces, llm.config.exits), llm.config.exits)
     if any(e.tau < 1 for e in llm.config.exits):
         figures.append(Figure("wall time at full depth / with exits", exits.speed_up(llm, parts, SPEED_ROWS), unit=""))
     name = f"Exits, {EXIT_ROWS} rows of each task at most"

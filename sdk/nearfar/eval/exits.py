@@ -29,6 +29,7 @@ from nearfar.lower import Lower
 Array = NDArray[np.float32]
 
 FULL = "full"
+CHUNK = 512  # rows whose logits are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,12 @@ def trace(engine: Engine, name: str, prompt: Sequence[int], tokens: Sequence[int
 
 def guesses(lower: Lower, rows: Array, head: str, temperature: float = 1.0) -> tuple[NDArray[np.int32], Array]:
     """rows [T, D] -> each row's likeliest token i32 [T] and its probability f32 [T]."""
-    logits = lower.logits(rows, head)
-    best = logits.argmax(1).astype(np.int32)
-    return best, max_softmax_rows(logits, temperature)
+    best, sure = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = lower.logits(np.ascontiguousarray(rows[part]), head)
+        best[part], sure[part] = logits.argmax(1), max_softmax_rows(logits, temperature)
+    return best, sure
 
 
 def max_softmax_rows(logits: Array, temperature: float = 1.0) -> Array:
@@ -89,14 +93,22 @@ def max_softmax_rows(logits: Array, temperature: float = 1.0) -> Array:
     return result
 
 
-def view(lower: Lower, t: Trace, exits: Sequence[ExitConfig]) -> View:
-    """What `exits`, with their temperatures and isotonic maps, say along a trace."""
+def views(lower: Lower, traces: Sequence[Trace], exits: Sequence[ExitConfig]) -> list[View]:
+    """What `exits`, with their temperatures and isotonic maps, say along each trace."""
+    truth = np.concatenate([t.tokens for t in traces]) if traces else np.zeros(0, np.int32)
     agree, conf = [], []
     for e in exits:
-        best, raw = guesses(lower, t.rows[e.layer], f"exit.{e.layer}", e.temperature)
-        agree.append(best == t.tokens)
+        rows = (
+            np.concatenate([t.rows[e.layer] for t in traces])
+            if traces
+            else np.zeros((0, lower.config.d_model), np.float32)
+        )
+        best, raw = guesses(lower, rows, f"exit.{e.layer}", e.temperature)
+        agree.append(best == truth)
         conf.append(np.interp(raw, e.isotonic_x, e.isotonic_y) if e.isotonic_x else raw.astype(np.float64))
-    return View(t.n_prompt, np.array(agree), np.array(conf))
+    cuts = np.cumsum([len(t.tokens) for t in traces])[:-1]
+    parts = zip(np.split(np.array(agree), cuts, axis=1), np.split(np.array(conf), cuts, axis=1), strict=True)
+    return [View(t.n_prompt, *part) for t, part in zip(traces, parts, strict=False)]
 
 
 def decide(v: View, taus: Sequence[float]) -> NDArray[np.int64]:
@@ -146,25 +158,25 @@ def confidences(model: Any, prompt: Parts, tokens: Sequence[int]) -> dict[str, f
     """How sure each head was of a whole answer: the product of its largest probabilities, by "full", "exit.4", …"""
     engine = engine_of(model)
     t = trace(engine, "", encode(prompt, model.tokenizer), tokens)
-    seen = view(engine.lower, t, [ExitConfig(layer) for layer in t.rows])
+    seen = views(engine.lower, [t], [ExitConfig(layer) for layer in t.rows])[0]
     named = {f"exit.{layer}": conf for layer, conf in zip(t.rows, seen.conf, strict=True)}
     return {name: float(np.exp(np.log(conf).sum())) for name, conf in {**named, FULL: t.sure}.items()}
 
 
-def figures(views: Sequence[View], exits: Sequence[ExitConfig]) -> list[Figure]:
+def figures(seen: Sequence[View], exits: Sequence[ExitConfig]) -> list[Figure]:
     """Agreement of each exit, and what leaves and what changes at the thresholds of `exits`."""
     out = []
     for i, e in enumerate(exits):
-        counts = np.array([(v.agree[i].sum(), v.agree.shape[1]) for v in views])
+        counts = np.array([(v.agree[i].sum(), v.agree.shape[1]) for v in seen])
         out.append(Figure(f"exit.{e.layer} agrees with full depth", bootstrap(counts, ratio)))
     taus = [e.tau for e in exits]
     if all(tau >= 1 for tau in taus):
         return out
-    decided = [decide(v, taus) for v in views]
+    decided = [decide(v, taus) for v in seen]
     for i, e in enumerate(exits):
         counts = np.array([((d == i).sum(), len(d)) for d in decided])
         out.append(Figure(f"tokens that leave at exit.{e.layer} (threshold {e.tau:.3g})", bootstrap(counts, ratio)))
-    losses = np.array([loss(v, taus) for v in views])
+    losses = np.array([loss(v, taus) for v in seen])
     out.append(Figure("tokens that left and differ", bootstrap(np.stack([losses, np.ones_like(losses)], 1), ratio)))
     out.append(Figure("answers unchanged", wilson(int((losses == 0).sum()), len(losses))))
     return out

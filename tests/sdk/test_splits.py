@@ -1,0 +1,30 @@
+"""The split is a property of the words: golden values, because a change would move test rows into training."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nearfar.splits import normalise, split_residue
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "residue"),
+    [
+        ("turn off the kitchen lights", "turn off the kitchen lights", 9),
+        ("Turn off,  the kitchen lights!", "turn off the kitchen lights", 9),
+        ("what's the weather in Bogotá?", "whats the weather in bogotá", 13),
+        ("Straße 12", "strasse 12", 10),
+        ("", "", 16),
+    ],
+)
+def test_the_split_of_a_text_never_changes(text: str, words: str, residue: int) -> None:
+    assert (normalise(text), split_residue(text)) == (words, residue)
+
+
+@given(st.text(max_size=40))
+def test_spelling_and_punctuation_do_not_move_a_text(text: str) -> None:
+    assert split_residue(text) == split_residue(f"  {text} ?!")
+    assert normalise(normalise(text)) == normalise(text)
+    assert 0 <= split_residue(text) < 20

@@ -62,7 +62,7 @@ sanitize: $(VENV)/ready
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
 
 fuzz: $(VENV)/dev
-	$(PY) -m tests.fuzz_gguf --seconds $(FUZZ_SECONDS)
+	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)
 
 bench: $(VENV)/dev
 	$(NEARFAR) bench $(MODEL)

@@ -1,18 +1,30 @@
-"""A small model whose header says that it speaks nano's rows, and the command line as a process."""
+"""A small model whose header says that it speaks nano's rows, and the command line as a function."""
 
 from __future__ import annotations
 
+import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from nearfar.cli.main import main
 from tests.tiny import write_tiny
 
-Nearfar = Callable[..., "subprocess.CompletedProcess[str]"]
+
+class Done(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Nearfar = Callable[..., Done]
 
 
 @pytest.fixture(scope="session")
@@ -29,19 +41,20 @@ def story_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("cli") / "story.gguf", "llama", "Q8_0", n_ctx=128)
 
 
-@pytest.fixture(scope="session")
-def nearfar() -> Nearfar:
-    """`nearfar ARGS...` in a process of its own; `stdin` is bytes."""
+@pytest.fixture
+def nearfar(monkeypatch: pytest.MonkeyPatch) -> Nearfar:
+    """`nearfar ARGS...` in this process; `stdin` is bytes, keywords are environment variables."""
 
-    def run(*args: str | Path | bytes, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[str]:
-        words = [os.fsdecode(a) for a in args]
-        done = subprocess.run(
-            [sys.executable, "-m", "nearfar.cli.main", *words],
-            input=stdin,
-            capture_output=True,
-            timeout=120,
-            env={**os.environ, **env},
-        )
-        return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
+    def run(*args: str | Path | bytes, stdin: bytes = b"", **env: str) -> Done:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                code = main([os.fsdecode(a) for a in args])
+            except SystemExit as ended:  # argparse
+                code = int(ended.code or 0)
+        return Done(code, out.getvalue(), err.getvalue())
 
     return run

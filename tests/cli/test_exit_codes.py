@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -16,15 +15,15 @@ import pytest
 from nearfar import errors
 from nearfar.cli.main import EXIT_CODES, VERBS, main
 from tests import gguf_bytes as b
-from tests.cli.conftest import Nearfar
+from tests.cli.conftest import Done, Nearfar
 
 REQUEST = "turn off the kitchen lights"
 
 
-def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """The process ended with `code` and one sentence that holds `words`."""
-    assert done.returncode == code, done.stderr
-    sentence = done.stderr.strip()
+def refused(done: Done, code: int, *words: str) -> None:
+    """The command ended with `code` and one sentence that holds `words`."""
+    assert done.code == code, done.err
+    sentence = done.err.strip()
     assert sentence.startswith("nearfar: ")
     assert "\n" not in sentence
     assert "Traceback" not in sentence
@@ -110,8 +109,8 @@ def test_an_empty_prompt_ends_with_2(nearfar: Nearfar, model: Path, tmp_path: Pa
     words = {"run": ["run"], "raw": ["run", "--raw"], "ask": ["ask", "--schema", schema]}[verb]
     refused(nearfar(*words, "--model", model, text), 2, "empty")
     done = nearfar(*words, "--model", model, stdin=text.encode())
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    assert done.code == 2
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["run"], ["run", "--raw"], ["chat"]], ids=" ".join)
@@ -159,9 +158,9 @@ def test_a_missing_extra_ends_with_7(
 )
 def test_arguments_that_cannot_be_used_end_with_2(nearfar: Nearfar, words: list[str]) -> None:
     done = nearfar(*words)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "usage: nearfar" in done.stderr
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert "usage: nearfar" in done.err
 
 
 @pytest.mark.parametrize("name", ["NEARFAR_ISA", "NEARFAR_DEBUG", "NEARFAR_BACKEND", "NEARFAR_THREADS"])
@@ -169,26 +168,22 @@ def test_an_unknown_value_of_a_variable_ends_with_2(nearfar: Nearfar, model: Pat
     refused(nearfar("run", "--model", model, REQUEST, **{name: "quick"}), 2, name, "quick", "expected")
 
 
-@pytest.mark.parametrize("words", [["--raw"], ["--raw", "--json"]], ids=" ".join)
-def test_ctrl_c_in_the_middle_of_a_stream_ends_with_130(model: Path, words: list[str]) -> None:
+def test_ctrl_c_in_the_middle_of_a_stream_ends_with_130(model: Path) -> None:
     command = [sys.executable, "-m", "nearfar.cli.main", "run", "--model", model, "--backend", "numpy"]
-    options = ["--n-ctx", "100000", "--max-tokens", "90000", "--temperature", "2"]
+    options = ["--n-ctx", "100000", "--max-tokens", "90000"]
     process = subprocess.Popen(
-        [*command, *options, *words, "the inn"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [*command, *options, "--raw", "the inn"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     assert process.stdout is not None
-    if "--json" in words:
-        time.sleep(2)  # nothing is printed before the end
-    else:
-        process.stdout.read(1)  # the stream has begun
+    process.stdout.read(1)  # the stream has begun
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.decode() == "nearfar: stopped\n"
-    assert out.endswith(b"\n") or words != ["--raw"]
+    assert out.endswith(b"\n")
 
 
-def test_a_reader_that_goes_away_is_no_error(nearfar: Nearfar, model: Path) -> None:
+def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
     command = f"{sys.executable} -m nearfar.cli.main show {model} --keys --tensors | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
@@ -232,11 +227,11 @@ def test_every_verb_module_imports(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"\n    {verb} " in text for verb in VERBS)
+    assert all(re.search(rf"^    {verb}\s+\w", text, re.MULTILINE) for verb in VERBS)
 
 
-def test_a_dumb_locale_does_not_break_output(nearfar: Nearfar, model: Path) -> None:
-    done = nearfar("show", model, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+def test_a_terminal_without_our_characters_is_no_error(model: Path) -> None:
+    command = [sys.executable, "-m", "nearfar.cli.main", "show", model]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "layer 3" in done.stdout
-    assert os.linesep.join(["", ""]) in done.stdout
+    assert b"layer 3" in done.stdout

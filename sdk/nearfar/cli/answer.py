@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from nearfar.chat import render
 from nearfar.cli.interrupt import ctrl_c_cancels
 from nearfar.cli.terminal import Paint, colours_wanted, print_marks, printable, speed
 from nearfar.errors import Cancelled
@@ -37,6 +38,13 @@ def print_summary(completion: Completion, paint: Paint) -> None:
     if not paint.on:
         print_marks(completion.events, sys.stdout, text_is_shown="\n" not in printable(completion.text))
     print(f"{paint.decided(completion.stats)} · {speed(completion.stats)}")
+
+
+def in_chat_form(llm: LLM, text: str) -> Prompt:
+    """As a user's message where the file has a chat template, else as it is."""
+    if "tokenizer.chat_template" not in llm.metadata:
+        return text
+    return render([{"role": "user", "content": text}], llm.metadata, llm.tokenizer)
 
 
 def answer_facts(completion: Completion) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import json
 from typing import Any
 
 from nearfar import forms
-from nearfar.chat import has_template, render
-from nearfar.cli.answer import answer_facts, stream_answer
+from nearfar.cli.answer import answer_facts, in_chat_form, stream_answer
 from nearfar.cli.request import makes_home_calls
 from nearfar.cli.verbs import (
     SHIPPED,
@@ -80,9 +79,7 @@ def question(llm: LLM, text: str, schema: dict[str, Any]) -> Prompt:
     if makes_home_calls(llm):
         return (*forms.dialogue("", [forms.Turn("u", text)]), forms.Part(forms.CALL, control=True))
     wish = f"{text}\n\nAnswer with JSON that satisfies this schema:\n{json.dumps(schema, ensure_ascii=False)}"
-    if has_template(llm.metadata):
-        return render([{"role": "user", "content": wish}], llm.metadata, llm.tokenizer)
-    return f"{wish}\n\n"
+    return in_chat_form(llm, wish) if "tokenizer.chat_template" in llm.metadata else f"{wish}\n\n"
 
 
 def parsed(answer: Completion, max_len: int) -> Any:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 
 from nearfar import __version__, env
+from nearfar.cli.verbs import HelpFormatter
 from nearfar.errors import NearfarError
 
 # verb -> the module whose add_verb makes its parser; only the verb that is asked for is imported
@@ -41,6 +43,9 @@ NEARFAR_DEBUG=1 shows where an unexpected failure came from; `nearfar doctor` li
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `nearfar ARGV...`; the tree in errors.py says what the codes mean."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows ? and not a crash
+            stream.reconfigure(errors="replace")
     try:
         show_trace = env.debug_level() > 0
         args = build_parser(argv).parse_args(argv)
@@ -71,7 +76,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         prog="nearfar",
         description="A language model on the device that stops early where it is sure.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"nearfar {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -81,7 +86,10 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     for module in dict.fromkeys(VERBS.values()):
         import_module(module).add_verb(verbs)
     for point in sorted(entry_points(group="nearfar.verbs")):
-        point.load()(verbs)
+        try:
+            point.load()(verbs)
+        except ImportError as error:  # another house's trouble must not take our verbs along
+            print(f"nearfar: the verb {point.name} is left out ({error})", file=sys.stderr)
     return parser
 
 

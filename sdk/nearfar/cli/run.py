@@ -9,8 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from nearfar.chat import has_template, render
-from nearfar.cli.answer import answer_facts, paint_for, print_summary, stream_answer
+from nearfar.cli.answer import answer_facts, in_chat_form, paint_for, print_summary, stream_answer
 from nearfar.cli.request import facts, handle, makes_home_calls, print_outcome, read_home
 from nearfar.cli.verbs import (
     SHIPPED,
@@ -24,7 +23,7 @@ from nearfar.cli.verbs import (
 from nearfar.cli.words import checked_text, lines, read_text
 from nearfar.errors import Cancelled, NearfarError, UsageError
 from nearfar.home import HomeState
-from nearfar.llm import LLM, Prompt
+from nearfar.llm import LLM
 
 README_REQUEST = "turn off the kitchen lights in ten minutes"
 
@@ -129,10 +128,3 @@ def complete(llm: LLM, args: argparse.Namespace) -> int:
     else:
         print_summary(answer, paint)
     return 0
-
-
-def in_chat_form(llm: LLM, text: str) -> Prompt:
-    """As a user's message where the file has a chat template, else as it is."""
-    if has_template(llm.metadata):
-        return render([{"role": "user", "content": text}], llm.metadata, llm.tokenizer)
-    return text

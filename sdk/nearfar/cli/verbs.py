@@ -8,6 +8,7 @@ its module must import without that house's extras, so that `nearfar --help` wor
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -23,14 +24,21 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 SHIPPED = "nano"
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Examples keep their lines; options and their help share one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=110)
+
+
 def new_parser(verbs: Verbs, name: str, summary: str, *examples: str, detail: str = "") -> argparse.ArgumentParser:
     """A verb's parser with its examples under `--help`; every verb has `--json`."""
     parser = verbs.add_parser(
         name,
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.{' ' + detail if detail else ''}",
+        description="\n".join([f"{summary[0].upper()}{summary[1:]}.", *textwrap.wrap(detail, 105)]),
         epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON for programs instead of text for people")
     return parser

@@ -322,10 +322,10 @@ class _Cursor:
         if not 1 <= n <= limit:
             raise self.fail(f"damaged: {what} at byte {self.pos} is {n} bytes long, expected 1..{limit}")
         raw = self.take(n, what)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.fail(f"damaged: {what} {raw[:40]!r} is not UTF-8") from None
+        text = raw.decode("utf-8", "replace")
+        if "\ufffd" in text or not text.isprintable():  # names end up on terminals
+            raise self.fail(f"damaged: {what} {raw[:40]!r} is not printable text")
+        return text
 
     def strings(self, n: int, what: str) -> list[str]:
         """`n` strings: the one loop that matters for opening speed (150k tokens and as many merges)."""

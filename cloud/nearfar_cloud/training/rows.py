@@ -200,8 +200,9 @@ def restyle(text: str, slots: list[tuple[str, str]], rng: random.Random) -> tupl
         text, slots = text.lower(), [(kind, value.lower()) for kind, value in slots]
     elif roll < 0.65 and not any(text.startswith(value) for _, value in slots):
         text = text[:1].upper() + text[1:]
-    if rng.random() < 0.5 and not any(text.endswith(value) for _, value in slots):
-        text = text.rstrip(".?! ") + rng.choice(("", ".", "?", "!"))
+    ended = text.rstrip(".?! ") + rng.choice(("", ".", "?", "!"))
+    if rng.random() < 0.5 and all(value in ended for _, value in slots):
+        text = ended
     return text, slots
 
 

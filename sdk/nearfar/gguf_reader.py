@@ -375,7 +375,7 @@ def _parse(
 def _value(c: _Cursor, what: str) -> Any:
     kind = _value_type(c, what)
     if kind is ValueType.STRING:
-        return c.strings(1, what)[0]
+        return c.take(c.u64(f"the length of {what}"), what).decode("utf-8", "replace")  # only lists hold token bytes
     if kind is not ValueType.ARRAY:
         return _numbers(c, kind, 1, what)[0]
     kind = _value_type(c, what)

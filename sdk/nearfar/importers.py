@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from nearfar.config import ModelConfig
 from nearfar.errors import FileError, TokenizerError, UnsupportedError, UsageError, WeightsError
-from nearfar.gguf_reader import MAGIC, ValueType
-from nearfar.gguf_writer import GGUFWriter
+from nearfar.gguf_reader import MAGIC
+from nearfar.gguf_writer import GGUFWriter, Value
 from nearfar.weights import Weights
 
 F32 = NDArray[np.float32]
@@ -80,7 +80,7 @@ class Llama2cHeader:
 def import_model(
     src: str | os.PathLike[str], dst: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
 ) -> ModelConfig:
-    """Turn the llama2.c checkpoint `src` into the GGUF file `dst` and open it once, as a check.
+    """Turn the llama2.c checkpoint `src` into the GGUF file `dst`, and open that once as a check.
 
     `tokenizer` is llama2.c's tokenizer file; left out, tok{vocabulary}.bin or tokenizer.bin beside `src`.  Raises
     FileError (missing, cut short), WeightsError, TokenizerError (the contents), UnsupportedError (another format).
@@ -90,7 +90,9 @@ def import_model(
     if dst.exists() and dst.samefile(src):
         raise UsageError(f"{dst}: source and destination are one file")
     tokens = read_llama2c_tokenizer(_find_tokenizer(src, header.n_vocab, tokenizer), header.n_vocab)
-    _write(GGUFWriter(dst), src.stem, header, tensors, tokens)
+    metadata = _metadata(src.stem, header, tokens)
+    ModelConfig.from_metadata(metadata, header.n_vocab)  # refused here, it leaves no file behind
+    _write(dst, metadata, tensors)
     with Weights.open(dst) as weights:
         return weights.config
 
@@ -176,22 +178,49 @@ def read_llama2c_tokenizer(path: Path, n_vocab: int) -> list[tuple[bytes, float]
     return tokens
 
 
-def _write(
-    w: GGUFWriter, name: str, h: Llama2cHeader, tensors: dict[str, F32], tokens: list[tuple[bytes, float]]
-) -> None:
-    w.add("general.architecture", "llama")
-    w.add("general.name", name)
-    w.add("llama.block_count", h.n_layers)
-    w.add("llama.context_length", h.n_ctx)
-    w.add("llama.embedding_length", h.dim)
-    w.add("llama.feed_forward_length", h.hidden)
-    w.add("llama.attention.head_count", h.n_heads)
-    w.add("llama.attention.head_count_kv", h.n_kv_heads)
-    w.add("llama.attention.layer_norm_rms_epsilon", NORM_EPS)
-    w.add("llama.rope.dimension_count", h.head_dim)
-    w.add("llama.rope.freq_base", ROPE_BASE)
-    w.add("llama.vocab_size", h.n_vocab)
-    _add_tokenizer(w, tokens)
+def _metadata(name: str, h: Llama2cHeader, tokens: list[tuple[bytes, float]]) -> dict[str, Value]:
+    keys: dict[str, Value] = {
+        "general.architecture": "llama",
+        "general.name": name,
+        "llama.block_count": h.n_layers,
+        "llama.context_length": h.n_ctx,
+        "llama.embedding_length": h.dim,
+        "llama.feed_forward_length": h.hidden,
+        "llama.attention.head_count": h.n_heads,
+        "llama.attention.head_count_kv": h.n_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": NORM_EPS,
+        "llama.rope.dimension_count": h.head_dim,
+        "llama.rope.freq_base": ROPE_BASE,
+        "llama.vocab_size": h.n_vocab,
+    }
+    return keys | _tokenizer_keys(tokens)
+
+
+def _tokenizer_keys(tokens: list[tuple[bytes, float]]) -> dict[str, Value]:
+    """llama2.c keeps SentencePiece's order: unknown, begin, end, 256 bytes, pieces; it writes U+2581 as a space."""
+    texts = [raw.decode("utf-8", "surrogateescape").replace(" ", "\u2581") for raw, _ in tokens]
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    if [t.strip("\n") for t in texts[:3]] + texts[3:259] != first:
+        raise TokenizerError("expected <unk>, <s>, </s> and 256 byte tokens first: not a SentencePiece vocabulary?")
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": first + texts[259:],
+        "tokenizer.ggml.scores": [score for _, score in tokens],
+        "tokenizer.ggml.token_type": [_UNKNOWN, _CONTROL, _CONTROL] + [_BYTE] * 256 + [_NORMAL] * (len(tokens) - 259),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": True,
+    }
+
+
+def _write(dst: Path, metadata: dict[str, Value], tensors: dict[str, F32]) -> None:
+    w = GGUFWriter(dst)
+    for key, value in metadata.items():
+        w.add(key, value)
     for part, x in tensors.items():
         if part in ("token_embd", "output_norm", "output"):
             w.add_tensor(f"{part}.weight", x)
@@ -199,26 +228,3 @@ def _write(
             for i, layer in enumerate(x):
                 w.add_tensor(f"blk.{i}.{part}.weight", layer)
     w.write()
-
-
-def _add_tokenizer(w: GGUFWriter, tokens: list[tuple[bytes, float]]) -> None:
-    """llama2.c keeps SentencePiece's order: unknown, begin, end, 256 bytes, pieces; it writes U+2581 as a space."""
-    texts = [raw.decode("utf-8", "surrogateescape").replace(" ", "\u2581") for raw, _ in tokens]
-    kinds = [_NORMAL] * len(tokens)
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
-    found = [t.strip("\n") for t in texts[:3]] + texts[3:259]
-    if found != first:
-        raise TokenizerError("expected <unk>, <s>, </s> and 256 byte tokens first: not a SentencePiece vocabulary?")
-    texts[:259] = first
-    kinds[:259] = [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256]
-    w.add("tokenizer.ggml.model", "llama")
-    w.add("tokenizer.ggml.pre", "default")
-    w.add("tokenizer.ggml.tokens", texts)
-    w.add("tokenizer.ggml.scores", [score for _, score in tokens], ValueType.F32)
-    w.add("tokenizer.ggml.token_type", kinds, ValueType.I32)
-    w.add("tokenizer.ggml.bos_token_id", 1)
-    w.add("tokenizer.ggml.eos_token_id", 2)
-    w.add("tokenizer.ggml.unknown_token_id", 0)
-    w.add("tokenizer.ggml.add_bos_token", True)
-    w.add("tokenizer.ggml.add_eos_token", False)
-    w.add("tokenizer.ggml.add_space_prefix", True)

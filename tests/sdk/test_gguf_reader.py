@@ -115,12 +115,12 @@ def test_metadata_of_a_whole_model_equals_that_of_the_gguf_package(arch: str, tm
 
 
 @needs_shared
-def test_a_real_vocabulary_equals_that_of_the_gguf_package() -> None:
-    path = SHARED / "tokenizers" / "ggml-vocab-phi-3.gguf"
-    fields = oracle.GGUFReader(path).fields  # seconds: it makes an object of every string
-    with GGUFFile.open(path) as file:
-        for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
-            assert file.metadata[key] == fields[key].contents()
+@pytest.mark.parametrize(("name", "n", "word"), [("gpt-2", 50257, "Ġthe"), ("phi-3", 32064, "\u2581the")])
+def test_real_vocabularies_are_read_whole(name: str, n: int, word: str) -> None:
+    with GGUFFile.open(SHARED / "tokenizers" / f"ggml-vocab-{name}.gguf") as file:
+        lists = {k.rpartition(".")[2]: v for k, v in file.metadata.items() if isinstance(v, list)}
+    assert {len(lists[key]) for key in ("tokens", "token_type", "scores") if key in lists} == {n}
+    assert word in lists["tokens"]
 
 
 def test_block_sizes_are_those_of_the_gguf_package() -> None:
@@ -132,6 +132,10 @@ def test_block_sizes_are_those_of_the_gguf_package() -> None:
 def test_strings_that_are_not_utf8_keep_their_bytes(opened) -> None:
     file = opened(gguf([kv("t", ARRAY, array(STRING, 2, string(b"\xff\x80") + string(b"ok")))]))
     assert [s.encode("utf-8", "surrogateescape") for s in file.metadata["t"]] == [b"\xff\x80", b"ok"]
+
+
+def test_one_text_that_is_not_utf8_can_still_be_printed(opened) -> None:
+    assert opened(gguf([kv("t", STRING, string(b"a\xffb"))])).metadata["t"] == "a\ufffdb"
 
 
 def test_version_2_reads_like_version_3(opened) -> None:
@@ -254,8 +258,11 @@ def test_a_file_cut_anywhere_is_refused_in_words(tenth: int, opened) -> None:
 
 def test_a_cut_names_what_was_being_read(opened) -> None:
     text = gguf([kv("general.architecture", STRING, string("llama"))])
-    with pytest.raises(GGUFError, match=r"the value of 'general\.architecture' passes the end of the file"):
+    with pytest.raises(GGUFError, match=r"the value of 'general\.architecture' at byte 64 needs 5 bytes, 2 are left"):
         opened(text[: text.index(b"llama") + 2])
+    words = gguf([kv("words", ARRAY, array(STRING, 2, string("one") + string("three")))])
+    with pytest.raises(GGUFError, match="the value of 'words' passes the end of the file"):
+        opened(words[: words.index(b"three") + 2])
     with pytest.raises(GGUFError, match=r"the value of 'n' at byte 37 needs 4 bytes, 3 are left"):
         opened(gguf([kv("n", U32, u32(1))])[:40])
     with pytest.raises(GGUFError, match=r"second \[256\] TQ2_0 needs 66 bytes at byte \d+, 65 are there"):

@@ -13,6 +13,7 @@ from nearfar.gguf_reader import GGUFFile, TensorType
 from nearfar.importers import Llama2cHeader, import_model, read_llama2c
 from nearfar.lower_numpy import NumpyLower
 from nearfar.quant import all_finite, dequantize, pack_ternary, unpack_ternary
+from nearfar.tokenizer import tokenizer_from_metadata
 from nearfar.weights import Weights
 from tests.micro_lm import read_micro_lm
 from tests.paths import SHARED, needs_shared
@@ -77,14 +78,28 @@ def test_the_reference_engine_tells_the_story_that_llama_cpp_tells(stories: Path
     assert "Lily" in outside.detokenize(prompt + ours).decode()
 
 
+@needs_shared
+@pytest.mark.parametrize(
+    "text", ["Once upon a time", "", " ", "  two  spaces", "Lily's 3 dogs!\n\tÄ 🙂", "ab" * 50, "<s> is text", "\u2581"]
+)
+def test_its_tokenizer_splits_text_as_llama_cpp_does(text: str, stories: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="the extra [llama] is not installed")
+    outside = llama_cpp.Llama(str(stories), vocab_only=True, verbose=False)
+    with GGUFFile.open(stories) as file:
+        ours = tokenizer_from_metadata(file.metadata)
+    theirs = outside.tokenize(text.encode(), add_bos=True, special=False)
+    assert ours.encode(text) == theirs
+
+
 # ---- a small checkpoint of our own, to be damaged
 
 
 def _checkpoint(
-    n_vocab: int = 260, dim: int = 16, hidden: int = 12, tied: bool = True, base: float = 10_000.0
+    *, n_layers: int = 2, dim: int = 16, n_heads: int = 4, n_vocab: int = 260, tied: bool = True, base: float = 1e4
 ) -> bytes:
-    header = Llama2cHeader(dim, 12, 2, 4, 2, n_vocab, 16, tied)
-    rng, out = np.random.default_rng(0), [struct.pack("<7i", dim, 12, 2, 4, 2, n_vocab if tied else -n_vocab, 16)]
+    header = Llama2cHeader(dim, 12, n_layers, n_heads, 2, n_vocab, 16, tied)
+    signed_vocab = n_vocab if tied else -n_vocab
+    rng, out = np.random.default_rng(0), [struct.pack("<7i", dim, 12, n_layers, n_heads, 2, signed_vocab, 16)]
     angle = np.arange(16)[:, None] * base ** (-np.arange(header.head_dim // 2) / (header.head_dim // 2))
     for name, shape in header.tensors().items():
         x = {"cos": np.cos(angle), "sin": np.sin(angle)}.get(name, rng.normal(size=shape))
@@ -133,6 +148,7 @@ def test_a_head_of_its_own_goes_over_as_output_weight(tmp_path: Path) -> None:
         (struct.pack("<I", 0x54504F45) + bytes(252), _tokenizer(), UnsupportedError, "a micro-lm"),
         (b"GGUF" + bytes(252), _tokenizer(), UsageError, "a GGUF file already"),
         (_checkpoint()[:-4] + b"\0\0\x80\x7f", _tokenizer(), WeightsError, "sin holds a number that is not finite"),
+        (_checkpoint(n_layers=1025, dim=4, n_heads=2), _tokenizer(), WeightsError, "llama.block_count=1025"),
         (_checkpoint(base=500_000.0), _tokenizer(), UnsupportedError, "rotation tables"),
         (_checkpoint(), None, UsageError, "no tok260.bin or tokenizer.bin beside"),
         (_checkpoint(), _tokenizer()[:-1], TokenizerError, "token 259 of 3 bytes"),

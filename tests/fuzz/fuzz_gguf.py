@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import importlib.util
 import random
+import re
 import resource
 import signal
 import sys
@@ -248,8 +249,10 @@ def processor_time_limit(seconds: float) -> Iterator[None]:
 
 
 def peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20) if sys.platform == "darwin" else peak / (1 << 10)
+    """The most memory that this process has held so far."""
+    with suppress(OSError, IndexError):  # Linux; its ru_maxrss starts at the size of whoever started the process
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) / (1 << 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # macOS counts bytes
 
 
 # ---- the plain engine
@@ -285,6 +288,8 @@ def fuzz_plain(
             warming = report.runs < len(first)
             data = first[report.runs] if warming else mutate(rng.choice(corpus), rng.choice(corpus), rng)
             report.runs += 1
+            if not warming and peak is None:
+                peak = peak_mb()
             path.write_bytes(data)
             problem = None
             try:
@@ -296,8 +301,7 @@ def fuzz_plain(
                 message = traceback.format_exc()
             if peak is not None and peak_mb() > peak + max_growth_mb:
                 problem = f"memory grew by {max_growth_mb:.0f} MB after {outcome}"
-            if not warming:
-                peak = peak_mb() if peak is None or problem else peak
+                peak = peak_mb()
             if problem and problem not in report.findings:
                 print(f"FINDING {problem}\n{message}", file=sys.stderr)
                 report.findings[problem] = _keep(findings, data)

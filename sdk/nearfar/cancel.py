@@ -19,9 +19,11 @@ class Cancel:
         self.flag: NDArray[np.uint8] = np.zeros(1, np.uint8)  # [1], shared with the engine
 
     def set(self) -> None:
+        """Press the button."""
         self.flag[0] = 1
 
     def is_set(self) -> bool:
+        """Whether it was pressed."""
         return bool(self.flag[0])
 
     def check(self) -> None:

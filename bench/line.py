@@ -1,0 +1,33 @@
+"""One figure on one line, with what is needed to judge it: command, machine, date.  Shared by the scripts beside it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+
+def machine() -> str:
+    """CPU, cores for this process, Python."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    name = found[1] if found else platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, Python {platform.python_version()}"
+
+
+def show(what: str, figure: str, goal: str = "") -> None:
+    """Print a row of docs/benchmarks.md."""
+    command = f"python {os.path.relpath(sys.argv[0])} {' '.join(sys.argv[1:])}".strip()
+    print(f"| {what} | {figure} | {goal or '-'} | `{command}` | {machine()} | {time.strftime('%Y-%m-%d')} |")
+
+
+def spread(values: list[float], unit: str, digits: int = 1) -> str:
+    """`median (smallest-largest of n) unit`"""
+    return f"{median(values):.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f}, {len(values)} runs)"

@@ -22,13 +22,15 @@ namespace {
 
 constexpr int kHalves = 8;      // halves of blocks, of 8 rows, in a panel
 constexpr int64_t kStep = 256;  // bytes of 4 blocks
+constexpr int kTokens = 9;      // rows of x that share a reading of a panel
 
-// One panel and M tokens: rows n.. of w, rows i.. of x.
+// One panel and up to kTokens tokens: rows n.. of w, rows i.. of x.
 struct Tile {
   const Panels& w;
   const Rows& x;
   const uint8_t* panel;
   int64_t n, i;
+  int tokens;
   float* y;
   int64_t ldy;
 
@@ -51,21 +53,15 @@ struct Tile {
   }
 };
 
-template <class Kernel, int M>
-inline void run_tile(const Tile& t, int64_t tokens) {
-  if (tokens >= M) return Kernel::template run<M>(t);
-  if constexpr (M > 1) run_tile<Kernel, M - 1>(t, tokens);
-}
-
-// Every panel is read once per Kernel::kTokens rows of x.
+// Every panel is read once per kTokens rows of x.
 template <class Kernel>
 inline void for_each_tile(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y,
                           int64_t ldy) {
   NF_DCHECK(w.cols == x.cols);
   for (int64_t p = first; p < last; ++p) {
-    for (int64_t i = 0; i < x.m; i += Kernel::kTokens) {
-      const Tile t{w, x, w.data + p * w.panel_bytes, p * kPanelRows, i, y, ldy};
-      run_tile<Kernel, Kernel::kTokens>(t, x.m - i);
+    for (int64_t i = 0; i < x.m; i += kTokens) {
+      const int tokens = static_cast<int>(x.m - i < kTokens ? x.m - i : kTokens);
+      Kernel::run({w, x, w.data + p * w.panel_bytes, p * kPanelRows, i, tokens, y, ldy});
     }
   }
 }
@@ -94,307 +90,269 @@ inline __m256i load_i8_twice(const uint8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(v, v));
 }
 
+// 64 rows of one token. The functions dot_* fill one for a run of k short enough for their i16
+// sums: 8 accumulators and the broadcasts fit the 16 registers, and the panel is read in order.
+// With more tokens the run is decoded again for each, out of L1: sharing it costs as much in
+// spilled accumulators. (An unrolled run would be hoisted out of the loop over tokens, onto the
+// stack: hence unroll 1.)
+using Sums = __m256i[kHalves];
+using Floats = __m256[kHalves];
+
+inline void clear(Sums& sum) {
+  for (__m256i& s : sum) s = _mm256_setzero_si256();
+}
+inline void clear(Floats& total) {
+  for (__m256& f : total) f = _mm256_setzero_ps();
+}
+
 // i16 pairs to i32 lanes
-inline __m256i add_pairs(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
-
-template <int M>
-using Sums = __m256i[kHalves][M];
-template <int M>
-using Floats = __m256[kHalves][M];
-
-template <int M>
-inline void start(Sums<M>& sum) {
-  for (int h = 0; h < kHalves; ++h) {
-    for (int m = 0; m < M; ++m) sum[h][m] = _mm256_setzero_si256();
-  }
-}
-
-template <int M>
-inline void start(Floats<M>& total) {
-  for (int h = 0; h < kHalves; ++h) {
-    for (int m = 0; m < M; ++m) total[h][m] = _mm256_setzero_ps();
-  }
-}
-
-template <int M>
-inline void store_all(const Tile& t, const Floats<M>& total) {
-  for (int m = 0; m < M; ++m) {
-    for (int h = 0; h < kHalves; ++h) t.store(m, h, total[h][m]);
-  }
-}
-
-// ---- i2: sum q * code over 128 k, code 0..3, 16 k a step; added to sum
-// ----------------------------------
-
-template <int F>
-inline __m256i i2_field(__m256i v) {
-  return _mm256_and_si256(F == 0 ? v : _mm256_srli_epi16(v, 2 * F), _mm256_set1_epi8(3));
+inline void add_pairs(Sums& sum) {
+  for (__m256i& s : sum) s = _mm256_madd_epi16(s, _mm256_set1_epi16(1));
 }
 
 inline __m256i add_product(__m256i pairs, __m256i code, __m256i a) {
   return _mm256_add_epi16(pairs, _mm256_maddubs_epi16(code, a));
 }
 
-// One token: 8 accumulators and 4 broadcasts just fit the registers, the panel is read in order.
-inline void dot_i2_one(const uint8_t* codes, const int8_t* q, Sums<1>& sum) {
-  __m256i pairs[kHalves];
-  for (int h = 0; h < kHalves; ++h) pairs[h] = _mm256_setzero_si256();
+template <int kShift, int kMask>
+inline __m256i field(__m256i v) {
+  return _mm256_and_si256(kShift == 0 ? v : _mm256_srli_epi16(v, kShift), _mm256_set1_epi8(kMask));
+}
+
+// i2: sum q * code over 128 k, code 0..3, 16 k a step
+inline void dot_i2(const uint8_t* codes, const int8_t* q, Sums& sum) {
+  clear(sum);
+#pragma GCC unroll 1
   for (int s = 0; s < 8; ++s, codes += kStep, q += 16) {
     const __m256i a0 = broadcast4(q), a1 = broadcast4(q + 4);
     const __m256i a2 = broadcast4(q + 8), a3 = broadcast4(q + 12);
 #pragma GCC unroll 8
     for (int h = 0; h < kHalves; ++h) {
       const __m256i v = load(codes + 32 * h);
-      pairs[h] = add_product(pairs[h], i2_field<0>(v), a0);
-      pairs[h] = add_product(pairs[h], i2_field<1>(v), a1);
-      pairs[h] = add_product(pairs[h], i2_field<2>(v), a2);
-      pairs[h] = add_product(pairs[h], i2_field<3>(v), a3);
+      sum[h] = add_product(sum[h], field<0, 3>(v), a0);
+      sum[h] = add_product(sum[h], field<2, 3>(v), a1);
+      sum[h] = add_product(sum[h], field<4, 3>(v), a2);
+      sum[h] = add_product(sum[h], field<6, 3>(v), a3);
     }
   }
-  for (int h = 0; h < kHalves; ++h) sum[h][0] = _mm256_add_epi32(sum[h][0], add_pairs(pairs[h]));
+  add_pairs(sum);
 }
 
-// M tokens: 8 rows at a time, so that M accumulators and a decoded field stay in registers.
-template <int M>
-inline void dot_i2(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum) {
-  if constexpr (M == 1) {
-    dot_i2_one(codes, t.q(0) + k, sum);
-  } else {
+// q4: i16 pairs of sum q * code over 32 k, code 0..15, 8 k a step
+inline void dot_q4(const uint8_t* codes, const int8_t* q, Sums& pairs) {
+  clear(pairs);
+#pragma GCC unroll 1
+  for (int s = 0; s < 4; ++s, codes += kStep, q += 8) {
+    const __m256i a0 = broadcast4(q), a1 = broadcast4(q + 4);
+#pragma GCC unroll 8
     for (int h = 0; h < kHalves; ++h) {
-      __m256i pairs[M];
-      for (int m = 0; m < M; ++m) pairs[m] = _mm256_setzero_si256();
-      for (int s = 0; s < 8; ++s) {
-        const __m256i v = load(codes + s * kStep + 32 * h);
-        const __m256i code[4] = {i2_field<0>(v), i2_field<1>(v), i2_field<2>(v), i2_field<3>(v)};
-        for (int f = 0; f < 4; ++f) {
-          for (int m = 0; m < M; ++m) {
-            pairs[m] = add_product(pairs[m], code[f], broadcast4(t.q(m) + k + 16 * s + 4 * f));
-          }
-        }
-      }
-      for (int m = 0; m < M; ++m) sum[h][m] = _mm256_add_epi32(sum[h][m], add_pairs(pairs[m]));
+      const __m256i v = load(codes + 32 * h);
+      pairs[h] = add_product(pairs[h], field<0, 15>(v), a0);
+      pairs[h] = add_product(pairs[h], field<4, 15>(v), a1);
     }
+  }
+}
+
+// int8: the i16 pairs of q * w of one step, 4 k, byte = w + 128
+inline __m256i signed_pairs(const uint8_t* codes, __m256i a) {
+  const __m256i w = _mm256_xor_si256(load(codes), _mm256_set1_epi8(static_cast<char>(128)));
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+}
+
+// int8: sum q * w over 32 k, 4 k a step, any w
+inline void dot_int8(const uint8_t* codes, const int8_t* q, Sums& sum) {
+  clear(sum);
+#pragma GCC unroll 1
+  for (int s = 0; s < 8; ++s, codes += kStep, q += 4) {
+    const __m256i a = broadcast4(q);
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalves; ++h) {
+      const __m256i pairs = signed_pairs(codes + 32 * h, a);
+      sum[h] = _mm256_add_epi32(sum[h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+  }
+}
+
+// int8: i16 pairs of sum q * w over 16 k, 4 k a step, |w| <= 32
+inline void dot_int6(const uint8_t* codes, const int8_t* q, Sums& pairs) {
+  clear(pairs);
+#pragma GCC unroll 1
+  for (int s = 0; s < 4; ++s, codes += kStep, q += 4) {
+    const __m256i a = broadcast4(q);
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalves; ++h) {
+      pairs[h] = _mm256_add_epi16(pairs[h], signed_pairs(codes + 32 * h, a));
+    }
+  }
+}
+
+inline void add(Sums& sum, const Sums& more) {
+  for (int h = 0; h < kHalves; ++h) sum[h] = _mm256_add_epi32(sum[h], more[h]);
+}
+
+inline void subtract(Sums& sum, int32_t offset) {
+  for (__m256i& s : sum) s = _mm256_sub_epi32(s, _mm256_set1_epi32(offset));
+}
+
+// total = fma(s_w * s_x, sum, total), the 64 f16 scales s_w at p
+inline void add_scaled(const uint8_t* p, float s_x, const Sums& sum, Floats& total) {
+  for (int h = 0; h < kHalves; ++h) {
+    const __m256 scale = _mm256_mul_ps(load_f16(p + 16 * h), _mm256_set1_ps(s_x));
+    total[h] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum[h]), total[h]);
+  }
+}
+
+// total = fma(-(s_w * s_x), sum, total)
+inline void subtract_scaled(const uint8_t* p, float s_x, const Sums& sum, Floats& total) {
+  for (int h = 0; h < kHalves; ++h) {
+    const __m256 scale = _mm256_mul_ps(load_f16(p + 16 * h), _mm256_set1_ps(s_x));
+    total[h] = _mm256_fnmadd_ps(scale, _mm256_cvtepi32_ps(sum[h]), total[h]);
+  }
+}
+
+inline void store_all(const Tile& t, const Floats (&total)[kTokens]) {
+  for (int m = 0; m < t.tokens; ++m) {
+    for (int h = 0; h < kHalves; ++h) t.store(m, h, total[m][h]);
   }
 }
 
 struct I2 {
-  static constexpr int kTokens = 4;
-
-  template <int M>
   static void run(const Tile& t) {
-    Sums<M> sum;
-    start<M>(sum);
+    Sums sum[kTokens], run;
+    for (int m = 0; m < t.tokens; ++m) clear(sum[m]);
     const uint8_t* p = t.panel;
-    for (int64_t k = 0; k < t.w.cols; k += 128, p += 8 * kStep) dot_i2<M>(t, p, k, sum);
-    for (int m = 0; m < M; ++m) {
-      int32_t offset = 0;
-      for (int64_t j = 0; j < t.x.n_sums; ++j) offset += t.sums(m)[j];
+    for (int64_t k = 0; k < t.w.cols; k += 128, p += 8 * kStep) {
+      for (int m = 0; m < t.tokens; ++m) {
+        dot_i2(p, t.q(m) + k, run);
+        add(sum[m], run);
+      }
+    }
+    for (int m = 0; m < t.tokens; ++m) {
+      for (int64_t j = 0; j < t.x.n_sums; ++j) subtract(sum[m], t.sums(m)[j]);
       const __m256 s_x = _mm256_set1_ps(t.scales(m)[0]);
       for (int h = 0; h < kHalves; ++h) {
-        const __m256i trits = _mm256_sub_epi32(sum[h][m], _mm256_set1_epi32(offset));
         const __m256 scale = _mm256_mul_ps(_mm256_load_ps(t.w.row_scales + t.n + 8 * h), s_x);
-        t.store(m, h, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(trits)));
+        t.store(m, h, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(sum[m][h])));
       }
     }
   }
 };
 
 struct I2Blocks {
-  static constexpr int kTokens = 4;
-
-  template <int M>
   static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
+    Floats total[kTokens];
+    for (int m = 0; m < t.tokens; ++m) clear(total[m]);
     const uint8_t* p = t.panel;
     for (int64_t j = 0; j < t.w.cols / 256; ++j, p += 256 + 16 * kStep) {
-      Sums<M> sum;
-      start<M>(sum);
-      dot_i2<M>(t, p + 256, j * 256, sum);
-      dot_i2<M>(t, p + 256 + 8 * kStep, j * 256 + 128, sum);
-      for (int h = 0; h < kHalves; ++h) {
-        const __m256 scale = _mm256_load_ps(reinterpret_cast<const float*>(p) + 8 * h);
-        for (int m = 0; m < M; ++m) {
-          const __m256i trits = _mm256_sub_epi32(sum[h][m], _mm256_set1_epi32(t.sums(m)[j]));
-          total[h][m] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(trits), total[h][m]);
+      for (int m = 0; m < t.tokens; ++m) {
+        Sums sum, run;
+        dot_i2(p + 256, t.q(m) + j * 256, sum);
+        dot_i2(p + 256 + 8 * kStep, t.q(m) + j * 256 + 128, run);
+        add(sum, run);
+        subtract(sum, t.sums(m)[j]);
+        for (int h = 0; h < kHalves; ++h) {
+          const __m256 scale = _mm256_load_ps(reinterpret_cast<const float*>(p) + 8 * h);
+          total[m][h] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum[h]), total[m][h]);
         }
       }
     }
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < t.tokens; ++m) {
       const __m256 s_x = _mm256_set1_ps(t.scales(m)[0]);
-      for (int h = 0; h < kHalves; ++h) t.store(m, h, _mm256_mul_ps(total[h][m], s_x));
+      for (__m256& f : total[m]) f = _mm256_mul_ps(f, s_x);
     }
+    store_all(t, total);
   }
 };
 
-// ---- q4: i16 pairs of sum q * code over 32 k for half h, code 0..15, 8 k a step
-// -------------------------
-template <int M>
-inline void dot_q4(const Tile& t, const uint8_t* codes, int64_t k, int h, __m256i (&pairs)[M]) {
-  const __m256i low = _mm256_set1_epi8(15);
-  for (int m = 0; m < M; ++m) pairs[m] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-  for (int s = 0; s < 4; ++s, k += 8) {
-    const uint8_t* p = codes + s * kStep + 32 * h;
-    const __m256i v = load(p);
-    const __m256i v_low = _mm256_and_si256(v, low);
-    const __m256i v_high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
-    for (int m = 0; m < M; ++m) {
-      const int8_t* q = t.q(m) + k;
-      pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(v_low, broadcast4(q)));
-      pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(v_high, broadcast4(q + 4)));
-    }
-  }
-}
-
-// ---- int8: |w| and the i16 pairs of q * w, 4 k a step, byte = w + 128
-// -----------------------------------
-inline __m256i signed_codes(const uint8_t* p) {
-  return _mm256_xor_si256(load(p), _mm256_set1_epi8(static_cast<char>(128)));
-}
-
-inline __m256i signed_pairs(__m256i w, const int8_t* q) {
-  return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(broadcast4(q), w));
-}
-
-// total = fma(s_w * s_x, sum, total) for half h and token m, group j
-template <int M>
-inline void add_group(const Tile& t, const uint8_t* p, int64_t j, int h, const __m256i (&sum)[M],
-                      Floats<M>& total) {
-  const __m256 s_w = load_f16(p + 16 * h);
-  for (int m = 0; m < M; ++m) {
-    const __m256 scale = _mm256_mul_ps(s_w, _mm256_set1_ps(t.scales(m)[j]));
-    total[h][m] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(sum[m]), total[h][m]);
-  }
-}
-
 struct Q4 {
-  static constexpr int kTokens = 4;
-
-  template <int M>
   static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
+    Floats total[kTokens];
+    for (int m = 0; m < t.tokens; ++m) clear(total[m]);
     const uint8_t* p = t.panel;
     for (int64_t j = 0; j < t.w.cols / 32; ++j, p += 128 + 4 * kStep) {
-      for (int h = 0; h < kHalves; ++h) {
-        __m256i sum[M];
-        dot_q4<M>(t, p + 128, j * 32, h, sum);
-        for (int m = 0; m < M; ++m) {
-          const __m256i offset = _mm256_set1_epi32(8 * t.sums(m)[j]);
-          sum[m] = _mm256_sub_epi32(add_pairs(sum[m]), offset);
-        }
-        add_group<M>(t, p, j, h, sum, total);
+      for (int m = 0; m < t.tokens; ++m) {
+        Sums sum;
+        dot_q4(p + 128, t.q(m) + j * 32, sum);
+        add_pairs(sum);
+        subtract(sum, 8 * t.sums(m)[j]);
+        add_scaled(p, t.scales(m)[j], sum, total[m]);
       }
     }
-    store_all<M>(t, total);
+    store_all(t, total);
   }
 };
 
 struct Int8 {
-  static constexpr int kTokens = 4;
-
-  template <int M>
   static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
+    Floats total[kTokens];
+    for (int m = 0; m < t.tokens; ++m) clear(total[m]);
     const uint8_t* p = t.panel;
     for (int64_t j = 0; j < t.w.cols / 32; ++j, p += 128 + 8 * kStep) {
-      for (int h = 0; h < kHalves; ++h) {
-        __m256i sum[M];
-        for (int m = 0; m < M; ++m) sum[m] = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int s = 0; s < 8; ++s) {
-          const __m256i w = signed_codes(p + 128 + s * kStep + 32 * h);
-          for (int m = 0; m < M; ++m) {
-            const __m256i pairs = signed_pairs(w, t.q(m) + j * 32 + 4 * s);
-            sum[m] = _mm256_add_epi32(sum[m], add_pairs(pairs));
-          }
-        }
-        add_group<M>(t, p, j, h, sum, total);
+      for (int m = 0; m < t.tokens; ++m) {
+        Sums sum;
+        dot_int8(p + 128, t.q(m) + j * 32, sum);
+        add_scaled(p, t.scales(m)[j], sum, total[m]);
       }
     }
-    store_all<M>(t, total);
+    store_all(t, total);
   }
 };
 
 struct Q4K {
-  static constexpr int kTokens = 4;
-
-  template <int M>
   static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
+    Floats total[kTokens];
+    for (int m = 0; m < t.tokens; ++m) clear(total[m]);
     const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 256; ++j) {
-      const uint8_t* d = p;
-      Sums<M> scaled, mins;
-      start<M>(scaled);
-      start<M>(mins);
-      p += 256;
-      for (int64_t g = 0; g < 8; ++g, p += 128 + 4 * kStep) {
-        for (int h = 0; h < kHalves; ++h) {
-          __m256i pairs[M];
-          dot_q4<M>(t, p + 128, j * 256 + g * 32, h, pairs);
-          const __m256i scale = load_u8_twice(p + 8 * h), min = load_u8_twice(p + 64 + 8 * h);
-          for (int m = 0; m < M; ++m) {
-            // The two halves of the group's sum q, |.| <= 2,032 each, as the i16 pair of a lane.
-            const int32_t* q = t.sums(m) + j * 16 + 2 * g;
-            const __m256i x_sum = _mm256_set1_epi32((q[0] & 0xffff) | q[1] * 65536);
-            scaled[h][m] = _mm256_add_epi32(scaled[h][m], _mm256_madd_epi16(pairs[m], scale));
-            mins[h][m] = _mm256_add_epi32(mins[h][m], _mm256_madd_epi16(x_sum, min));
+    for (int64_t j = 0; j < t.w.cols / 256; ++j, p += 256 + 8 * (128 + 4 * kStep)) {
+      for (int m = 0; m < t.tokens; ++m) {
+        Sums scaled, mins;
+        clear(scaled);
+        clear(mins);
+        for (int64_t g = 0; g < 8; ++g) {
+          const uint8_t* group = p + 256 + g * (128 + 4 * kStep);
+          Sums pairs;
+          dot_q4(group + 128, t.q(m) + j * 256 + g * 32, pairs);
+          // The two halves of the group's sum q, at most 16 * 127 = 2,032, as the i16 pair of every
+          // lane.
+          const int32_t* q_sum = t.sums(m) + j * 16 + 2 * g;
+          const __m256i x_sum = _mm256_set1_epi32((q_sum[0] & 0xffff) | q_sum[1] * 65536);
+          for (int h = 0; h < kHalves; ++h) {
+            const __m256i scale = load_u8_twice(group + 8 * h);
+            const __m256i min = load_u8_twice(group + 64 + 8 * h);
+            scaled[h] = _mm256_add_epi32(scaled[h], _mm256_madd_epi16(pairs[h], scale));
+            mins[h] = _mm256_add_epi32(mins[h], _mm256_madd_epi16(x_sum, min));
           }
         }
-      }
-      for (int h = 0; h < kHalves; ++h) {
-        const __m256 d_w = load_f16(d + 16 * h), dmin_w = load_f16(d + 128 + 16 * h);
-        for (int m = 0; m < M; ++m) {
-          const __m256 s_x = _mm256_set1_ps(t.scales(m)[j]);
-          total[h][m] = _mm256_fmadd_ps(_mm256_mul_ps(d_w, s_x), _mm256_cvtepi32_ps(scaled[h][m]),
-                                        total[h][m]);
-          total[h][m] = _mm256_fnmadd_ps(_mm256_mul_ps(dmin_w, s_x), _mm256_cvtepi32_ps(mins[h][m]),
-                                         total[h][m]);
-        }
+        add_scaled(p, t.scales(m)[j], scaled, total[m]);
+        subtract_scaled(p + 128, t.scales(m)[j], mins, total[m]);
       }
     }
-    store_all<M>(t, total);
+    store_all(t, total);
   }
 };
 
 struct Int8K {
-  static constexpr int kTokens = 4;
-
-  template <int M>
   static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
+    Floats total[kTokens];
+    for (int m = 0; m < t.tokens; ++m) clear(total[m]);
     const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 256; ++j) {
-      const uint8_t* d = p;
-      Sums<M> scaled;
-      start<M>(scaled);
-      p += 128;
-      for (int64_t g = 0; g < 16; ++g, p += 64 + 4 * kStep) {
-        for (int h = 0; h < kHalves; ++h) {
-          __m256i pairs[M];
-          for (int m = 0; m < M; ++m) pairs[m] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-          for (int s = 0; s < 4; ++s) {
-            const __m256i w = signed_codes(p + 64 + s * kStep + 32 * h);
-            for (int m = 0; m < M; ++m) {
-              const int8_t* q = t.q(m) + j * 256 + g * 16 + 4 * s;
-              pairs[m] = _mm256_add_epi16(pairs[m], signed_pairs(w, q));
-            }
-          }
-          const __m256i scale = load_i8_twice(p + 8 * h);
-          for (int m = 0; m < M; ++m) {
-            scaled[h][m] = _mm256_add_epi32(scaled[h][m], _mm256_madd_epi16(pairs[m], scale));
+    for (int64_t j = 0; j < t.w.cols / 256; ++j, p += 128 + 16 * (64 + 4 * kStep)) {
+      for (int m = 0; m < t.tokens; ++m) {
+        Sums scaled;
+        clear(scaled);
+        for (int64_t g = 0; g < 16; ++g) {
+          const uint8_t* group = p + 128 + g * (64 + 4 * kStep);
+          Sums pairs;
+          dot_int6(group + 64, t.q(m) + j * 256 + g * 16, pairs);
+          for (int h = 0; h < kHalves; ++h) {
+            const __m256i scale = load_i8_twice(group + 8 * h);
+            scaled[h] = _mm256_add_epi32(scaled[h], _mm256_madd_epi16(pairs[h], scale));
           }
         }
+        add_scaled(p, t.scales(m)[j], scaled, total[m]);
       }
-      for (int h = 0; h < kHalves; ++h) add_group<M>(t, d, j, h, scaled[h], total);
     }
-    store_all<M>(t, total);
+    store_all(t, total);
   }
 };
 
@@ -416,35 +374,46 @@ inline __m256 widen(const BF16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
+constexpr int64_t kRun = 64;  // k of which 64 rows stay in L1 for all tokens
+
+// total[m..m + M) += the kPart halves from `first` on, over the k of a run
+template <class Value, int kPart, int M>
+inline void add_float(const Tile& t, int first, int m, int64_t k, Floats* total) {
+  const int64_t end = k + kRun < t.w.cols ? k + kRun : t.w.cols;
+  __m256 sum[kPart][M];
+  for (int h = 0; h < kPart; ++h) {
+    for (int i = 0; i < M; ++i) sum[h][i] = total[m + i][first + h];
+  }
+  const auto* p = reinterpret_cast<const Value*>(t.panel) + k * kPanelRows + 8 * first;
+  const float* x = t.x.x + (t.i + m) * t.x.x_stride;
+  for (; k < end; ++k, p += kPanelRows) {
+    __m256 a[M];
+    for (int i = 0; i < M; ++i) a[i] = _mm256_set1_ps(x[i * t.x.x_stride + k]);
+    for (int h = 0; h < kPart; ++h) {
+      const __m256 v = widen(p + 8 * h);
+      for (int i = 0; i < M; ++i) sum[h][i] = _mm256_fmadd_ps(v, a[i], sum[h][i]);
+    }
+  }
+  for (int h = 0; h < kPart; ++h) {
+    for (int i = 0; i < M; ++i) total[m + i][first + h] = sum[h][i];
+  }
+}
+
 template <class Value>
 struct Float {
-  static constexpr int kTokens = 3;
-
-  // One token fills 8 accumulators with 64 rows; more tokens go over 32 rows twice, in 4 M
-  // accumulators.
-  template <int M>
+  // Three tokens fill 12 accumulators with 32 rows, one fills 8 with 64.
   static void run(const Tile& t) {
-    constexpr int kPart = M == 1 ? 8 : 4;
-    const float* x[M];
-    for (int m = 0; m < M; ++m) x[m] = t.x.x + (t.i + m) * t.x.x_stride;
-    for (int first = 0; first < kHalves; first += kPart) {
-      __m256 total[kPart][M];
-      for (int h = 0; h < kPart; ++h) {
-        for (int m = 0; m < M; ++m) total[h][m] = _mm256_setzero_ps();
+    Floats total[kTokens];
+    for (int m = 0; m < t.tokens; ++m) clear(total[m]);
+    for (int64_t k = 0; k < t.w.cols; k += kRun) {
+      int m = 0;
+      for (; m + 3 <= t.tokens; m += 3) {
+        add_float<Value, 4, 3>(t, 0, m, k, total);
+        add_float<Value, 4, 3>(t, 4, m, k, total);
       }
-      const auto* p = reinterpret_cast<const Value*>(t.panel) + 8 * first;
-      for (int64_t k = 0; k < t.w.cols; ++k, p += kPanelRows) {
-        __m256 a[M];
-        for (int m = 0; m < M; ++m) a[m] = _mm256_set1_ps(x[m][k]);
-        for (int h = 0; h < kPart; ++h) {
-          const __m256 v = widen(p + 8 * h);
-          for (int m = 0; m < M; ++m) total[h][m] = _mm256_fmadd_ps(v, a[m], total[h][m]);
-        }
-      }
-      for (int m = 0; m < M; ++m) {
-        for (int h = 0; h < kPart; ++h) t.store(m, first + h, total[h][m]);
-      }
+      for (; m < t.tokens; ++m) add_float<Value, 8, 1>(t, 0, m, k, total);
     }
+    store_all(t, total);
   }
 };
 

@@ -49,19 +49,21 @@ struct Tile {
 
 template <class Kernel, int M>
 inline void run_tile(const Tile& t, int64_t tokens) {
-  if (tokens >= M) return Kernel::template run<M>(t);
+  if (tokens == M) return Kernel::template run<M>(t);
   if constexpr (M > 1) run_tile<Kernel, M - 1>(t, tokens);
 }
 
-// Every panel is read once per Kernel::kTokens rows of x.
+// Every panel is read once per Kernel::kTokens rows of x, shared out evenly: 5 rows are 3 and 2.
 template <class Kernel>
 inline void for_each_tile(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y,
                           int64_t ldy) {
   NF_DCHECK(w.cols == x.cols);
+  const int64_t n_tiles = (x.m + Kernel::kTokens - 1) / Kernel::kTokens;
   for (int64_t p = first; p < last; ++p) {
-    for (int64_t i = 0; i < x.m; i += Kernel::kTokens) {
-      const Tile t{w, x, w.data + p * w.panel_bytes, p * kPanelRows, i, y, ldy};
-      run_tile<Kernel, Kernel::kTokens>(t, x.m - i);
+    const uint8_t* panel = w.data + p * w.panel_bytes;
+    for (int64_t tile = 0; tile < n_tiles; ++tile) {
+      const int64_t i = tile * x.m / n_tiles, end = (tile + 1) * x.m / n_tiles;
+      run_tile<Kernel, Kernel::kTokens>({w, x, panel, p * kPanelRows, i, y, ldy}, end - i);
     }
   }
 }
@@ -316,7 +318,7 @@ struct Int8 {
 };
 
 struct Q4K {
-  static constexpr int kTokens = 4;
+  static constexpr int kTokens = 2;  // 16 M registers of sums and floats
 
   template <int M>
   static void run(const Tile& t) {

@@ -57,19 +57,30 @@ void attend_tile(const AttentionCall& call, int64_t kv_head, int64_t first, int6
     for (int64_t i = 0; i < n_queries; ++i) {
       s.visible[i] = std::clamp<int64_t>(call.start + first + i / group + 1 - begin, 0, kBlock);
     }
-    const auto [k, v] = call.kv.read(call.layer, begin / kBlock, kv_head,
-                                     std::min(kBlock, end - begin), ops, s.block.data());
-    ops.attend(AttendBlock{.n_queries = n_queries,
-                           .head_dim = padded,
-                           .q = s.q.data(),
-                           .k = k,
-                           .v = v,
-                           .visible = s.visible.data(),
-                           .scale = 1.0f / std::sqrt(static_cast<float>(hd)),
-                           .scores = s.scores.data(),
-                           .max = s.max.data(),
-                           .sum = s.sum.data(),
-                           .out = s.out.data()});
+    const void* block = call.kv.block(call.layer, begin / kBlock, kv_head);
+    const auto attend = [&]<typename Number>(auto function, const Number* k) {
+      function(AttendBlock<Number>{.n_queries = n_queries,
+                                   .head_dim = padded,
+                                   .q = s.q.data(),
+                                   .k = k,
+                                   .v = k + padded * kBlock,
+                                   .visible = s.visible.data(),
+                                   .scale = 1.0f / std::sqrt(static_cast<float>(hd)),
+                                   .scores = s.scores.data(),
+                                   .max = s.max.data(),
+                                   .sum = s.sum.data(),
+                                   .out = s.out.data()});
+    };
+    if (call.kv.shape().type == KvType::kF32) {
+      attend(ops.attend_f32, static_cast<const float*>(block));
+    } else if (n_queries <= kFewQueries) {
+      attend(ops.attend_f16, static_cast<const uint16_t*>(block));
+    } else {
+      const int64_t n_values = std::min(kBlock, end - begin) * padded;
+      ops.from_half(static_cast<const uint16_t*>(block), padded * kBlock + n_values,
+                    s.block.data());
+      attend(ops.attend_f32, static_cast<const float*>(s.block.data()));
+    }
   }
   for (int64_t i = 0; i < n_queries; ++i) {
     float* out = call.out + place(i);

@@ -106,9 +106,13 @@ size_t KvCache::n_bytes() const {
   return n;
 }
 
-std::shared_ptr<KvCache::Block> KvCache::new_block() const {
+size_t KvCache::head_bytes() const {
   const size_t number = shape_.type == KvType::kF16 ? sizeof(uint16_t) : sizeof(float);
-  return std::make_shared<Block>(2 * shape_.n_kv_heads * padded_head_dim_ * kBlock * number);
+  return 2 * padded_head_dim_ * kBlock * number;
+}
+
+std::shared_ptr<KvCache::Block> KvCache::new_block() const {
+  return std::make_shared<Block>(shape_.n_kv_heads * head_bytes());
 }
 
 KvCache::Block& KvCache::writable_tail(Layer& layer) {
@@ -166,18 +170,8 @@ void KvCache::write(Block& block, int64_t position, const float* k, const float*
   }
 }
 
-KvCache::View KvCache::read(int layer, int64_t index, int64_t head, int64_t n, const Ops& ops,
-                            float* scratch) const {
-  const int64_t part = padded_head_dim_ * kBlock;
-  const Block& block = *at(layer).blocks[index];
-  if (shape_.type == KvType::kF32) {
-    const float* keys = reinterpret_cast<const float*>(block.data) + head * 2 * part;
-    return {keys, keys + part};
-  }
-  const auto* keys = reinterpret_cast<const uint16_t*>(block.data) + head * 2 * part;
-  ops.from_half(keys, part, scratch);
-  ops.from_half(keys + part, n * padded_head_dim_, scratch + part);
-  return {scratch, scratch + part};
+const void* KvCache::block(int layer, int64_t index, int64_t head) const {
+  return at(layer).blocks[index]->data + head * head_bytes();
 }
 
 }  // namespace nearfar

@@ -56,14 +56,9 @@ class KvCache {
   // layer.
   void append(int layer, const float* k, const float* v, int64_t rows, const Ops& ops);
   void shorten(int layer, int64_t n);
-  // Block `index` of `layer`, head `head` as f32: either a view of the cache, or converted into
-  // `scratch` [2 * padded_head_dim * kBlock], of V only the first n positions.
-  struct View {
-    const float* k;  // [padded_head_dim, kBlock]
-    const float* v;  // [kBlock, padded_head_dim]
-  };
-  View read(int layer, int64_t index, int64_t head, int64_t n, const Ops& ops,
-            float* scratch) const;
+  // Block `index` of `layer`, head `head`: K, and V padded_head_dim * kBlock numbers behind it, in
+  // the cache's type.
+  const void* block(int layer, int64_t index, int64_t head) const;
 
   std::atomic_flag& in_use() const { return in_use_; }
 
@@ -74,6 +69,7 @@ class KvCache {
     std::vector<std::shared_ptr<Block>> blocks;
     std::atomic<int64_t> length{0};  // atomic for those who look on while the engine works
   };
+  size_t head_bytes() const;  // of K and V of one head in a block
   std::shared_ptr<Block> new_block() const;
   Layer& at(int layer);
   const Layer& at(int layer) const;

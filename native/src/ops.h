@@ -8,15 +8,18 @@
 
 namespace nearfar {
 
-constexpr int64_t kBlock = 64;  // positions of a KV block
+constexpr int64_t kBlock = 64;      // positions of a KV block
+constexpr int64_t kFewQueries = 4;  // that attention handles with one pass over a block
 
-// One step of attention: all queries that share a KV head, against one block of keys and values.
+// One step of attention: all queries that share a KV head, against one block of keys and values in
+// f32 or f16 (uint16_t).
+template <typename Number>
 struct AttendBlock {
   int64_t n_queries;  // rows of the call times heads that share the KV head
   int64_t head_dim;   // numbers of a head, a multiple of 16 (padded with zeros)
   const float* q;     // [n_queries, head_dim]
-  const float* k;     // [head_dim, kBlock]: a lane is a position
-  const float* v;     // [kBlock, head_dim]
+  const Number* k;    // [head_dim, kBlock]: a lane is a position
+  const Number* v;    // [kBlock, head_dim]
   const int64_t*
       visible;    // [n_queries]: each sees the positions [0, visible) of the block; 0..kBlock
   float scale;    // multiplies the scores
@@ -40,7 +43,9 @@ struct Ops {
   void (*from_half)(const uint16_t* x, int64_t n, float* y);
   // Online softmax (2112.05682): a query's result depends on its own numbers and the order of the
   // blocks only.
-  void (*attend)(const AttendBlock& block);
+  void (*attend_f32)(const AttendBlock<float>& block);
+  // The same bits as converting the block first; f16 pays off for few queries, up to kFewQueries.
+  void (*attend_f16)(const AttendBlock<uint16_t>& block);
 };
 
 // Reached through kernels().ops.

@@ -20,13 +20,14 @@ namespace {
 constexpr int kLanes = 16;  // partial sums of every reduction, whatever the register width
 constexpr int kRegisters = kLanes / kWidth;
 constexpr int kColumns = kWidth == 16 ? 4 : 2;
-constexpr int kQueries = 4;
+constexpr int kQueries = kFewQueries;
 
 inline Vec load(const float* p) {
   Vec v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
+inline Vec load(const uint16_t* p) { return half_to_float(p); }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, whatever its sign
 inline Vec at_least(Vec x, float low) { return x < splat(low) ? splat(low) : x; }  // NaN stays
@@ -140,8 +141,8 @@ void from_half(const uint16_t* x, int64_t n, float* y) {
 }
 
 // scores[i][j] = sum_d q[i][d] * k[d][j], d rising, for N queries and all 64 positions.
-template <int N>
-inline void score(const float* q, int64_t head_dim, const float* k, float* scores) {
+template <int N, typename Number>
+inline void score(const float* q, int64_t head_dim, const Number* k, float* scores) {
   for (int64_t j = 0; j < kBlock; j += kColumns * kWidth) {
     Vec sum[N][kColumns] = {};
     for (int64_t d = 0; d < head_dim; ++d) {
@@ -194,8 +195,8 @@ inline void soften(float* scores, int64_t visible, float scale, int64_t head_dim
 
 // out[i][d] += sum_j p[i][j] * v[j][d] for j in [first, last) and N queries, kColumns vectors of d
 // at a time.
-template <int N, int Columns>
-inline void accumulate(const float* p, const float* v, int64_t head_dim, int64_t d, int64_t first,
+template <int N, int Columns, typename Number>
+inline void accumulate(const float* p, const Number* v, int64_t head_dim, int64_t d, int64_t first,
                        int64_t last, float* out) {
   Vec sum[N][Columns];
   for (int i = 0; i < N; ++i) {
@@ -214,8 +215,8 @@ inline void accumulate(const float* p, const float* v, int64_t head_dim, int64_t
   }
 }
 
-template <int N>
-inline void add_values(const float* p, const float* v, int64_t head_dim, int64_t first,
+template <int N, typename Number>
+inline void add_values(const float* p, const Number* v, int64_t head_dim, int64_t first,
                        int64_t last, float* out) {
   int64_t d = 0;
   for (; d + kColumns * kWidth <= head_dim; d += kColumns * kWidth) {
@@ -225,8 +226,8 @@ inline void add_values(const float* p, const float* v, int64_t head_dim, int64_t
 }
 
 // N queries from `i` on.
-template <int N>
-inline void attend_queries(const AttendBlock& a, int64_t i) {
+template <int N, typename Number>
+inline void attend_queries(const AttendBlock<Number>& a, int64_t i) {
   const int64_t hd = a.head_dim;
   float* scores = a.scores + i * kBlock;
   float* out = a.out + i * hd;
@@ -250,7 +251,8 @@ inline void attend_queries(const AttendBlock& a, int64_t i) {
   }
 }
 
-void attend(const AttendBlock& a) {
+template <typename Number>
+void attend(const AttendBlock<Number>& a) {
   NF_DCHECK(a.head_dim % kLanes == 0);
   int64_t i = 0;
   for (; i + kQueries <= a.n_queries; i += kQueries) attend_queries<kQueries>(a, i);
@@ -266,7 +268,8 @@ void attend(const AttendBlock& a) {
   }
 }
 
-constexpr Ops kTable = {rms_norm, silu_mul, relu2_mul, add, to_half, from_half, attend};
+constexpr Ops kTable = {rms_norm, silu_mul,  relu2_mul,     add,
+                        to_half,  from_half, attend<float>, attend<uint16_t>};
 
 }  // namespace
 }  // namespace nearfar

@@ -50,19 +50,26 @@ struct Filled {
 
 float rounded(float x, KvType type) { return type == KvType::kF16 ? f16_to_f32(f32_to_f16(x)) : x; }
 
+// Number `i` of a block, which holds K and V of one head.
+float at(const KvCache& kv, const void* block, int64_t i) {
+  return kv.shape().type == KvType::kF16 ? f16_to_f32(static_cast<const uint16_t*>(block)[i])
+                                         : static_cast<const float*>(block)[i];
+}
+
 // Compares positions [0, n) of a layer with k and v, and the padding with zero.
 int64_t n_wrong(const KvCache& kv, int layer, int64_t n, const Floats& k, const Floats& v) {
   const int64_t padded = kv.padded_head_dim();
-  Floats scratch(2 * padded * kBlock);
   int64_t wrong = kv.length(layer) != n;
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t head = 0; head < kHeads; ++head) {
-      const auto view = kv.read(layer, j / kBlock, head, j % kBlock + 1, ops(), scratch.data());
+      const void* block = kv.block(layer, j / kBlock, head);
       for (int64_t d = 0; d < padded; ++d) {
-        const int64_t at = j * kWidth + head * kHeadDim + d;
+        const int64_t from = j * kWidth + head * kHeadDim + d;
         const bool inside = d < kHeadDim;
-        wrong += view.k[d * kBlock + j % kBlock] != (inside ? rounded(k[at], kv.shape().type) : 0);
-        wrong += view.v[j % kBlock * padded + d] != (inside ? rounded(v[at], kv.shape().type) : 0);
+        wrong += at(kv, block, d * kBlock + j % kBlock) !=
+                 (inside ? rounded(k[from], kv.shape().type) : 0);
+        wrong += at(kv, block, (kBlock + j % kBlock) * padded + d) !=
+                 (inside ? rounded(v[from], kv.shape().type) : 0);
       }
     }
   }

@@ -220,6 +220,7 @@ class Mix:
         without: Sequence[str] = (),
         shares: Shares = SHORT_RUN,
         cache: Path | None = None,
+        prompt_weights: tuple[float, float] = (1.0, PROMPT_WEIGHT),
     ) -> None:
         known = sorted({*shares.stable, *shares.decay})
         unknown = [name for name in without if name not in known]
@@ -227,6 +228,7 @@ class Mix:
             raise ConfigError(f"without {', '.join(unknown)}: expected sources of {', '.join(known)}")
         names = [name for name in known if name not in without]
         self.tokenizer, self.seq_len, self.seed, self.without = tokenizer, seq_len, seed, tuple(without)
+        self.prompt_weights = prompt_weights  # of tokens that the user or a tool wrote: stable, decay
         self.shares: dict[Phase, dict[str, float]] = {
             "stable": shares.of("stable", without),
             "decay": shares.of("decay", without),
@@ -249,7 +251,7 @@ class Mix:
     def next_batch(self, n_sequences: int, phase: Phase) -> Batch:
         """The next `n_sequences` sequences of `seq_len` tokens.
 
-        stable: every target weighs 1; decay: targets that the model writes weigh 1, the others PROMPT_WEIGHT.
+        Targets that the model writes weigh 1, the others the phase's `prompt_weights`.
         """
         shape = (n_sequences, self.seq_len)
         batch = Batch(
@@ -283,7 +285,7 @@ class Mix:
             batch.pos[b, at : at + n] = np.arange(n)
             batch.doc[b, at : at + n] = n_rows
             batch.targets[b, at : at + n - 1] = ids[1:]
-            batch.weights[b, at : at + n - 1] = 1.0 if phase == "stable" else np.where(written[1:], 1.0, PROMPT_WEIGHT)
+            batch.weights[b, at : at + n - 1] = np.where(written[1:], 1.0, self.prompt_weights[phase == "decay"])
             at, n_rows = at + n, n_rows + 1
         batch.doc[b, at:] = n_rows
         batch.pos[b, at:] = np.arange(self.seq_len - at)

@@ -1,0 +1,80 @@
+"""`nearfar train`: found by the sdk's command line through the entry-point group `nearfar.verbs`.
+
+torch is imported when the verb runs, never before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nearfar import env
+from nearfar.errors import MissingExtraError, UsageError
+
+RECIPE_NAMES = ("nano", "pico", "xs", "small")  # recipe.RECIPES, known here without importing it
+
+
+def add_verb(verbs: Any) -> None:
+    """Add `train` to the subparsers of `nearfar`."""
+    parser = verbs.add_parser(
+        "train",
+        help="train a model of a recipe on the corpora of a folder",
+        description="Train a model of a recipe on the corpora of a folder, and write it as a GGUF file with its card.",
+        epilog="examples:\n"
+        "  nearfar train nano --budget 30m --data corpora --out runs/nano\n"
+        "  nearfar train nano --budget 30m --data corpora --out runs/nano --resume\n"
+        "  nearfar train pico --tokens 200000 --data corpora --out runs/pico --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", choices=RECIPE_NAMES, help="sizes and course of the training")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--budget", metavar="TIME", help="seconds of training: 90s, 30m, 2h")
+    length.add_argument("--tokens", metavar="N", type=int, help="tokens instead of time: such a run can be repeated")
+    parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument(
+        "--without", metavar="SOURCE", action="append", default=[], help="leave out a source (repeatable)"
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="threads (default: all cores)")
+    parser.add_argument("--no-compile", action="store_true", help="run without torch's compiler (slower)")
+    parser.add_argument("--json", action="store_true", help="progress as JSON lines")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print the path of the GGUF file."""
+    for package in ("torch", "tokenizers", "safetensors", "hassil", "yaml"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "train", "nearfar train")
+    data = args.data or env.data_dir()
+    if not data:
+        raise UsageError("nearfar train needs the folder of the corpora: --data DIR, or NEARFAR_DATA")
+    if not Path(data).is_dir():
+        raise UsageError(f"--data {data}: no such folder")
+    # Threads that wait at a barrier sleep instead of spinning: on shared cores the difference was fivefold.  Read by
+    # the OpenMP runtime when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from nearfar_cloud.training.recipe import RECIPES
+    from nearfar_cloud.training.run import Options, set_threads, train
+    from nearfar_cloud.training.schedule import Budget, parse_seconds
+
+    set_threads(args.threads or env.threads())
+    budget = Budget(tokens=args.tokens) if args.tokens is not None else Budget(seconds=parse_seconds(args.budget))
+    options = Options(
+        data=Path(data),
+        out=Path(args.out or f"runs/{args.recipe}"),
+        budget=budget,
+        resume=args.resume,
+        without=tuple(args.without),
+        compiled=not args.no_compile,
+        as_json=args.json,
+    )
+    path = train(RECIPES[args.recipe], options)
+    if not args.json:
+        print(path)
+    return 0

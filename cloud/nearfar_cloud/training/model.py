@@ -1,0 +1,129 @@
+"""The decoder that training sees: llama.cpp's `bitnet` block with exits.  Follows bitlinear.py, is followed by losses.py.
+
+    x + wo(sub_norm(attention(rope(q), rope(k), v)))        q, k, v from norm(x), grouped heads, rotation on halves
+    x + down(sub_norm(silu(gate) * up))                     gate, up from norm(x)
+
+Every matrix is a BitLinear; the head is the embedding; exit e is an RMSNorm of its own before that same head.
+The exported file computes the same numbers (tests/cloud/test_export.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nearfar_cloud.training.bitlinear import BitLinear
+from nearfar_cloud.training.recipe import Shape
+
+Q8_BLOCK = 32  # numbers of one Q8_0 block
+
+
+def fake_q8_0(x: Tensor) -> Tensor:
+    """x [N, K] as GGUF's Q8_0 stores it (blocks of 32, an f16 scale), gradients straight through."""
+    blocks = x.detach().float().unflatten(-1, (-1, Q8_BLOCK))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(step > 0, blocks / step.clamp_min(1e-30), 0.0).round()
+    return x + ((codes * step.half().float()).flatten(-2) - x.detach())
+
+
+def rotation(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """pos [B, T] -> cos, sin [B, 1, T, head_dim / 2], f32 (RoFormer, arXiv 2104.09864)"""
+    rates = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = (pos.float().unsqueeze(-1) * rates).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, head_dim]: number i turns with number i + head_dim / 2."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def visible(doc: Tensor) -> Tensor:
+    """doc [B, T] -> bool [B, 1, T, T]: a row sees itself and what came before it in its own document."""
+    same = doc.unsqueeze(-1) == doc.unsqueeze(-2)
+    return same.tril().unsqueeze(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [B, H, T, d], k and v [B, KV, T, d], mask bool [B, 1, T, T] -> [B, H, T, d]; H / KV heads share one k, v."""
+    group = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # [B, KV, group * T, d]
+    scores = (grouped @ k.mT).float() * q.shape[-1] ** -0.5
+    scores = scores.unflatten(2, (group, -1)).masked_fill(~mask.unsqueeze(1), -torch.inf)  # [B, KV, group, T, T]
+    p = scores.softmax(-1).to(v.dtype).flatten(2, 3)
+    return (p @ v).unflatten(2, (group, -1)).flatten(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """x [..., D] -> f32 [..., D]"""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.gain, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.gain
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        d, ff, eps = shape.d_model, shape.d_ff, shape.norm_eps
+        self.n_heads, self.n_kv_heads = shape.n_heads, shape.n_kv_heads
+        std = d**-0.5
+        self.attn_norm, self.attn_sub_norm = RMSNorm(d, eps), RMSNorm(d, eps)
+        self.ffn_norm, self.ffn_sub_norm = RMSNorm(d, eps), RMSNorm(ff, eps)
+        self.qkv = BitLinear(d, {"attn_q": d, "attn_k": shape.d_kv, "attn_v": shape.d_kv}, std)
+        self.wo = BitLinear(d, {"attn_output": d}, std)
+        self.gate_up = BitLinear(d, {"ffn_gate": ff, "ffn_up": ff}, std)
+        self.down = BitLinear(ff, {"ffn_down": d}, ff**-0.5)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """x f32 [B, T, D] -> f32 [B, T, D]"""
+        q, k, v = self.qkv(self.attn_norm(x), dtype)
+        q = rotate(self.heads(q, self.n_heads), cos, sin)
+        k = rotate(self.heads(k, self.n_kv_heads), cos, sin)
+        v = self.heads(v, self.n_kv_heads)
+        rows = attention(q, k, v, mask).transpose(1, 2).flatten(-2)
+        x = x + self.wo(self.attn_sub_norm(rows), dtype)[0].float()
+        gate, up = self.gate_up(self.ffn_norm(x), dtype)
+        gated = F.silu(gate.float()) * up.float()
+        return x + self.down(self.ffn_sub_norm(gated), dtype)[0].float()
+
+    @staticmethod
+    def heads(x: Tensor, n: int) -> Tensor:
+        """[B, T, n * head_dim] -> [B, n, T, head_dim]"""
+        return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+class Decoder(nn.Module):
+    """ids [B, T] -> normed rows of the final head and of each exit; `embedding` [V, D] turns rows into logits."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Parameter(torch.randn(shape.n_vocab, shape.d_model) * shape.d_model**-0.5)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
+        self.output_norm = RMSNorm(shape.d_model, shape.norm_eps)
+        self.exit_norms = nn.ModuleDict({str(e): RMSNorm(shape.d_model, shape.norm_eps) for e in shape.exits})
+
+    def head(self, *, q8_embedding: bool) -> Tensor:
+        """The embedding f32 [V, D], as the file will hold it or as it is."""
+        return fake_q8_0(self.embedding) if q8_embedding else self.embedding
+
+    def forward(
+        self, ids: Tensor, pos: Tensor, doc: Tensor, head: Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """ids, pos, doc int64 [B, T], head f32 [V, D] -> final rows f32 [B, T, D] and those of each exit by its layer."""
+        cos, sin = rotation(pos, self.shape.head_dim, self.shape.rope_base)
+        mask = visible(doc)
+        x = F.embedding(ids, head)
+        exits: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, cos, sin, mask, dtype)
+            if i in self.shape.exits:
+                exits[i] = self.exit_norms[str(i)](x)
+        return self.output_norm(x), exits

@@ -1,0 +1,274 @@
+"""The course of one training run: data, trainer, held-out figures, checkpoints, and at the end the model's file.
+
+    data -> tokenizer -> mix -> [step step step ... checkpoint + dev] -> report, curves, card, GGUF
+
+`train` is what `nearfar train` calls.  It may be killed at any time; `resume=True` goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from nearfar.errors import Cancelled, FileError, UsageError
+from nearfar_cloud.training import dev, rows, tokenizer
+from nearfar_cloud.training.checkpoint import Checkpoints
+from nearfar_cloud.training.dev import DevRows
+from nearfar_cloud.training.generators import generators
+from nearfar_cloud.training.mix import Mix
+from nearfar_cloud.training.recipe import Recipe
+from nearfar_cloud.training.schedule import Budget
+from nearfar_cloud.training.trainer import Report, Trainer
+
+DEV_ROWS = {"intents": 300, "home": 150, "sgd": 24, "journals": 40}  # rows of each source that are looked at
+WATCHED = ("intents", "home")  # the best checkpoint is the best here
+GENERATED_DEV_SEED = 99_991  # homes and journals that training does not draw
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `nearfar train` was asked for."""
+
+    data: Path
+    out: Path
+    budget: Budget
+    resume: bool = False
+    without: tuple[str, ...] = ()
+    checkpoint_s: float = 60.0
+    progress_s: float = 10.0
+    compiled: bool = True
+    as_json: bool = False
+
+
+class Log:
+    """Progress for people or programs on `stream`, and every step in `log.jsonl`."""
+
+    def __init__(self, path: Path, *, as_json: bool, stream: TextIO | None = None) -> None:
+        self.file = path.open("a", encoding="utf-8")
+        self.as_json, self.stream = as_json, stream or sys.stdout
+
+    def write(self, record: dict[str, Any], line: str | None = None) -> None:
+        """Keep the record; show it, or `line`, where there is one."""
+        text = json.dumps(record)
+        self.file.write(text + "\n")
+        if line is not None:
+            self.file.flush()
+            print(text if self.as_json else line, file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        self.write({"kind": "note", "text": text}, text)
+
+
+def train(recipe: Recipe, options: Options) -> Path:
+    """Run `recipe` to the end of its budget and return the path of the GGUF file.
+
+    Raises Cancelled after Ctrl-C (a checkpoint is written first), DataError for data that is missing or differs from
+    the checkpoint's, FileError without disk space or without a sound checkpoint.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    log = Log(options.out / "log.jsonl", as_json=options.as_json)
+    checkpoints = Checkpoints(options.out / "checkpoints")
+    saved, damaged = checkpoints.newest() or (None, [])
+    if saved is not None and not options.resume:
+        raise UsageError(
+            f"{options.out} holds a run at step {saved.state['step']}: --resume it, or name another folder"
+        )
+    for sentence in damaged:
+        log.note(f"{sentence}; going on from the one before it")
+
+    tok = tokenizer.load_or_train(options.data, options.out / "tokenizer.json", options.without)
+    mix = Mix(
+        options.data,
+        tok,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        without=options.without,
+        shares=recipe.shares,
+        cache=options.out / "cache",
+        prompt_weights=recipe.prompt_weights,
+    )
+    held_out = dev_rows(options.data, tok, recipe, mix.without)
+    precision = saved.state["precision"] if saved else choose_precision(recipe, mix, options, log)
+    trainer = Trainer(recipe, mix, options.budget, precision=precision, compiled=options.compiled)
+    if saved is not None:
+        trainer.restore(saved)
+        log.note(f"resumed at step {trainer.n}, {trainer.tokens} tokens, {trainer.seconds:.0f} s")
+    _loop(trainer, checkpoints, held_out, options, log)
+
+    from nearfar_cloud.training.finish import finish
+
+    return finish(trainer, tok, mix, held_out, options, log)
+
+
+def _loop(trainer: Trainer, checkpoints: Checkpoints, held_out: dict[str, DevRows], options: Options, log: Log) -> None:
+    """Steps until the budget is spent, with a progress line and a checkpoint now and then."""
+    shown, kept, window = trainer.seconds, trainer.seconds, Window(trainer)
+    best = float("inf")
+    with interrupt_flag() as interrupted:
+        while trainer.progress < 1:
+            before = trainer.phase
+            if before == "stable" and trainer.n == 0:
+                log.note(f"{trainer.recipe.name} {trainer.precision} {torch.get_num_threads()} threads")
+            report = trainer.step()
+            window.add(report)
+            log.write({"kind": "step", **asdict(report)})
+            if report.seconds - shown >= options.progress_s:
+                shown = report.seconds
+                record = window.summary(trainer)
+                log.write(record, progress_line(record))
+            ended = trainer.phase != before or trainer.progress >= 1
+            if ended or interrupted() or report.seconds - kept >= options.checkpoint_s:
+                kept = report.seconds
+                best = _checkpoint(trainer, checkpoints, held_out, log, best, stable_end=before != trainer.phase)
+            if interrupted():
+                raise Cancelled(f"stopped at step {trainer.n}; --resume goes on from there")
+
+
+def _checkpoint(
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    held_out: dict[str, DevRows],
+    log: Log,
+    best: float,
+    *,
+    stable_end: bool,
+) -> float:
+    """Look at the held-out rows and save; returns the best dev loss so far.  A disk that is full ends nothing."""
+    figures = {
+        name: dev.evaluate(trainer.model, r, trainer.recipe.micro_rows, trainer.dtype, q8=trainer.phase == "decay")
+        for name, r in held_out.items()
+    }
+    watched = [figures[name]["loss.final"] for name in WATCHED if name in figures]
+    loss = sum(watched) / len(watched) if watched else float("inf")
+    line = f"      dev {loss:.3f} " + " ".join(
+        f"{name} {f['loss.final']:.2f} exact {f['exact.final']:.0%} label {f['label.final']:.0%}"
+        for name, f in figures.items()
+    )
+    log.write({"kind": "dev", "step": trainer.n, "seconds": trainer.seconds, "loss": loss, "sources": figures}, line)
+    try:
+        path = checkpoints.save(trainer.n, trainer.checkpoint())
+        if stable_end:
+            checkpoints.keep(path, "stable-end")
+        if loss < best:
+            checkpoints.keep(path, "best")
+    except (FileError, OSError) as error:
+        log.note(f"{error}; will try again at the next checkpoint")
+    return min(best, loss)
+
+
+class Window:
+    """Means over the steps since the last progress line."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.tokens, self.seconds = trainer.tokens, trainer.seconds
+        self.reports: list[Report] = []
+
+    def add(self, report: Report) -> None:
+        self.reports.append(report)
+
+    def summary(self, trainer: Trainer) -> dict[str, Any]:
+        """A progress record; the window starts anew."""
+        r, last = self.reports, self.reports[-1]
+        exits = {str(e): mean([x.exit_loss for x in r if x.exit_layer == e]) for e in trainer.recipe.shape.exits}
+        rate = (last.tokens - self.tokens) / max(last.seconds - self.seconds, 1e-9)
+        left = last.seconds * (1 / max(trainer.progress, 1e-9) - 1)
+        self.reports, self.tokens, self.seconds = [], last.tokens, last.seconds
+        return {
+            "kind": "progress",
+            "step": last.step,
+            "phase": last.phase,
+            "progress": round(trainer.progress, 4),
+            "tokens": last.tokens,
+            "tokens_per_s": round(rate),
+            "lr": last.lr,
+            "loss": mean([x.loss for x in r]),
+            "exits": exits,
+            "grad_norm": mean([x.grad_norm for x in r]),
+            "skipped": sum(x.skipped for x in r),
+            "left_s": round(left),
+        }
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """One progress record for people."""
+    exits = " ".join(f"exit.{e} {loss:.3f}" for e, loss in record["exits"].items())
+    skipped = f" skipped {record['skipped']}" if record["skipped"] else ""
+    return (
+        f"{record['progress']:6.1%} {record['phase']:6} step {record['step']:6} {record['tokens'] / 1e6:6.2f} M tokens "
+        f"{record['tokens_per_s']:5}/s lr {record['lr']:.1e} loss {record['loss']:.3f} {exits} "
+        f"grad {record['grad_norm']:.2f}{skipped} left {record['left_s'] // 60}m{record['left_s'] % 60:02}s"
+    )
+
+
+def dev_rows(data: Path, tok: tokenizer.RowTokenizer, recipe: Recipe, without: Sequence[str]) -> dict[str, DevRows]:
+    """A fixed sample of held-out rows of each source in DEV_ROWS, packed."""
+    label_end = {tok.encode('","slots')[-1]}
+    made = generators(data, GENERATED_DEV_SEED, [name for name in DEV_ROWS if name not in without])
+    packed = {}
+    for name, n in DEV_ROWS.items():
+        if name in without:
+            continue
+        if name in made:
+            sample = [made[name].row(i) for i in range(n)]
+        else:
+            sample = list(rows.FILE_SOURCES[name](data, "dev"))
+            random.Random(f"dev {name}").shuffle(sample)
+        packed[name] = dev.pack(tok.encode_rows(sample[:n]), recipe.seq_len, recipe.micro_rows, tok.pad_id, label_end)
+    return packed
+
+
+def choose_precision(recipe: Recipe, mix: Mix, options: Options, log: Log) -> str:
+    """The recipe's precision; for "auto" three steps of each are timed (after one that warms up) and the faster stays."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    position, seconds = mix.state(), {}
+    for precision in ("bf16", "fp32"):
+        trainer = Trainer(recipe, mix, options.budget, precision=precision, compiled=options.compiled)
+        trainer.step()
+        start = time.process_time()
+        for _ in range(3):
+            trainer.step()
+        seconds[precision] = time.process_time() - start
+    mix.restore(position)
+    choice = min(seconds, key=lambda p: seconds[p])
+    figures = ", ".join(f"{p} {s / 3:.2f}" for p, s in seconds.items())
+    log.note(f"CPU seconds a step: {figures}; training in {choice}")
+    return choice
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM set a flag instead of raising, so that a step is never cut; a second Ctrl-C raises."""
+    hit: list[int] = []
+
+    def set_flag(number: int, _: Any) -> None:
+        if hit:
+            raise KeyboardInterrupt
+        hit.append(number)
+
+    before = {s: signal.signal(s, set_flag) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(hit)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def set_threads(n: int | None) -> None:
+    """Threads of torch; all the cores that this process may use unless told otherwise."""
+    torch.set_num_threads(n or len(os.sched_getaffinity(0)))

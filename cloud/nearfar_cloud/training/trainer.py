@@ -1,0 +1,208 @@
+"""One loop, one step: batch in, weights updated.  The walk: mix -> trainer.step (model, losses) -> checkpoint -> export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nearfar.errors import NearfarError
+from nearfar_cloud.training import schedule
+from nearfar_cloud.training.checkpoint import Checkpoint, check_same_run
+from nearfar_cloud.training.losses import chunk_loss, head_loss
+from nearfar_cloud.training.model import Decoder
+from nearfar_cloud.training.recipe import Recipe
+from nearfar_cloud.training.schedule import Budget, Phase
+
+MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Batch(Protocol):
+    """Packed rows, as mix.Batch draws them; all [B, T]."""
+
+    @property
+    def ids(self) -> NDArray[Any]: ...
+    @property
+    def targets(self) -> NDArray[Any]: ...
+    @property
+    def weights(self) -> NDArray[Any]: ...
+    @property
+    def pos(self) -> NDArray[Any]: ...
+    @property
+    def doc(self) -> NDArray[Any]: ...
+
+
+class Batches(Protocol):
+    """Where batches come from: the same state gives the same batches (mix.Mix)."""
+
+    data_sha256: str
+
+    def next_batch(self, n_sequences: int, phase: Phase) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one step did.  Losses are nats a token, weighted as the step weighs them."""
+
+    step: int
+    phase: Phase
+    tokens: int  # seen so far, with padding
+    seconds: float  # of training so far
+    lr: float
+    loss: float
+    exit_layer: int
+    exit_loss: float
+    grad_norm: float
+    skipped: bool = False
+
+
+class Trainer:
+    """Owns the latents, the optimizer's moments and the position in the run."""
+
+    def __init__(
+        self, recipe: Recipe, batches: Batches, budget: Budget, *, precision: str = "fp32", compiled: bool = False
+    ) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.batches, self.budget, self.precision = recipe, batches, budget, precision
+        self.model = Decoder(recipe.shape)
+        self.optimizer = _optimizer(self.model, recipe)
+        self.n, self.tokens, self.seconds, self.bad_steps = 0, 0, 0.0, 0
+        self.chunk: Callable[..., Any] = chunk_loss
+        if compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        for block in self.model.blocks:
+            block.compile(dynamic=False)
+        self.chunk = torch.compile(chunk_loss, dynamic=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def progress(self) -> float:
+        return self.budget.progress(self.seconds, self.tokens)
+
+    @property
+    def phase(self) -> Phase:
+        return schedule.phase(self.progress, self.recipe)
+
+    def step(self) -> Report:
+        """One update of the weights."""
+        start = time.perf_counter()
+        progress, phase = self.progress, self.phase
+        exit_layer = self.recipe.shape.exits[self.n % len(self.recipe.shape.exits)]
+        micro = [
+            self.batches.next_batch(self.recipe.micro_rows, phase)
+            for _ in range(schedule.micro_batches(progress, self.recipe))
+        ]
+        total = sum(float(b.weights[b.targets >= 0].sum()) for b in micro)
+        sums = torch.zeros(3)
+        for batch in micro:
+            sums += self._backward(batch, exit_layer, phase, total)
+        lr = schedule.learning_rate(progress, self.recipe)
+        grad_norm = self._update(lr, phase, float(sums[0]))
+        self.n += 1
+        self.tokens += sum(b.ids.size for b in micro)
+        self.seconds += time.perf_counter() - start
+        loss, exit_loss = (sums[1:] / max(total, 1e-9)).tolist()
+        return Report(
+            self.n, phase, self.tokens, self.seconds, lr, loss, exit_layer, exit_loss, grad_norm, self.bad_steps > 0
+        )
+
+    def _backward(self, batch: Batch, exit_layer: int, phase: Phase, total: float) -> Tensor:
+        """Add the gradients of one micro-batch; its loss sums, f32 [3]."""
+        ids, targets, weights, pos, doc = as_tensors(batch)
+        decay = phase == "decay"
+        head = self.model.head(q8_embedding=decay)
+        final, exits = self.model(ids, pos, doc, head, self.dtype)
+        sums = head_loss(
+            final,
+            exits[exit_layer],
+            head,
+            targets,
+            weights,
+            exit_weight=self.recipe.exit_weight,
+            kl=self.recipe.exit_kl if decay else 0.0,
+            dtype=self.dtype,
+            chunk=self.chunk,
+        )
+        (sums[0] / max(total, 1e-9)).backward()
+        return sums.detach()
+
+    def _update(self, lr: float, phase: Phase, loss: float) -> float:
+        """Clip and step; a step that is not finite is skipped, three in a row stop the run.  Returns the norm."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
+        if torch.isfinite(torch.tensor([norm, loss])).all():
+            self.bad_steps = 0
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+                group["weight_decay"] = self.recipe.weight_decay if group["decays"] and phase == "stable" else 0.0
+            self.optimizer.step()
+        else:
+            self.bad_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise NearfarError(
+                f"step {self.n + 1}: loss {loss}, gradient norm {norm} at lr {lr:.2e}, the third step in a row that is "
+                f"not finite; batches were drawn up to {self.batches.state()}; lower peak_lr or look at the data"
+            )
+        return norm
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that `restore` needs to go on as if nothing had happened."""
+        tensors = {f"model.{k}": v.detach().clone() for k, v in self.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"adam.{key}.{name}"] = value.detach().clone()
+        tensors["rng"] = torch.get_rng_state()
+        state = {
+            "recipe": self.recipe.name,
+            "recipe_sha256": self.recipe.sha256,
+            "data_sha256": self.batches.data_sha256,
+            "precision": self.precision,
+            "step": self.n,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "phase": self.phase,
+            "bad_steps": self.bad_steps,
+            "mix": self.batches.state(),
+        }
+        return Checkpoint(tensors, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up a run where `checkpoint` left it.  DataError when recipe or data differ."""
+        state, tensors = checkpoint.state, checkpoint.tensors
+        check_same_run(state, recipe=self.recipe.sha256, data=self.batches.data_sha256)
+        self.batches.restore(state["mix"])
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, p in self.model.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"adam.step.{name}" in tensors:
+                self.optimizer.state[p] = {key: tensors[f"adam.{key}.{name}"] for key in keys}
+        torch.set_rng_state(tensors["rng"])
+        self.precision = state["precision"]
+        self.n, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.bad_steps = state["bad_steps"]
+
+
+def as_tensors(batch: Batch) -> tuple[Tensor, ...]:
+    """ids, targets, weights, pos, doc, each [B, T]"""
+    return tuple(torch.from_numpy(x) for x in (batch.ids, batch.targets, batch.weights, batch.pos, batch.doc))
+
+
+def _optimizer(model: Decoder, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; weight decay pulls on the latents of the ternary matrices only."""
+    latents = [p for name, p in model.named_parameters() if name.endswith("latent")]
+    others = [p for name, p in model.named_parameters() if not name.endswith("latent")]
+    groups = [{"params": latents, "decays": True}, {"params": others, "decays": False}]
+    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, weight_decay=0.0, fused=True)

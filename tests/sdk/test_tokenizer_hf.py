@@ -19,7 +19,7 @@ DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
 )
 
-# As in the tokenizer.json files of GPT-2, SmolLM, Llama 3, Qwen2, Mistral Nemo, GPT-4o and DeepSeek-V3.
+# As in the tokenizer.json files of GPT-2, SmolLM, Llama 3, Qwen2, Mistral Nemo, GPT-4o, DeepSeek-Coder and -V3.
 PATTERNS: dict[str, list[Any]] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -30,6 +30,7 @@ PATTERNS: dict[str, list[Any]] = {
         rf"{WORD}{UPPER}*{LOWER}+{SUFFIXES}?|{WORD}{UPPER}+{LOWER}*{SUFFIXES}?|\p{{N}}{{1,3}}"
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{BLANKS}"
     ],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+", r"\p{N}"],
     "deepseek-v3": [r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK3 + BLANKS],
 }
 IGNORE_MERGES = ("llama-bpe", "tekken")

@@ -26,6 +26,8 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not ins
 # llama.cpp writes these patterns for a regex engine without \p{Lu}: it takes every non-ASCII letter as upper and lower
 # case.  Ours are the models' own patterns (test_tokenizer_hf.py), so only ASCII texts can agree.
 CASED = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")
+# And it hides non-ASCII spaces from patterns that name characters, although these patterns name U+2000..U+3000.
+SPACED = ("deepseek-llm", "deepseek-coder")
 
 
 def both(path: Path) -> tuple[Tokenizer, Any]:
@@ -45,9 +47,11 @@ def made(tmp_path: Path, meta: dict[str, Any]) -> tuple[Tokenizer, Any]:
 @pytest.mark.parametrize("pre", known_pre_tokenizers())
 def test_every_pre_tokenizer_gives_llama_cpps_ids(tmp_path: Path, pre: str) -> None:
     ours, llama = made(tmp_path, byte_level(pre))
-    texts = nasty_texts(400, seed=2)
+    texts = nasty_texts(300, seed=2)
     if pre in CASED:
         texts = [t for t in (text.encode("ascii", "ignore").decode() for text in texts) if t]
+    if pre in SPACED:
+        texts = ["".join(" " if char.isspace() and char > "\x7f" else char for char in text) for text in texts]
     for text in texts:
         assert ours.encode(text, add_bos=False) == outside_ids(llama, text), text
 

@@ -119,8 +119,10 @@ def _test_rows(where: str, test: dict[str, Any], folder_intent: str | None, home
     sentences = [sentences] if isinstance(sentences, str) else sentences
     inner = test.get("intent", {}) if folder_intent is None else test
     intent = folder_intent or inner.get("name")
-    if not isinstance(sentences, list) or not isinstance(intent, str):
-        raise DataError(f"{where}: expected 'sentences' and the intent's name, found {sorted(test)}")
+    if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+        raise DataError(f"{where}: expected 'sentences' as text, found {str(sentences)[:60]}")
+    if not isinstance(intent, str):
+        raise DataError(f"{where}: expected the intent's name, found {sorted(test)}")
     slots, context = inner.get("slots") or {}, inner.get("context") or {}
     optional = frozenset(k for k, v in context.items() if k in slots and slots[k] == v)
     for n, sentence in enumerate(sentences):

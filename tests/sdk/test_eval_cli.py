@@ -1,0 +1,181 @@
+"""`nearfar eval` and `nearfar calibrate` from end to end, on a tiny model and a tiny data folder."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nearfar.cli.main import main
+from nearfar.eval.intervals import Interval
+from nearfar.eval.report import Section, as_text, shown
+from nearfar.eval.tasks import Figure
+from nearfar.splits import split_residue
+from nearfar.weights import Weights
+from tests.tiny import write_tiny
+
+SMALL = {"n_layers": 2, "exits": (1,), "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 32}
+INTENTS = ("alarm_set", "music_play", "weather_query")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
+    return write_tiny(path, tau=0.2, seed=4, n_ctx=160, extra={"nearfar.rows": 1}, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of HWU64, SNIPS, CLINC150 and SGD in small; enough dev rows to calibrate on."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "intents").mkdir()
+    (folder / "dialogue").mkdir()
+
+    def rows(word: str, n: int) -> list[dict[str, Any]]:
+        texts = (f"{word} {i}" for i in range(n * 40))
+        dev = [t for t in texts if split_residue(t) == 0][:n]
+        texts = [*dev, *(f"{word} x{i}" for i in range(60))]
+        return [{"text": t, "intent": INTENTS[i % 3], "slots": [["at", str(i)]]} for i, t in enumerate(texts)]
+
+    def put(name: str, found: list[dict[str, Any]]) -> None:
+        (folder / "intents" / name).write_bytes(lzma.compress("\n".join(map(json.dumps, found)).encode()))
+
+    put("hwu64_train.jsonl.xz", rows("hwu", 20))
+    put("hwu64_test.jsonl.xz", rows("test", 1)[:12])
+    put("snips_train.jsonl.xz", rows("snips", 20))
+    clinc = {p: [[r["text"], r["intent"]] for r in rows(p, 20)[:n]] for p, n in (("train", 80), ("val", 9))}
+    clinc |= {p: [[f"{p} {i}", "oos"] for i in range(4)] for p in ("oos_train", "oos_val")}
+    (folder / "intents" / "clinc150_train_val.json.xz").write_bytes(lzma.compress(json.dumps(clinc).encode()))
+    method = {"name": "Find", "required_slots": ["to"], "optional_slots": {}}
+    schema = json.dumps([{"service_name": "Rides_1", "intents": [method]}])
+    call = {"service": "Rides_1", "method": "Find", "args": {"to": "Rome"}}
+    turns = [{"s": "u", "t": "to Rome"}, {"s": "a", "t": "done", "calls": [call]}]
+    dialogue = json.dumps({"id": "1", "services": ["Rides_1"], "turns": turns})
+    for split in ("train", "dev"):
+        (folder / "dialogue" / f"sgd_{split}_schema.json").write_text(schema)
+        (folder / "dialogue" / f"sgd_{split}.jsonl.xz").write_bytes(lzma.compress(dialogue.encode()))
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_eval_prints_every_task_with_baselines_and_intervals(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    options = ("--data", data, "--tasks", "hwu64,clinc150,sgd,exits", "--no-grammar", "--limit", "3")
+    stored = tmp_path / "answers.jsonl"
+    code, out, err = run(capsys, "eval", model, *options, "--json", "--save", stored, "--backend", "numpy")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["backend"] == "numpy"
+    by_name = {t["task"]: t for t in facts["tasks"]}
+    assert set(by_name) == {"hwu64", "clinc150", "sgd", "exits"}
+    assert by_name["hwu64"]["rows"] == 3
+    intent = by_name["hwu64"]["figures"][0]
+    assert intent["metric"] == "intent"
+    assert intent["free"]["n"] == intent["baseline"]["n"] == 3
+    assert intent["free"]["low"] <= intent["free"]["value"] <= intent["free"]["high"]
+    scope = [f for f in by_name["clinc150"]["figures"] if f["metric"].startswith("out-of-scope AUROC")]
+    assert [f["metric"] for f in scope] == ["out-of-scope AUROC by exit.1", "out-of-scope AUROC by full"]
+    assert all("baseline" in f for f in scope)
+    assert "hwu64 free 3/3" in err
+
+    code, again, _ = run(capsys, "eval", *options, "--json", "--table", stored)
+    assert code == 0
+    without_exits = [t for t in facts["tasks"] if t["task"] != "exits"]
+    assert json.loads(again)["tasks"] == without_exits  # the table is made again from the stored answers
+
+
+def test_eval_under_a_grammar_keeps_to_the_methods_of_the_dialogue(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    stored = tmp_path / "answers.jsonl"
+    args = ("--data", data, "--tasks", "sgd", "--no-baselines", "--backend", "numpy", "--save", stored)
+    code, out, err = run(capsys, "eval", model, *args)
+    assert code == 0, err
+    assert "with grammar" in out
+    assert "most frequent method, last values (stored)" in out
+    answers = {p["mode"]: p["text"] for p in map(json.loads, stored.read_text().splitlines())}
+    assert answers["schema"].startswith('{"call":"Find","args":{"to":"')  # random weights, yet the one call there is
+    assert not answers["free"].startswith("{")
+
+
+def test_calibrate_writes_a_copy_whose_exits_fire_or_do_not(
+    capsys: pytest.CaptureFixture[str], model: Path, data: Path, tmp_path: Path
+) -> None:
+    out_file, more = tmp_path / "out.gguf", tmp_path / "requests.jsonl"
+    more.write_text("".join(json.dumps({"prompt": [[f"request {i}", False]]}) + "\n" for i in range(3)))
+    args = ("--data", data, "--limit", "14", "--delta", "0.5", "--rows", more, "--backend", "numpy", "--json")
+    code, out, err = run(capsys, "calibrate", model, *args, "-o", out_file)
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["mix"]["requests"] == 3
+    assert sum(facts["mix"].values()) == sum(facts["answers"].values())
+    exit_ = Weights.open(out_file).config.exits[0]
+    assert facts["exits"]["exit.1"]["tau"] == pytest.approx(exit_.tau, abs=1e-6)
+    assert exit_.isotonic_x
+    assert facts["tested"][0]["tau"] == [pytest.approx(0.999)]
+
+
+def test_calibrate_never_writes_over_the_model(capsys: pytest.CaptureFixture[str], model: Path, data: Path) -> None:
+    before = model.read_bytes()
+    code, _, err = run(capsys, "calibrate", model, "--data", data, "-o", model)
+    assert code == 2
+    assert "into a copy" in err
+    assert model.read_bytes() == before
+
+
+def test_a_model_of_other_rows_cannot_be_calibrated(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    other = write_tiny(tmp_path / "m.gguf", n_layers=2, exits=(1,))
+    code, _, err = run(capsys, "calibrate", other, "--data", data, "-o", tmp_path / "o.gguf", "--backend", "numpy")
+    assert code == 2
+    assert "not trained on nearfar's rows" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["eval", "nano", "--data", "nowhere"], 8, "nowhere: expected the folder of the corpora"),
+        (["eval", "missing.gguf", "--data", "."], 8, "missing, needed for intents"),
+        (["eval"], 2, "expected a model, or --table"),
+        (["calibrate", "missing.gguf", "-o", "x.gguf"], 3, "missing.gguf"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], args: list[str], code: int, words: str
+) -> None:
+    found, _, err = run(capsys, *args)
+    assert (found, err.count("\n")) == (code, 1)
+    assert words in err
+
+
+def test_unknown_tasks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", "nano", "--tasks", "maths"])
+    assert stop.value.code == 2
+    assert "expected some of hwu64,snips,clinc150,sgd,home,exits" in capsys.readouterr().err
+
+
+def test_the_table_for_people_says_what_is_missing() -> None:
+    nothing = Figure("slot F1", Interval(float("nan"), float("nan"), float("nan"), 0))
+    section = Section(
+        "t", "A test", 3, {"free": [Figure("intent", Interval(0.5, 0.25, 0.75, 3)), nothing]}, notes=["x"]
+    )
+    assert as_text([section]).splitlines() == [
+        "A test (3 rows)  free",
+        "  intent         50.0 % [25.0, 75.0] n 3",
+        "  slot F1        n/a",
+        "  note: x",
+    ]
+    assert shown(Interval(0.9468, 0.9, 0.97, 7), unit="") == "0.947 [0.900, 0.970] n 7"

@@ -106,6 +106,7 @@ class NativeLower:
             matrices[name] = (int(kind), rows, cols, raw)
         vectors = {name: weights.f32(name) for name, info in tensors.items() if len(info.shape) == 1}
         vectors |= {head: weights.norm_gain(head) for head in ("final", *weights.exit_names)}
+        isa = selected_isa()
         with _our_errors():
             self._model = _core.Model(
                 _spec(self.config),
@@ -114,7 +115,7 @@ class NativeLower:
                 self.first,
                 self.last,
                 threads or _core.default_threads(),
-                selected_isa(),
+                isa,
             )
 
     @property

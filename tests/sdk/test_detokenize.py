@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.detokenize import Detokenizer
@@ -24,6 +24,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], *, continues: bool = False) -> 
     return [detokenizer.push(i) for i in ids] + [detokenizer.flush()]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2), st.lists(st.integers(0, 1 << 16), max_size=40))
 def test_the_pieces_joined_are_the_bytes_of_all_tokens_as_text(which: int, numbers: list[int]) -> None:
     tokenizer = tokenizers()[which]
@@ -72,6 +73,19 @@ def test_the_space_before_a_text_is_taken_away_and_the_one_that_goes_on_with_it_
     assert pieces(tokenizer, [1, *ids]) == ["", "ab", " a", ""]
     assert pieces(tokenizer, ids, continues=True) == [" ab", " a", ""]
     assert "".join(pieces(tokenizer, tokenizer.encode("  ab"))) == "  ab"
+
+
+def test_only_the_space_that_encoding_added_is_taken_away() -> None:
+    meta = sentence_pieces(user_defined=(" x",))
+    meta["tokenizer.ggml.tokens"] += ["unused"]
+    meta["tokenizer.ggml.token_type"] += [5]
+    meta["tokenizer.ggml.scores"] += [0.0]
+    tokenizer = tokenizer_from_metadata(meta)
+    spaced, unused = tokenizer.n_vocab - 2, tokenizer.n_vocab - 1
+    first = tokenizer.encode("ab", add_bos=False)[0]
+    assert tokenizer.encode(" xab", add_bos=False) == [spaced, first]
+    assert pieces(tokenizer, [spaced, first]) == [" x", " ab", ""]
+    assert pieces(tokenizer, [unused, first]) == ["", "ab", ""]
 
 
 def test_control_tokens_leave_no_trace_in_the_middle_of_a_character() -> None:

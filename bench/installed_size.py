@@ -24,6 +24,7 @@ def main() -> None:
         parts = {path.name: size_mb(path) for path in target.iterdir() if path.is_dir()}
     own = sum(mb for name, mb in parts.items() if name.startswith("nearfar"))
     numpy = sum(mb for name, mb in parts.items() if name.startswith("numpy"))
+    total = sum(parts.values())
     show(
         "installed size of the core",
         f"{total:.1f} MB ({total / 1.048576:.1f} MiB): nearfar {own:.1f}, numpy {numpy:.1f}",

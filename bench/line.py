@@ -31,3 +31,8 @@ def show(what: str, figure: str, goal: str = "") -> None:
 def spread(values: list[float], unit: str, digits: int = 1) -> str:
     """`median (smallest-largest of n) unit`"""
     return f"{median(values):.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f}, {len(values)} runs)"
+
+
+def plain_env() -> dict[str, str]:
+    """The environment without PYTHON*: an unusual setting (no .pyc files, say) would be measured along."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from line import show
+from line import plain_env, show
 
 PEAK = "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
 NUMPY = "import numpy"
@@ -22,8 +22,9 @@ print((weights + llm._warm.kv.n_bytes) / 2**20)
 
 def mib(code: str) -> list[float]:
     """The numbers that a fresh interpreter prints, the last one its peak resident size."""
-    out = subprocess.run([sys.executable, "-c", code + PEAK], check=True, capture_output=True, text=True).stdout
-    return [float(word) for word in out.split()]
+    command = [sys.executable, "-c", code + PEAK]
+    done = subprocess.run(command, check=True, env=plain_env(), capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()]
 
 
 def main() -> None:

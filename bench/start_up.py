@@ -8,7 +8,7 @@ import sys
 import time
 from resource import RUSAGE_CHILDREN, getrusage
 
-from line import show, spread
+from line import plain_env, show, spread
 
 BARE = "pass"
 IMPORT = "import nearfar"
@@ -26,7 +26,7 @@ with nearfar.load("nano") as llm:
 def ms(code: str) -> tuple[float, float]:
     """Wall and CPU milliseconds of a fresh interpreter that runs `code`."""
     began, before = time.perf_counter(), getrusage(RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, env=plain_env(), stdout=subprocess.DEVNULL)
     after = getrusage(RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return 1000 * (time.perf_counter() - began), 1000 * cpu
@@ -34,7 +34,8 @@ def ms(code: str) -> tuple[float, float]:
 
 def first_token_ms() -> tuple[float, float]:
     """Wall and CPU milliseconds as the process itself counts them, from its first line."""
-    done = subprocess.run([sys.executable, "-c", FIRST_TOKEN], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", FIRST_TOKEN]
+    done = subprocess.run(command, check=True, env=plain_env(), capture_output=True, text=True)
     wall, cpu = map(float, done.stdout.split())
     return wall, cpu
 

@@ -21,7 +21,7 @@ from nearfar.forms import Part, Parts, Turn
 
 DAY = "2019-03-01"  # on which SGD's speakers say "today"
 RESULT_FIELDS = 6  # of a call's first result, as in training rows
-MAX_CHARS = 1_350  # of setting and turns: with the answer about what a context of 512 tokens holds
+MAX_CHARS = 1_200  # of setting and turns: with the answer it fits a context of 512 tokens
 SEEN, UNSEEN = "seen services", "unseen services"
 
 

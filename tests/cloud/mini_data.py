@@ -1,4 +1,4 @@
-"""A data folder of a few rows per source, in the form of the real one: training code runs on it anywhere, in seconds."""
+"""A data folder of a few rows per source, in the form of the real one: training code runs on it anywhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ intents:
     data:
       - sentences: ["<turn> %(way)s <name>", "<turn> <name> %(way)s", "please <turn> %(way)s <name>"]
         requires_context: {domain: light}
-      - sentences: ["<turn> %(way)s [all] <area> <light>", "<turn> %(way)s the <light> in <area>", "<area> <light> %(way)s"]
+      - sentences:
+          - "<turn> %(way)s [all] <area> <light>"
+          - "<turn> %(way)s the <light> in <area>"
+          - "<area> <light> %(way)s"
         slots: {domain: light}
 """
 OTHERS = """
@@ -50,17 +53,25 @@ language: en
 intents:
   HassLightSet:
     data:
-      - sentences: ["set <name> to {color}", "set <name> brightness to {brightness}[%]", "make <name> {color}", "dim <name> to {brightness}"]
+      - sentences:
+          - "set <name> to {color}"
+          - "set <name> brightness to {brightness}[%]"
+          - "make <name> {color}"
+          - "dim <name> to {brightness}"
         requires_context: {domain: light}
   HassStartTimer:
     data:
       - sentences: ["timer for <timer_duration>", "start a <timer_duration> timer", "set a timer for <timer_duration>"]
-      - sentences: ["{timer_command:conversation_command} in <timer_duration>", "in <timer_duration> {timer_command:conversation_command}"]
+      - sentences:
+          - "{timer_command:conversation_command} in <timer_duration>"
+          - "in <timer_duration> {timer_command:conversation_command}"
   HassShoppingListAddItem:
     data:
-      - sentences: ["add {shopping_list_item:item} to my shopping list", "put {shopping_list_item:item} on the shopping list", "buy {shopping_list_item:item}"]
+      - sentences:
+          - "add {shopping_list_item:item} to my shopping list"
+          - "put {shopping_list_item:item} on the shopping list"
+          - "buy {shopping_list_item:item}"
 """
-HELD_TEST = "turn off the lights in the kitchen"
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -103,16 +114,17 @@ def dialogue(i: int) -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> Path:
-    """Every source in miniature below `folder`."""
+def write(folder: Path, tests: tuple[str, ...] = ("is it raining",)) -> Path:
+    """Every source in miniature below `folder`; `tests` are the sentences of tests/en."""
     intents, talk, home = folder / "intents", folder / "dialogue", folder / "smart_home"
+    alarm = {"scenario": "alarm", "intent": "set"}
     write_lines(
         intents / "hwu64_train.jsonl.xz",
         [
-            {"text": f"Wake me at {n} in the {r}", "norm": f"wake me at {n} in the {r}", "scenario": "alarm", "intent": "set", "slots": [["time", str(n)], ["house_place", r]]}
+            {"text": f"Wake me at {n} in the {r}", "norm": "", "slots": [["time", str(n)], ["house_place", r]], **alarm}
             for n, r in enumerate(ROOMS * 3)
         ],
-    )  # fmt: skip
+    )
     write_lines(
         intents / "snips_train.jsonl.xz",
         [
@@ -155,16 +167,13 @@ def write(folder: Path) -> Path:
     write_lines(talk / "synthetic_persona_chat_valid.jsonl.xz", chats)
     maths = [{"question": f"What is {n} plus 1?", "answer": f"<<{n}+1={n + 1}>>{n + 1}"} for n in range(30)]
     write_lines(folder / "math" / "gsm8k_train.jsonl.xz", maths)
-    write_text(
-        folder / "text" / "books" / "tale.txt.xz",
-        "\n\n".join(f"The {r} was {f} and cold." for r in ROOMS for f in FOODS),
-    )
-    write_text(folder / "text" / "tinystories_train_slice.txt.xz", "\n".join(f"Once a {r} ate {f}.\n\nThe end of {r}." for r in ROOMS for f in FOODS[:3]))  # fmt: skip
+    tale = "\n\n".join(f"The {r} was {f} and cold." for r in ROOMS for f in FOODS)
+    write_text(folder / "text" / "books" / "tale.txt.xz", tale)
+    stories = "\n".join(f"Once a {r} ate {f}.\n\nThe end of {r}." for r in ROOMS for f in FOODS[:3])
+    write_text(folder / "text" / "tinystories_train_slice.txt.xz", stories)
     files = {"sentences/en/_common.yaml": COMMON, "sentences/en/others.yaml": OTHERS}
     files |= {f"sentences/en/turn_{w}.yaml": TURN % {"way": w, "Way": w.title()} for w in ("on", "off")}
-    files["tests/en/light.yaml"] = (
-        f"language: en\ntests:\n  - sentences:\n      - {HELD_TEST}\n    intent: {{name: HassTurnOff}}\n"
-    )
+    files["tests/en/light.yaml"] = json.dumps({"language": "en", "tests": [{"sentences": tests, "intent": {}}]})
     write_tar(home / "home_assistant_intents_en.tar.xz", files)
     piles = {
         "piles/english/pile_of_device_names.csv": 'device_name,description\nlight.a,"Corner Glow"\nfan.b,Breezer\n',

@@ -9,7 +9,7 @@ import pytest
 
 from nearfar import forms
 from nearfar.errors import DataError
-from nearfar_cloud.training import rows
+from nearfar_cloud.training import files, rows
 from tests.cloud import mini_data
 from tests.cloud.mini_data import write_lines
 from tests.paths import SHARED, needs_shared
@@ -25,10 +25,8 @@ def read(data: Path, source: str, split: rows.Split = "train", max_chars: int = 
 
 
 def test_an_intent_row_names_its_label_space_and_joins_scenario_and_intent(data: Path) -> None:
-    assert (
-        '<|s|>hwu64<|u|>Wake me at 1 in the hall<|c|>{"intent":"alarm_set","slots":{"time":"1","house_place":"hall"}}<|e|>'
-        in read(data, "intents")
-    )
+    call = '{"intent":"alarm_set","slots":{"time":"1","house_place":"hall"}}'
+    assert f"<|s|>hwu64<|u|>Wake me at 1 in the hall<|c|>{call}<|e|>" in read(data, "intents")
 
 
 def test_a_repeated_slot_type_becomes_a_list() -> None:
@@ -109,7 +107,7 @@ def test_text_that_looks_like_a_control_token_is_neutralised(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("file", "row", "message"),
     [
-        ("dialogue/sgd_train.jsonl.xz", {"id": "1", "services": ["Food_1"]}, "line 1: expected 'turns' as list, found nothing"),
+        ("dialogue/sgd_train.jsonl.xz", {"id": "1", "services": ["Food_1"]}, "line 1: expected 'turns' as list"),
         ("dialogue/sgd_train.jsonl.xz", {"id": 7, "services": [], "turns": []}, "expected 'id' as str, found int '7'"),
         ("dialogue/sgd_train.jsonl.xz", {"id": "1", "services": ["Bus_9"], "turns": []}, "found 'Bus_9'"),
         ("intents/snips_train.jsonl.xz", {"text": "a", "intent": "b", "slots": [["c"]]}, "pairs of text"),
@@ -168,7 +166,7 @@ def test_a_missing_file_names_itself_its_use_and_the_readme(tmp_path: Path) -> N
 
 @needs_shared
 def test_out_of_scope_rows_of_clinc_never_train() -> None:
-    content = json.loads(rows.open_text(SHARED / "intents" / "clinc150_train_val.json.xz", "").read())
+    content = json.loads(files.open_text(SHARED / "intents" / "clinc150_train_val.json.xz", "").read())
     outside = {row[0] for part in ("oos_train", "oos_val") for row in content[part]}
     assert len(outside) == 200
     assert not outside & {text for text, _ in rows.clinc150(SHARED)}

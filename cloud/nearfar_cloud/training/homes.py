@@ -20,7 +20,8 @@ from nearfar import forms, home
 from nearfar.errors import DataError
 from nearfar.home import Entity, Home
 from nearfar.splits import normalise
-from nearfar_cloud.training import lexicon, rows
+from nearfar_cloud.training import lexicon
+from nearfar_cloud.training.held_out import text_hash
 from nearfar_cloud.training.rows import Row, Split
 from nearfar_cloud.training.templates import Template, parse, read_corpus
 
@@ -88,7 +89,7 @@ class HomeGenerator:
         while True:
             made = self._foreign(rng) if rng.random() < FOREIGN_SHARE else self._sampled(rng)
             text = normalise(made[1])
-            if rows.text_hash(made[1]) not in self.corpus.held and not any(held in text for held in HELD_SENTENCES):
+            if text_hash(made[1]) not in self.corpus.held and not any(held in text for held in HELD_SENTENCES):
                 return made
 
     # ------------------------------------------------------------ requests

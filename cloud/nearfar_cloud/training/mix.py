@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nearfar import forms
 from nearfar.errors import ConfigError, DataError
-from nearfar_cloud.training import rows
+from nearfar_cloud.training import held_out, rows
 from nearfar_cloud.training.generators import Generator, generators
 from nearfar_cloud.training.rows import Row
 from nearfar_cloud.training.tokenizer import RowTokenizer
@@ -365,7 +365,7 @@ def _tokenised(
     data: Path, name: str, tokenizer: RowTokenizer, data_sha256: str, seq_len: int, cache: Path | None
 ) -> _Files:
     """The train rows of a file source as ids, from the cache where they are."""
-    readers = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (rows, forms))
+    readers = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (rows, held_out, forms))
     max_chars = min(int(CHARS_PER_TOKEN * seq_len), rows.MAX_ROW_CHARS)
     key = sha256(f"{name} {max_chars} {data_sha256} {tokenizer.sha256} {readers}".encode()).hexdigest()[:16]
     path = cache / f"{name}-{key}.npz" if cache else None

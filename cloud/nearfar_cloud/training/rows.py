@@ -1,33 +1,28 @@
 """Readers: each corpus of the data folder as `Row`s.  First stop of training: rows -> tokenizer -> mix -> trainer.
 
-Every reader checks what it reads and names file and line of what it cannot use.  Files marked *test only* are opened by
-one function here, `test_texts`, whose single purpose is to keep their sentences out of training.
+Every reader checks what it reads and names file and line of what it cannot use.  Rows whose request is a sentence of a
+test file (held_out.py) are left out.
 """
 
 from __future__ import annotations
 
 import csv
-import io
-import json
-import lzma
 import random
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from nearfar import forms
 from nearfar.errors import DataError
 from nearfar.forms import Parts, Turn
-from nearfar.splits import RESIDUES, normalise, split_residue
+from nearfar.splits import RESIDUES, split_residue
 from nearfar_cloud.training import lexicon
+from nearfar_cloud.training.files import DATA_README, field, json_file, json_lines, open_text, pairs
+from nearfar_cloud.training.held_out import test_texts, text_hash
 from nearfar_cloud.training.lexicon import listed
 
-T = TypeVar("T")
 Split = Literal["train", "dev", "test"]
 
 VERSION = 1  # of the rows that these readers make; part of the data hash
@@ -35,7 +30,6 @@ MAX_ROW_CHARS = 1_400  # about 450 tokens: a piece of a dialogue or book that fi
 N_VARIANTS = 3  # each intent row is kept once as written and twice changed (names swapped, case, punctuation)
 DIALOGUE_DAY = "2019-03-01"  # the day on which SGD's speakers say "today"
 RESULT_FIELDS = 6  # of a call's first result
-DATA_README = "the README.md of the data folder lists every file with its source"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,77 +48,6 @@ def text_of(row: Row) -> str:
     return " ".join(part.text for part in row.parts if not part.control)
 
 
-# ---------------------------------------------------------------- files
-
-
-def open_text(path: Path, use: str) -> io.TextIOBase:
-    """The text of `path` (.xz is unpacked); a missing file says what it is for."""
-    if not path.is_file():
-        raise DataError(f"{path}: missing, needed for {use}; {DATA_README}, or train --without it")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def _json_lines(path: Path, use: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) for each line."""
-    with open_text(path, use) as file:
-        try:
-            for n, line in enumerate(file, 1):
-                where = f"{path.name} line {n}"
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where}: expected a JSON object, {error}") from None
-                if not isinstance(value, dict):
-                    raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
-                yield where, value
-        except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name}: expected text packed with xz, {error}") from None
-
-
-def _json_file(path: Path, use: str, kind: type[dict[Any, Any]] | type[list[Any]]) -> Any:
-    with open_text(path, use) as file:
-        try:
-            value = json.load(file)
-        except (json.JSONDecodeError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name}: expected JSON, {error}") from None
-    if not isinstance(value, kind):
-        raise DataError(f"{path.name}: expected a JSON {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _get(where: str, row: dict[str, Any], key: str, kind: type[T]) -> T:
-    value = row.get(key)
-    if not isinstance(value, kind):
-        found = "nothing" if key not in row else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise DataError(f"{where}: expected {key!r} as {kind.__name__}, found {found}")
-    return value
-
-
-def _pairs(where: str, row: dict[str, Any], key: str = "slots") -> list[tuple[str, str]]:
-    value = _get(where, row, key, list)
-    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in value):
-        raise DataError(f"{where}: expected {key!r} as a list of [type, value] pairs of text, found {str(value)[:60]}")
-    return [(kind, text) for kind, text in value]
-
-
-def tar_members(path: Path, use: str, suffix: str) -> dict[str, str]:
-    """Name -> text of the members of a .tar.xz that end with `suffix`, in name order."""
-    if not path.is_file():
-        raise DataError(f"{path}: missing, needed for {use}; {DATA_README}, or train --without it")
-    found = {}
-    try:
-        with tarfile.open(path, "r:xz") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() and member.name.endswith(suffix) else None
-                if file is not None:
-                    found[member.name.removeprefix("./")] = file.read().decode("utf-8")
-    except (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: expected a .tar.xz with UTF-8 text, {error}") from None
-    return dict(sorted(found.items()))
-
-
 def _held(text: str, split: Split) -> bool:
     """Whether a text of a training file belongs to `split`."""
     return (split_residue(text) == 0) == (split == "dev") and split != "test"
@@ -136,26 +59,26 @@ def _held(text: str, split: Split) -> bool:
 def hwu64(data: Path, split: Split = "train") -> Iterator[tuple[str, str, str, list[tuple[str, str]]]]:
     """(text, normal text, intent, slots) of HWU64; test is its own file.  The label is scenario_intent."""
     name = "hwu64_test" if split == "test" else "hwu64_train"
-    for where, row in _json_lines(data / "intents" / f"{name}.jsonl.xz", "intents"):
-        text, scenario, intent = (_get(where, row, key, str) for key in ("text", "scenario", "intent"))
+    for where, row in json_lines(data / "intents" / f"{name}.jsonl.xz", "intents"):
+        text, scenario, intent = (field(where, row, key, str) for key in ("text", "scenario", "intent"))
         if split == "test" or _held(text, split):
-            yield text, _get(where, row, "norm", str), f"{scenario}_{intent}", _pairs(where, row)
+            yield text, field(where, row, "norm", str), f"{scenario}_{intent}", pairs(where, row, "slots")
 
 
 def snips(data: Path, split: Split = "train") -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """(text, intent, slots) of SNIPS; residue 0 is dev and residue 1 test, for lack of its test file."""
     wanted = {"dev": {0}, "test": {1}, "train": set(range(2, RESIDUES))}[split]
-    for where, row in _json_lines(data / "intents" / "snips_train.jsonl.xz", "intents"):
-        text = _get(where, row, "text", str)
+    for where, row in json_lines(data / "intents" / "snips_train.jsonl.xz", "intents"):
+        text = field(where, row, "text", str)
         if split_residue(text) in wanted:
-            yield text, _get(where, row, "intent", str), _pairs(where, row)
+            yield text, field(where, row, "intent", str), pairs(where, row, "slots")
 
 
 def clinc150(data: Path, split: Split = "train") -> Iterator[tuple[str, str]]:
     """(text, intent) of CLINC150 in scope; its own validation rows are the test part.  Out-of-scope rows stay out."""
     file = data / "intents" / "clinc150_train_val.json.xz"
     part = "val" if split == "test" else "train"
-    rows = _get(file.name, _json_file(file, "intents", dict), part, list)
+    rows = field(file.name, json_file(file, "intents", dict), part, list)
     for n, row in enumerate(rows):
         if not (isinstance(row, list) and len(row) == 2 and all(isinstance(x, str) for x in row)):
             raise DataError(f"{file.name} {part} row {n}: expected [text, intent], found {str(row)[:60]}")
@@ -165,7 +88,7 @@ def clinc150(data: Path, split: Split = "train") -> Iterator[tuple[str, str]]:
 
 def clinc_domains(data: Path) -> dict[str, list[str]]:
     """CLINC150's ten domains, each with its intents."""
-    found: dict[str, list[str]] = _json_file(data / "intents" / "clinc150_domains.json", "intents", dict)
+    found: dict[str, list[str]] = json_file(data / "intents" / "clinc150_domains.json", "intents", dict)
     return found
 
 
@@ -248,10 +171,10 @@ def support(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) 
             if _held(row["text"], split) and text_hash(row["text"]) not in known:
                 parts = forms.intent_prompt("banking77", row["text"]) + forms.intent_answer(row["category"])
                 yield Row("support", parts)
-    for where, item in _json_lines(data / "intents" / "restaurant8k_train.jsonl.xz", "restaurant slots"):
-        text = _get(where, item, "text", str)
+    for where, item in json_lines(data / "intents" / "restaurant8k_train.jsonl.xz", "restaurant slots"):
+        text = field(where, item, "text", str)
         if _held(text, split) and text_hash(text) not in known:
-            answer = forms.intent_answer("book_table", _pairs(where, item))
+            answer = forms.intent_answer("book_table", pairs(where, item, "slots"))
             yield Row("support", forms.intent_prompt("restaurant8k", text) + answer)
 
 
@@ -282,13 +205,13 @@ def schema(data: Path, split: Split = "train") -> dict[str, dict[str, list[str]]
     """service -> method -> argument names, of one split of SGD."""
     path = data / "dialogue" / ("sgd_train_schema.json" if split != "test" else "sgd_dev_schema.json")
     services: dict[str, dict[str, list[str]]] = {}
-    for n, service in enumerate(_json_file(path, "SGD's services", list)):
+    for n, service in enumerate(json_file(path, "SGD's services", list)):
         where = f"{path.name} service {n}"
         methods = {}
-        for intent in _get(where, service, "intents", list):
-            required = _get(where, intent, "required_slots", list)
-            methods[_get(where, intent, "name", str)] = [*required, *_get(where, intent, "optional_slots", dict)]
-        services[_get(where, service, "service_name", str)] = methods
+        for intent in field(where, service, "intents", list):
+            required = field(where, intent, "required_slots", list)
+            methods[field(where, intent, "name", str)] = [*required, *field(where, intent, "optional_slots", dict)]
+        services[field(where, service, "service_name", str)] = methods
     return services
 
 
@@ -303,21 +226,21 @@ def sgd(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> I
     """Schema-guided dialogues with their API calls; split "test" is sgd_dev."""
     path = data / "dialogue" / ("sgd_train.jsonl.xz" if split != "test" else "sgd_dev.jsonl.xz")
     methods = schema(data, split)
-    for where, row in _json_lines(path, "dialogues with API calls"):
-        name, services = _get(where, row, "id", str), _get(where, row, "services", list)
+    for where, row in json_lines(path, "dialogues with API calls"):
+        name, services = field(where, row, "id", str), field(where, row, "services", list)
         missing = [s for s in services if s not in methods]
         if missing:
             raise DataError(f"{where}: expected services of the schema, found {missing[0]!r}")
         turns = []
-        for turn in _get(where, row, "turns", list):
+        for turn in field(where, row, "turns", list):
             if not isinstance(turn, dict):
                 raise DataError(f"{where}: expected a turn as an object, found {str(turn)[:40]!r}")
             calls = []
             for call in turn.get("calls", []):
-                args, result = _get(where, call, "args", dict), call.get("result") or {}
+                args, result = field(where, call, "args", dict), call.get("result") or {}
                 first = dict(list(result.items())[:RESULT_FIELDS])
-                calls.append((forms.call_json(_get(where, call, "method", str), args), forms.compact(first)))
-            turns.append(Turn(_get(where, turn, "s", str), _get(where, turn, "t", str), tuple(calls)))
+                calls.append((forms.call_json(field(where, call, "method", str), args), forms.compact(first)))
+            turns.append(Turn(field(where, turn, "s", str), field(where, turn, "t", str), tuple(calls)))
         key = " ".join(turn.text for turn in turns)
         if split == "test" or _held(key, split):
             setting = sgd_setting(services, methods, with_schema=split_residue(name, 2) == 0)
@@ -342,16 +265,16 @@ def _trim(value: Any) -> Any:
 def coffee(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Taskmaster-4's coffee orders; calls and results, over 80 % of the text, are trimmed."""
     path = data / "dialogue" / "taskmaster4_coffee_train.jsonl.xz"
-    for where, row in _json_lines(path, "coffee orders"):
+    for where, row in json_lines(path, "coffee orders"):
         turns: list[Turn] = []
-        for turn in _get(where, row, "turns", list):
+        for turn in field(where, row, "turns", list):
             calls = []
             for call in turn.get("calls", []):
-                method = _get(where, call, "name", str)
+                method = field(where, call, "name", str)
                 if method != "get_order_details":  # repeats what the dialogue just built
                     args = forms.compact({"call": method, "args": _trim(call.get("args") or {})})
                     calls.append((args, forms.compact(_trim(call.get("result") or {}))))
-            turns.append(Turn(_get(where, turn, "s", str), _get(where, turn, "t", str)))
+            turns.append(Turn(field(where, turn, "s", str), field(where, turn, "t", str)))
             if calls and turns[-1].speaker == "u":  # made after the user spoke, before the answer
                 turns.append(Turn("a", "", tuple(calls)))
             elif len(turns) > 1 and turns[-2].calls and not turns[-2].text:
@@ -364,10 +287,10 @@ def coffee(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -
 def persona(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Persona chats: the second speaker's persona is the setting, the second speaker is the assistant."""
     path = data / "dialogue" / "synthetic_persona_chat_valid.jsonl.xz"
-    for where, row in _json_lines(path, "persona chats"):
-        setting = " ".join(str(line) for line in _get(where, row, "p2", list))
+    for where, row in json_lines(path, "persona chats"):
+        setting = " ".join(str(line) for line in field(where, row, "p2", list))
         turns: list[Turn] = []
-        for line in _get(where, row, "turns", list):
+        for line in field(where, row, "turns", list):
             match = re.match(r"User ([12]): ?(.*)", str(line), re.DOTALL)
             if match is None:
                 continue  # a line break inside an utterance: the rest of it adds nothing
@@ -383,8 +306,8 @@ def persona(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) 
 def gsm8k(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
     """Word problems, for their surface: a model of this size does not do maths."""
     known = test_texts(data) if split == "train" else frozenset()
-    for where, row in _json_lines(data / "math" / "gsm8k_train.jsonl.xz", "word problems"):
-        question, answer = _get(where, row, "question", str), _get(where, row, "answer", str)
+    for where, row in json_lines(data / "math" / "gsm8k_train.jsonl.xz", "word problems"):
+        question, answer = field(where, row, "question", str), field(where, row, "answer", str)
         if _held(question, split) and text_hash(question) not in known:
             turns = [Turn("u", question), Turn("a", re.sub(r"<<.*?>>", "", answer))]
             yield Row("gsm8k", (*forms.dialogue("", turns), forms.Part(forms.END, control=True, answer=True)))
@@ -445,62 +368,3 @@ FILE_SOURCES: dict[str, Reader] = {
     "gsm8k": gsm8k,
     "support": support,
 }
-
-
-# ---------------------------------------------------------------- what must never train
-
-
-def text_hash(text: str) -> bytes:
-    """What leak checks compare."""
-    return blake2b(normalise(text).encode(), digest_size=8).digest()
-
-
-@cache
-def test_texts(data: Path) -> frozenset[bytes]:
-    """Hashes of every test sentence that a training row could repeat; files that are not there are passed over."""
-    return frozenset(text_hash(text) for text in _test_sentences(data) if text.strip())
-
-
-def _test_sentences(data: Path) -> Iterator[str]:
-    lines = {
-        "intents/hwu64_test.jsonl.xz": ("text", "norm"),
-        "eval/gsm8k_test.jsonl.xz": ("question",),
-    }
-    for name, keys in lines.items():
-        if (data / name).is_file():
-            for _, row in _json_lines(data / name, "leak checks"):
-                yield from (row[key] for key in keys if isinstance(row.get(key), str))
-    if (data / "smart_home/device_actions_test.jsonl.xz").is_file():
-        for _, row in _json_lines(data / "smart_home/device_actions_test.jsonl.xz", "leak checks"):
-            yield from (str(m["content"]) for m in row.get("messages", []) if m.get("role") == "user")
-    if (data / "intents/slurp_devel.jsonl.xz").is_file():
-        for where, row in _json_lines(data / "intents/slurp_devel.jsonl.xz", "leak checks"):
-            if not row.get("in_hwu64_train"):  # marked rows are not reported
-                yield _get(where, row, "text", str)
-    if (data / "intents/clinc150_train_val.json.xz").is_file():
-        clinc = _json_file(data / "intents/clinc150_train_val.json.xz", "leak checks", dict)
-        for part in ("val", "oos_train", "oos_val"):
-            yield from (str(row[0]) for row in clinc.get(part, []))
-    for name in ("home_assistant_intents_en", "assist_eval"):
-        path = data / "smart_home" / f"{name}.tar.xz"
-        if path.is_file():
-            for member, text in tar_members(path, "leak checks", ".yaml").items():
-                if name == "assist_eval" or member.startswith("tests/"):
-                    yield from _yaml_sentences(text)
-
-
-def _yaml_sentences(text: str) -> Iterator[str]:
-    """Every text below a key `sentences` of a YAML file."""
-    import yaml  # type: ignore[import-untyped]
-
-    def walk(node: Any, inside: bool) -> Iterator[str]:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                yield from walk(value, inside or key == "sentences")
-        elif isinstance(node, list):
-            for value in node:
-                yield from walk(value, inside)
-        elif inside and isinstance(node, str):
-            yield node
-
-    yield from walk(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), False)

@@ -73,7 +73,10 @@ def _short(rng: random.Random) -> Exchange:
             (("hello", "hi", "hey", "good morning", "hi there", "good evening"), "Hello, how can I help?"),
             (("bye", "goodbye", "good night", "see you", "see you later"), "Goodbye."),
             (("are you there", "can you hear me", "are you listening", "hello?"), "Yes, I am here."),
-            (("what can you do", "help", "what do you do"), "I can switch things in this home and set timers."),
+            (
+                ("what can you do", "help", "what are you able to do"),
+                "I can switch things in this home and set timers.",
+            ),
             (("never mind", "forget it", "nothing"), "All right."),
         )
     )

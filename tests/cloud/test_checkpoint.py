@@ -96,7 +96,7 @@ def test_without_a_sound_checkpoint_all_damaged_ones_are_named(tmp_path: Path) -
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Checkpoints(tmp_path)
     folder.save(1, sample(1))
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(100, 100, 1 << 20))
     with pytest.raises(FileError, match="1 MB free; the checkpoint before it stays"):
         folder.save(2, sample(2))

@@ -1,4 +1,4 @@
-"""The decoder that training sees: llama.cpp's `bitnet` block with exits.  Follows bitlinear.py, is followed by losses.py.
+"""The decoder that training sees: llama.cpp's `bitnet` block with exits.  Follows bitlinear.py; losses.py comes next.
 
     x + wo(sub_norm(attention(rope(q), rope(k), v)))        q, k, v from norm(x), grouped heads, rotation on halves
     x + down(sub_norm(silu(gate) * up))                     gate, up from norm(x)
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
     def forward(
         self, ids: Tensor, pos: Tensor, doc: Tensor, head: Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """ids, pos, doc int64 [B, T], head f32 [V, D] -> final rows f32 [B, T, D] and those of each exit by its layer."""
+        """ids, pos, doc int64 [B, T], head f32 [V, D] -> final rows f32 [B, T, D], and those of each exit by layer."""
         cos, sin = rotation(pos, self.shape.head_dim, self.shape.rope_base)
         mask = visible(doc)
         x = F.embedding(ids, head)

@@ -16,9 +16,11 @@ from nearfar_cloud.training.mix import LONG_RUN, Shares
 
 # For a first model in well under an hour (5 to 10 M tokens): what the device is for comes first, language last.
 FIRST_RUN = Shares(
-    stable={"intents": 29, "home": 29, "sgd": 20, "journals": 5, "skills": 4, "coffee": 3, "persona": 3, "stories": 4, "books": 3},
+    stable={"intents": 29, "home": 29, "sgd": 20, "journals": 5, "skills": 4}
+    | {"stories": 4, "books": 3, "coffee": 3, "persona": 3},
     decay={"intents": 35, "home": 33, "sgd": 14, "journals": 9, "skills": 5, "coffee": 2, "persona": 1, "stories": 1},
-)  # fmt: skip
+)
+
 TQ_BLOCK = 256  # weights in one block of GGUF's ternary types: every inner width is a multiple of it
 
 
@@ -40,7 +42,7 @@ class Shape:
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ConfigError(
-                f"{self.n_heads} heads ({self.n_kv_heads} for keys) do not divide d_model={self.d_model} into even heads"
+                f"{self.n_heads} heads ({self.n_kv_heads} for keys) do not split d_model={self.d_model} into even heads"
             )
         if list(self.exits) != sorted(set(self.exits)) or not all(0 < e < self.n_layers for e in self.exits):
             raise ConfigError(f"exits={self.exits}: expected rising layer numbers 1..{self.n_layers - 1}")

@@ -87,7 +87,7 @@ def train(recipe: Recipe, options: Options) -> Path:
     for sentence in damaged:
         log.note(f"{sentence}; going on from the one before it")
 
-    tok = tokenizer.load_or_train(options.data, options.out / "tokenizer.json", options.without)
+    tok = tokenizer_of(recipe, options)
     mix = Mix(
         options.data,
         tok,
@@ -108,7 +108,9 @@ def train(recipe: Recipe, options: Options) -> Path:
 
     from nearfar_cloud.training.finish import finish
 
-    return finish(trainer, tok, mix, held_out, options, log)
+    path = finish(trainer, tok, mix, held_out, options.out)
+    log.write({"kind": "done", "path": str(path)}, f"wrote {path}")
+    return path
 
 
 def _loop(trainer: Trainer, checkpoints: Checkpoints, held_out: dict[str, DevRows], options: Options, log: Log) -> None:
@@ -233,7 +235,7 @@ def dev_rows(data: Path, tok: tokenizer.RowTokenizer, recipe: Recipe, without: S
 
 
 def choose_precision(recipe: Recipe, mix: Mix, options: Options, log: Log) -> str:
-    """The recipe's precision; for "auto" three steps of each are timed (after one that warms up) and the faster stays."""
+    """The recipe's precision; for "auto" three steps of each are timed, after a warm one, and the faster stays."""
     if recipe.precision != "auto":
         return recipe.precision
     position, seconds = mix.state(), {}

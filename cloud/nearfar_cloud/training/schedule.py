@@ -1,4 +1,4 @@
-"""What changes in the course of a run: learning rate, batch size, phase.  Functions of `progress` 0..1, used by trainer.py.
+"""What changes in the course of a run: rate, batch size, phase.  Functions of `progress` 0..1, used by trainer.py.
 
 Warm up, stay stable, decay (WSD, MiniCPM, arXiv 2404.06395):
 

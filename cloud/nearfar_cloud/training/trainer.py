@@ -1,4 +1,4 @@
-"""One loop, one step: batch in, weights updated.  The walk: mix -> trainer.step (model, losses) -> checkpoint -> export."""
+"""One loop, one step: batch in, weights updated.  The walk: mix -> trainer.step (model, losses) -> run -> export."""
 
 from __future__ import annotations
 

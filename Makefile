@@ -13,6 +13,7 @@ FUZZ_SECONDS ?= 600
 PY := $(VENV)/bin/python
 NEARFAR := $(VENV)/bin/nearfar
 CMAKE := $(VENV)/bin/cmake
+CONFIGURE := $(CMAKE) -S native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DNEARFAR_TESTS=ON
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := $(shell find native -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt -o -name '*.cmake')
 CXX_FILES := $(shell find native -name '*.cc' -o -name '*.h')
@@ -51,13 +52,12 @@ test: $(VENV)/dev
 	$(PY) -m pytest
 
 native: $(VENV)/ready
-	$(CMAKE) -S native -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Release -DNEARFAR_TESTS=ON
+	$(CONFIGURE) -B build/native -DCMAKE_BUILD_TYPE=Release
 	$(CMAKE) --build build/native -j 2
 	$(VENV)/bin/ctest --test-dir build/native --output-on-failure
 
 sanitize: $(VENV)/ready
-	$(CMAKE) -S native -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNEARFAR_TESTS=ON \
-	  -DNEARFAR_SANITIZE=address,undefined
+	$(CONFIGURE) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNEARFAR_SANITIZE=address,undefined
 	$(CMAKE) --build build/sanitize -j 2
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
 

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "bandwidth.h"
 #include "errors.h"
 #include "kernels.h"
 #include "model.h"

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <atomic>
-#include <cstddef>
 #include <cstdint>
 #include <memory>
 
@@ -62,10 +61,5 @@ class Occupied {
  private:
   std::atomic_flag& flag_;
 };
-
-// Gigabytes (1e9) a second that `n_threads` read together from a buffer of `n_bytes`, best of
-// `n_passes`. Four times the last cache makes it memory bandwidth.  Allocates the buffer for the
-// time of the call.
-double read_bandwidth(int n_threads, size_t n_bytes, int n_passes = 5);
 
 }  // namespace nearfar

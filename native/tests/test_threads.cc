@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "bandwidth.h"
 #include "errors.h"
 #include "threads.h"
 

@@ -80,3 +80,16 @@ def test_planted_greed_is_found(tmp_path: Path) -> None:
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
     assert "FINDING memory grew by 40 MB" in said
     assert all(kept.stat().st_size < 100 for kept in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("check", "said"), [("_crash", "KeyError"), ("_hang", "s of processor time")])
+def test_atheris_finds_planted_bugs_too(check: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed: pip install atheris")
+    code = (
+        "import sys, pathlib, tests.fuzz.test_fuzz_gguf as t, tests.fuzz.fuzz_gguf as f\n"
+        f"f.MAX_SECONDS = 0.2\nf.fuzz_atheris(t.{check}, 30, 3, pathlib.Path(sys.argv[1]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert said in ended.stdout + ended.stderr
+    assert any(kept.name.startswith("crash-") for kept in tmp_path.iterdir())

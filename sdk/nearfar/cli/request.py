@@ -82,11 +82,7 @@ def reply_to(llm: LLM, prompt: Parts, call: str, action: Action | None, state: H
 
 def result_of(action: Action | None, state: HomeState) -> str:
     """What the home answers to a call: `none`, a state that was asked for, or `ok`."""
-    if action is None:
-        return "none"
-    if action.intent == "HassGetState" and action.targets:
-        return str(state.states[action.targets[0].name]["state"])
-    return "ok"
+    return "none" if action is None else state.answer(action)
 
 
 def stop_ids(llm: LLM) -> tuple[int, ...]:

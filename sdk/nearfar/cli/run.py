@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(llm: LLM, args: argparse.Namespace) -> int:
-    """Each line is a request to one home; 1 if the check refused a call."""
+    """Each line is a request to one home; 1 if the check refused a call (a person has seen it: 0)."""
     state = read_home(args.home)
     person = args.text is None and args.file is None and sys.stdin.isatty() and not args.json
     if person:
@@ -77,7 +77,7 @@ def serve(llm: LLM, args: argparse.Namespace) -> int:
             print("stopped" if isinstance(error, Cancelled) else error)
     if not n and not person:
         raise UsageError(f"{args.file or 'stdin'} holds no request; expected one a line")
-    return 1 if refused else 0
+    return 1 if refused and not person else 0
 
 
 def requests(args: argparse.Namespace, person: bool) -> Iterator[str]:

@@ -26,13 +26,13 @@ def spm(across_words: bool, prefix: bool) -> Tokenizer:
 
 
 @given(st.sampled_from(PRES), st.text() | odd_text)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_byte_level_bpe_gives_every_text_back(pre: str, text: str) -> None:
     assert BPE[pre].decode(BPE[pre].encode(text)) == text
 
 
 @given(st.booleans(), st.booleans(), st.text() | odd_text | st.text("ab é▁"))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_sentence_pieces_give_every_text_back_with_their_blanks_as_spaces(
     across_words: bool, prefix: bool, text: str
 ) -> None:
@@ -41,7 +41,7 @@ def test_sentence_pieces_give_every_text_back_with_their_blanks_as_spaces(
 
 
 @given(st.sampled_from(PRES), any_text, st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_no_text_is_refused(pre: str, text: str, parse_special: bool) -> None:
     for tokenizer in (BPE[pre], spm(False, True)):
         ids = tokenizer.encode(text, parse_special=parse_special)
@@ -70,7 +70,7 @@ KEYS = (
     st.lists(st.sampled_from(KEYS), max_size=2),
     st.lists(st.tuples(st.sampled_from(["tokens", "scores", "token_type", "merges"]), st.integers(0, 200), scalars)),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_metadata_gives_a_tokenizer_or_a_reason(
     kind: str, changed: dict[str, Any], dropped: list[str], edits: list[tuple[str, int, Any]]
 ) -> None:

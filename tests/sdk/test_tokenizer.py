@@ -14,7 +14,6 @@ from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
 from tests.paths import SHARED, needs_shared
 from tests.sdk.vocabularies import CONTROLS, byte_level, nasty_texts, sentence_pieces
 
-
 # One name of each pre-tokenizer: most have several.
 PRE_TOKENIZERS = {pre_tokenizer(name): name for name in known_pre_tokenizers()}.values()
 

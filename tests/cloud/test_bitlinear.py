@@ -39,10 +39,10 @@ def test_gradients_equal_those_of_autograd_through_the_fake_quantised_product() 
     layer, x = layer_and_rows()
     x.requires_grad_()
     weights = torch.randn(96)
-    grads = []
-    for y in (torch.cat(layer(x, torch.float32), dim=-1), fake_quantised(layer, x)):
-        grads.append(torch.autograd.grad((y.square() * weights).sum(), (x, layer.latent)))
-    (dx, dw), (dx_expected, _) = grads
+    (dx, dw), (dx_expected, _) = (
+        torch.autograd.grad((y.square() * weights).sum(), (x, layer.latent))
+        for y in (torch.cat(layer(x, torch.float32), dim=-1), fake_quantised(layer, x))
+    )
     assert torch.allclose(dx, dx_expected, rtol=1e-4, atol=1e-4)
     # Weights: straight through both factors, so the rows that multiply the gradient are the rounded ones.
     q, step = quantize_rows(x)

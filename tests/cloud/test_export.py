@@ -23,8 +23,8 @@ from nearfar_cloud.training.model import Decoder  # noqa: E402
 from nearfar_cloud.training.recipe import Shape  # noqa: E402
 from nearfar_cloud.training.tokenizer import RowTokenizer  # noqa: E402
 
-# Logits are about 1 in size.  Training keeps the rows of the head in f32, the file's Q8_0 head takes them as int8: that is
-# an error of some 1e-3; now and then a last bit of a norm also moves an activation across a rounding boundary.
+# Logits are about 1 in size.  Training keeps the rows of the head in f32, the file's Q8_0 head takes them as int8: an
+# error of some 1e-3; now and then a last bit of a norm also moves an activation across a rounding boundary.
 MAX_LOGIT_ERROR = 0.08
 # Nothing is rounded on either side: the order of sums, and cosines in f32 against f64.
 MAX_LOGIT_ERROR_F32_HEAD = 0.06

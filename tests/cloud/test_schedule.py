@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nearfar.errors import ConfigError, UsageError
-from nearfar_cloud.training.recipe import RECIPES, Shape
+from nearfar_cloud.training.recipe import RECIPES
 from nearfar_cloud.training.schedule import Budget, learning_rate, micro_batches, parse_seconds, phase
-from tests.cloud.toy_batches import tiny_recipe
+from tests.cloud.toy_batches import TINY, tiny_recipe
 
 RECIPE = tiny_recipe(peak_lr=1e-2, warmup=0.1, decay_from=0.6, final_lr=0.02)
 
@@ -74,9 +76,8 @@ def test_recipes_that_differ_have_different_hashes() -> None:
     "change", [{"n_heads": 3}, {"n_kv_heads": 3}, {"exits": (3,)}, {"exits": (2, 1)}, {"exits": (0,)}]
 )
 def test_a_shape_that_cannot_be_built_is_refused(change: dict[str, object]) -> None:
-    sizes = dict(n_vocab=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64, n_ctx=64, exits=(1,))
     with pytest.raises(ConfigError):
-        Shape(**{**sizes, **change})
+        replace(TINY, **change)
 
 
 @pytest.mark.parametrize("change", [{"seq_len": 65}, {"warmup": 0.8}, {"decay_from": 1.0}])

@@ -81,5 +81,5 @@ class BitLinear(nn.Module):
         scales = [weight_scale(p) for p in parts]
         t = torch.cat([trits(p, s) for p, s in zip(parts, scales, strict=True)]).to(dtype)
         row_scales = torch.cat([s.expand(n) for s, n in zip(scales, self.sizes, strict=True)])  # [N]
-        y: Tensor = _IntegerProduct.apply(x, self.latent, t, row_scales)
-        return y.split(self.sizes, dim=-1)
+        y: Tensor = _IntegerProduct.apply(x, self.latent, t, row_scales)  # type: ignore[no-untyped-call]
+        return tuple(torch.split(y, list(self.sizes), dim=-1))

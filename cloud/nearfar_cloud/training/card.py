@@ -98,8 +98,8 @@ def markdown(made: Mapping[str, Any]) -> str:
         parts += ["Of the shipped file, by `nearfar eval`:", _evaluation(made["evaluation"])]
     parts += [
         "Of the last weights on held-out rows of the training files, greedy, without grammar, by the trainer itself "
-        "(`exact`: the whole answer token for token; `label`: up to the end of the intent; `agree`: the exit's token is "
-        "that of full depth, given the right tokens before it). These rows steered the training; they are no test.",
+        "(`exact`: the whole answer token for token; `label`: up to the end of the intent; `agree`: the exit's token "
+        "is that of full depth, given the right tokens before it). These rows steered the training; they are no test.",
         _held_out(made["held_out"], made["sizes"]["exits"]),
         "## Known failures",
         _bullets(made["known_failures"]),

@@ -115,7 +115,7 @@ class Checkpoints:
 
         Raises FileError where there are checkpoints and all are damaged.
         """
-        damaged = []
+        damaged: list[str] = []
         for path in self.last():
             try:
                 return read(path), damaged

@@ -106,7 +106,7 @@ def _add_nearfar(writer: GGUFWriter, model: Decoder, card: Mapping[str, Any]) ->
     for e in exits:
         writer.add(f"nearfar.exit.{e}.kind", "norm")
         writer.add(f"nearfar.exit.{e}.head", "tied")
-        writer.add(f"nearfar.exit.{e}.norm", model.exit_norms[str(e)].gain.detach().numpy())
+        writer.add(f"nearfar.exit.{e}.norm", model.exit_gain(e).detach().numpy())
         writer.add(f"nearfar.exit.{e}.temperature", 1.0)
         writer.add(f"nearfar.exit.{e}.tau", 1.0)
     for key, value in card.get("train", {}).items():

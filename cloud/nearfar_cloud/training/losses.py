@@ -95,7 +95,9 @@ def head_loss(
     spare = -len(keep) % CHUNK
     pick = [F.pad(x.flatten(0, 1).index_select(0, keep), (0, 0, 0, spare)) for x in (final, early)]
     flat = [F.pad(x.flatten().index_select(0, keep), (0, spare)) for x in (targets, weights)]
-    sums: Tensor = HeadLoss.apply(*pick, head, *flat, (exit_weight, kl, dtype, chunk))
+    sums: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+        *pick, head, *flat, (exit_weight, kl, dtype, chunk)
+    )
     return sums
 
 

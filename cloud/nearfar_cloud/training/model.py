@@ -24,7 +24,8 @@ def fake_q8_0(x: Tensor) -> Tensor:
     blocks = x.detach().float().unflatten(-1, (-1, Q8_BLOCK))
     step = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(step > 0, blocks / step.clamp_min(1e-30), 0.0).round()
-    return x + ((codes * step.half().float()).flatten(-2) - x.detach())
+    rounded: Tensor = x + ((codes * step.half().float()).flatten(-2) - x.detach())
+    return rounded
 
 
 def rotation(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (grouped @ k.mT).float() * q.shape[-1] ** -0.5
     scores = scores.unflatten(2, (group, -1)).masked_fill(~mask.unsqueeze(1), -torch.inf)  # [B, KV, group, T, T]
     p = scores.softmax(-1).to(v.dtype).flatten(2, 3)
-    return (p @ v).unflatten(2, (group, -1)).flatten(1, 2)
+    out: Tensor = (p @ v).unflatten(2, (group, -1)).flatten(1, 2)
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -91,12 +93,14 @@ class Block(nn.Module):
         x = x + self.wo(self.attn_sub_norm(rows), dtype)[0].float()
         gate, up = self.gate_up(self.ffn_norm(x), dtype)
         gated = F.silu(gate.float()) * up.float()
-        return x + self.down(self.ffn_sub_norm(gated), dtype)[0].float()
+        out: Tensor = x + self.down(self.ffn_sub_norm(gated), dtype)[0].float()
+        return out
 
     @staticmethod
     def heads(x: Tensor, n: int) -> Tensor:
         """[B, T, n * head_dim] -> [B, n, T, head_dim]"""
-        return x.unflatten(-1, (n, -1)).transpose(1, 2)
+        out: Tensor = x.unflatten(-1, (n, -1)).transpose(1, 2)
+        return out
 
 
 class Decoder(nn.Module):
@@ -109,6 +113,10 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
         self.output_norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.exit_norms = nn.ModuleDict({str(e): RMSNorm(shape.d_model, shape.norm_eps) for e in shape.exits})
+
+    def exit_gain(self, e: int) -> Tensor:
+        """The gain f32 [D] of the exit after layer `e`."""
+        return self.exit_norms[str(e)].get_parameter("gain")
 
     def head(self, *, q8_embedding: bool) -> Tensor:
         """The embedding f32 [V, D], as the file will hold it or as it is."""

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +23,10 @@ import torch
 
 from nearfar.errors import Cancelled, FileError, UsageError
 from nearfar_cloud.training import dev, rows, tokenizer
-from nearfar_cloud.training.checkpoint import Checkpoints
+from nearfar_cloud.training.checkpoint import Checkpoints, read
 from nearfar_cloud.training.dev import DevRows
-from nearfar_cloud.training.generators import generators
+from nearfar_cloud.training.homes import HomeGenerator
+from nearfar_cloud.training.journals import JournalGenerator
 from nearfar_cloud.training.mix import Mix
 from nearfar_cloud.training.recipe import Recipe
 from nearfar_cloud.training.schedule import Budget
@@ -33,7 +34,6 @@ from nearfar_cloud.training.trainer import Report, Trainer
 
 DEV_ROWS = {"intents": 300, "home": 150, "sgd": 24, "journals": 40}  # rows of each source that are looked at
 WATCHED = ("intents", "home")  # the best checkpoint is the best here
-GENERATED_DEV_SEED = 99_991  # homes and journals that training does not draw
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,23 @@ def train(recipe: Recipe, options: Options) -> Path:
     return path
 
 
+def tokenizer_of(recipe: Recipe, options: Options) -> tokenizer.RowTokenizer:
+    """The tokenizer of the run's folder; trained from the data if there is none.  UsageError when the sizes differ."""
+    path = options.out / "tokenizer.json"
+    if path.is_file():
+        tok = tokenizer.RowTokenizer.load(path)
+    else:
+        tok = tokenizer.train(tokenizer.training_texts(options.data, options.without), recipe.shape.n_vocab)
+        tok.save(path)
+    if tok.n_vocab != recipe.shape.n_vocab:
+        raise UsageError(f"{path} has {tok.n_vocab} tokens, {recipe.name} is made for {recipe.shape.n_vocab}")
+    return tok
+
+
 def _loop(trainer: Trainer, checkpoints: Checkpoints, held_out: dict[str, DevRows], options: Options, log: Log) -> None:
     """Steps until the budget is spent, with a progress line and a checkpoint now and then."""
     shown, kept, window = trainer.seconds, trainer.seconds, Window(trainer)
-    best = float("inf")
+    best = best_so_far(checkpoints)
     with interrupt_flag() as interrupted:
         while trainer.progress < 1:
             before = trainer.phase
@@ -159,7 +172,8 @@ def _checkpoint(
     )
     log.write({"kind": "dev", "step": trainer.n, "seconds": trainer.seconds, "loss": loss, "sources": figures}, line)
     try:
-        path = checkpoints.save(trainer.n, trainer.checkpoint())
+        saved = trainer.checkpoint()
+        path = checkpoints.save(trainer.n, replace(saved, state={**saved.state, "dev_loss": loss}))
         if stable_end:
             checkpoints.keep(path, "stable-end")
         if loss < best:
@@ -167,6 +181,15 @@ def _checkpoint(
     except (FileError, OSError) as error:
         log.note(f"{error}; will try again at the next checkpoint")
     return min(best, loss)
+
+
+def best_so_far(checkpoints: Checkpoints) -> float:
+    """The held-out loss of the best checkpoint that is kept; infinity without one that can be read."""
+    path = checkpoints.path("best")
+    try:
+        return float(read(path).state["dev_loss"]) if path.is_file() else float("inf")
+    except FileError:
+        return float("inf")
 
 
 class Window:
@@ -220,15 +243,19 @@ def progress_line(record: dict[str, Any]) -> str:
 def dev_rows(data: Path, tok: tokenizer.RowTokenizer, recipe: Recipe, without: Sequence[str]) -> dict[str, DevRows]:
     """A fixed sample of held-out rows of each source in DEV_ROWS, packed."""
     label_end = {tok.encode('","slots')[-1]}
-    made = generators(data, GENERATED_DEV_SEED, [name for name in DEV_ROWS if name not in without])
+    made: dict[str, type[HomeGenerator] | type[JournalGenerator]] = {
+        "home": HomeGenerator,
+        "journals": JournalGenerator,
+    }
     packed = {}
     for name, n in DEV_ROWS.items():
         if name in without:
             continue
         if name in made:
-            sample = [made[name].row(i) for i in range(n)]
+            generator = made[name](data, recipe.seed, "dev")
+            sample = [generator.row(i) for i in range(n)]
         else:
-            sample = list(rows.FILE_SOURCES[name](data, "dev"))
+            sample = list(rows.FILE_SOURCES[name](data, "dev", rows.MAX_ROW_CHARS))
             random.Random(f"dev {name}").shuffle(sample)
         packed[name] = dev.pack(tok.encode_rows(sample[:n]), recipe.seq_len, recipe.micro_rows, tok.pad_id, label_end)
     return packed

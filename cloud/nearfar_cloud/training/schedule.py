@@ -62,4 +62,5 @@ def micro_batches(progress: float, recipe: Recipe) -> int:
     """Forward passes of one step: the batch grows geometrically until the decay begins, then stays."""
     first, last = recipe.batch_tokens
     share = min(progress / recipe.decay_from, 1.0)
-    return max(1, round(first * (last / first) ** share / recipe.micro_tokens))
+    tokens = float(first * (last / first) ** share)
+    return max(1, round(tokens / recipe.micro_tokens))

@@ -1,0 +1,150 @@
+"""A whole run on a data folder of a few rows: log, checkpoints, Ctrl-C, resume, and the model's file at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
+for package in ("tokenizers", "hassil", "safetensors", "matplotlib"):
+    pytest.importorskip(package, reason=f"{package} is not installed (extra [train])")
+
+from nearfar.errors import UsageError  # noqa: E402
+from nearfar.lower import open_lower  # noqa: E402
+from nearfar.weights import Weights  # noqa: E402
+from nearfar_cloud.training import tokenizer as tokenizers  # noqa: E402
+from nearfar_cloud.training.recipe import FIRST_RUN, Recipe, Shape  # noqa: E402
+from nearfar_cloud.training.run import Options, train  # noqa: E402
+from nearfar_cloud.training.schedule import Budget  # noqa: E402
+from tests.cloud import mini_data  # noqa: E402
+from tests.paths import ROOT  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mini_data.write(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: Path) -> tokenizers.RowTokenizer:
+    return tokenizers.train(tokenizers.training_texts(data), 512)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe_for(tokenizer: tokenizers.RowTokenizer) -> Recipe:
+    shape = Shape(tokenizer.n_vocab, 256, 2, 4, 2, 256, 128, exits=(1,))
+    return Recipe(
+        "micro", shape, seq_len=128, micro_rows=2, batch_tokens=(256, 512), precision="fp32", shares=FIRST_RUN
+    )
+
+
+def options(data: Path, out: Path, tokens: int, **more: Any) -> Options:
+    settings = {"budget": Budget(tokens=tokens), "compiled": False, "checkpoint_s": 0.0, "progress_s": 0.0}
+    return Options(data=data, out=out, **{**settings, **more})
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if r["kind"] == "step"]
+
+
+def test_a_run_ends_with_a_model_a_card_curves_and_a_report(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    path = train(recipe_for(tokenizer), options(data, tmp_path, 2048))
+    assert path == tmp_path / "micro.gguf"
+    weights = Weights.open(path)
+    assert [e.layer for e in weights.config.exits] == [1]
+    assert open_lower(weights, "numpy").config.n_vocab == tokenizer.n_vocab
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["card"]["train"]["tokens"] >= 2048
+    assert report["card"]["held_out"]["intents"]["rows"] > 0
+    assert sum(sum(s["tokens_seen"].values()) for s in report["card"]["sources"]) > 1500
+    page = (tmp_path / "micro.md").read_text()
+    for text in ("CC BY-SA 4.0", "--without sgd", "exit.1", "Not for", report["card"]["train"]["data_sha256"]):
+        assert text in page
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.stem for p in (tmp_path / "checkpoints").iterdir()} >= {"best", "stable-end"}
+    out = capsys.readouterr().out
+    for text in ("stable", "decay", "tokens", "exit.1", "dev", "left 0m"):
+        assert text in out
+
+
+def test_json_progress_is_one_record_a_line(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    train(recipe_for(tokenizer), options(data, tmp_path, 1024, as_json=True))
+    kinds = {json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()}
+    assert kinds == {"note", "progress", "dev", "done"}
+
+
+CHILD = """
+import sys, torch
+from pathlib import Path
+from nearfar.errors import NearfarError
+from nearfar_cloud.training.run import train
+from nearfar_cloud.training.tokenizer import RowTokenizer
+from tests.cloud.test_run import options, recipe_for
+torch.set_num_threads(1)
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+try:
+    train(recipe_for(RowTokenizer.load(out / "tokenizer.json")), options(data, out, 3072, resume=True))
+except NearfarError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_ctrl_c_saves_and_the_resumed_run_has_the_losses_of_an_unbroken_one(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path
+) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for out in (unbroken, broken):
+        tokenizer.save(out / "tokenizer.json")
+    train(recipe_for(tokenizer), options(data, unbroken, 3072))
+
+    paths = os.pathsep.join(str(ROOT / p) for p in ("sdk", "cloud", "."))
+    command = [sys.executable, "-u", "-c", CHILD, str(data), str(broken)]
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if " step      3" in line:
+            child.send_signal(signal.SIGINT)
+            break
+    rest = child.stdout.read()
+    assert child.wait() == 130
+    assert "--resume goes on from there" in rest
+    stopped = losses(broken)
+    assert 3 <= stopped[-1][0] < losses(unbroken)[-1][0]
+    with pytest.raises(UsageError, match="holds a run at step"):
+        train(recipe_for(tokenizer), options(data, broken, 3072))
+    train(recipe_for(tokenizer), options(data, broken, 3072, resume=True))
+    assert losses(broken) == losses(unbroken)
+
+
+def test_a_recipe_of_another_size_than_the_tokenizer_is_refused(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    recipe = recipe_for(tokenizer)
+    other = replace(recipe, shape=replace(recipe.shape, n_vocab=4096))
+    with pytest.raises(UsageError, match="micro is made for 4096"):
+        train(other, options(data, tmp_path, 1024))

@@ -94,7 +94,7 @@ def intent_prompt(label_space: str, text: str) -> Parts:
     """Ask for intent and slots in the labels of one data set: "hwu64", "snips", "clinc150", …"""
     return (
         Part(SETTING, control=True),
-        Part(label_space),
+        Part(neutral(label_space)),
         Part(USER, control=True),
         Part(neutral(text)),
         Part(CALL, control=True),
@@ -104,7 +104,7 @@ def intent_prompt(label_space: str, text: str) -> Parts:
 def intent_answer(intent: str, slots: Iterable[tuple[str, str]] = ()) -> Parts:
     """The answer to `intent_prompt`."""
     return (
-        Part(compact({"intent": intent, "slots": group_slots(slots)}), answer=True),
+        Part(neutral(compact({"intent": intent, "slots": group_slots(slots)})), answer=True),
         Part(END, control=True, answer=True),
     )
 
@@ -179,7 +179,7 @@ def home_reply_prompt(prompt: Parts, call: str, result: str) -> Parts:
     """Continue `prompt` with the call made and its result, and ask for the reply."""
     return (
         *prompt,
-        Part(call, answer=True),
+        Part(neutral(call), answer=True),
         Part(RESULT, control=True, answer=True),
         Part(home_text(result)),
         Part(ASSISTANT, control=True),
@@ -224,7 +224,7 @@ def journal_prompt(facts: str) -> Parts:
 def journal_answer(journal: str, evidence: Sequence[int]) -> Parts:
     """The answer to `journal_prompt`."""
     return (
-        Part(compact({"journal": neutral(journal), "evidence": list(evidence)}), answer=True),
+        Part(neutral(compact({"journal": journal, "evidence": list(evidence)})), answer=True),
         Part(END, control=True, answer=True),
     )
 

@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from nearfar.errors import NearfarError, UsageError
+from nearfar.forms import home_text
 from nearfar.splits import normalise
 
 MAX_CANDIDATES = 8  # entities that a prompt lists; more do not fit the context
@@ -96,6 +98,7 @@ class Entity:
     area: str
     domain: str
     device_class: str = ""
+    floor: str = ""
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -159,6 +162,11 @@ def duration_s(slots: Mapping[str, Any]) -> int:
     return int(3600 * slots.get("hours", 0) + 60 * slots.get("minutes", 0) + slots.get("seconds", 0))
 
 
+def split_seconds(seconds: int) -> dict[str, int]:
+    """3700 as {"hours": 1, "minutes": 1, "seconds": 40}."""
+    return {"hours": seconds // 3600, "minutes": seconds // 60 % 60, "seconds": seconds % 60}
+
+
 def _plain(text: str) -> str:
     return " ".join(word.removesuffix("s") for word in normalise(text).split())
 
@@ -178,7 +186,7 @@ def check(call: str, home: Home, request: str) -> Action | None:
     """
     try:
         value = json.loads(call)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise BadCall(f"not JSON: {call[:80]}") from None
     if not isinstance(value, dict) or not isinstance(value.get("intent"), str):
         raise BadCall(f"no intent in {call[:80]}")
@@ -215,7 +223,7 @@ def _check_value(where: str, kind: Kind, value: Any, home: Home, request: str) -
         if value not in kind:
             raise BadCall(f"{where} is {value!r}, expected one of {', '.join(map(str, kind))}")
         return
-    said = normalise(value) in normalise(request)
+    said = f" {normalise(value)} " in f" {normalise(request)} " or (kind == "text" and value in home_text(request))
     if kind == "name" and not (said or home.called(value) or value == "all"):
         raise BadCall(f"{where} is {value!r}: neither the home nor the request has it")
     if kind == "area" and not (said or _plain(value) in map(_plain, home.areas)):
@@ -226,40 +234,57 @@ def _check_value(where: str, kind: Kind, value: Any, home: Home, request: str) -
         raise BadCall(f"{where} is {value!r}, expected one word")
 
 
-_ACT_ON = {  # intents that do something to entities -> the domain they mean when the call names none
-    "HassTurnOn": "",
-    "HassTurnOff": "",
-    "HassLightSet": "light",
-    "HassSetPosition": "cover",
-    "HassClimateSetTemperature": "climate",
-    "HassVacuumStart": "vacuum",
-    "HassVacuumReturnToBase": "vacuum",
-    "HassMediaPause": "media_player",
-    "HassMediaUnpause": "media_player",
-    "HassMediaNext": "media_player",
-    "HassMediaPrevious": "media_player",
-    "HassSetVolume": "media_player",
+# Intents that are about entities -> the domains they fit; the first is meant when a call names no thing.
+_ABOUT: dict[str, tuple[str, ...]] = {
+    "HassLightSet": ("light",),
+    "HassSetPosition": ("cover", "valve"),
+    "HassClimateSetTemperature": ("climate",),
+    "HassClimateGetTemperature": ("climate",),
+    "HassVacuumStart": ("vacuum",),
+    "HassVacuumReturnToBase": ("vacuum",),
+    "HassMediaPause": ("media_player",),
+    "HassMediaUnpause": ("media_player",),
+    "HassMediaNext": ("media_player",),
+    "HassMediaPrevious": ("media_player",),
+    "HassMediaSearchAndPlay": ("media_player",),
+    "HassSetVolume": ("media_player",),
 }
+_ON_AND_OFF = ("HassTurnOn", "HassTurnOff")
+_ASKING = ("HassGetState", "HassClimateGetTemperature", "HassGetWeather")
+_SENSING = ("sensor", "binary_sensor", "person", "weather", "todo")  # nothing to switch
+_GUARDED = ("lock", "cover", "valve", "scene", "script", "vacuum")  # never meant by "everything"
 
 
 def _targets(intent: str, slots: Mapping[str, Any], home: Home) -> tuple[Entity, ...]:
-    """The entities that a call acts on; BadCall when there is none."""
-    if intent not in _ACT_ON:
+    """The entities that a call is about; BadCall when it acts on none."""
+    if intent not in (*_ABOUT, *_ON_AND_OFF, *_ASKING):
         return ()
-    domain, found = slots.get("domain") or ("" if "name" in slots else _ACT_ON[intent]), home.entities
-    if slots.get("name") not in (None, "all"):
+    found = home.entities
+    named = slots.get("name") not in (None, "all")
+    if named:
         found = home.called(slots["name"])
     if "area" in slots:
         found = tuple(e for e in found if _plain(e.area) == _plain(slots["area"]))
-    if domain:
-        found = tuple(e for e in found if e.domain == domain)
-    if "device_class" in slots:
-        found = tuple(e for e in found if e.device_class == slots["device_class"])
-    if not found:
-        wanted = " ".join(str(slots[k]) for k in ("name", "device_class", "domain", "area", "floor") if k in slots)
-        raise BadCall(f"{intent}: this home has no {wanted or domain or 'such thing'}")
-    if not any(k in slots for k in ("name", "area", "floor", "domain", "device_class")) and len(found) > 1:
-        found = tuple(e for e in found if e.domain == _ACT_ON[intent]) or found
+    if "floor" in slots:
+        found = tuple(e for e in found if _plain(slots["floor"]) in (_plain(e.floor), _plain(e.area)))
+    for slot in ("domain", "device_class"):
+        if slot in slots:
+            found = tuple(e for e in found if getattr(e, slot) == slots[slot])
+    if intent in _ABOUT:
+        found = tuple(e for e in found if e.domain in _ABOUT[intent])
+        if not named and "domain" not in slots:
+            found = tuple(e for e in found if e.domain == _ABOUT[intent][0])
+    if intent in _ON_AND_OFF:
+        if not named and not {"area", "floor", "domain", "device_class"} & set(slots):
+            raise BadCall(f"{intent} without a thing to switch")
+        found = tuple(e for e in found if e.domain not in _SENSING)
+        if not named and not {"domain", "device_class"} & set(slots):
+            found = tuple(e for e in found if e.domain not in _GUARDED)
+    if not found and intent not in _ASKING:
+        kind = "" if "domain" in slots else " or ".join(_ABOUT.get(intent, ()))
+        wanted = [str(slots[k]) for k in ("name", "device_class", "domain") if k in slots] or [kind or "thing"]
+        where = [f"{word} {slots[k]}" for word, k in (("in", "area"), ("on", "floor")) if k in slots]
+        raise BadCall(f"{intent}: this home has no {' '.join([*wanted, *where])} to do that with")
     return found
 
 
@@ -268,8 +293,9 @@ def _targets(intent: str, slots: Mapping[str, Any], home: Home) -> tuple[Entity,
 
 @dataclass
 class Timer:
-    """A running timer: seconds left, its name, and the command to give when it ends."""
+    """A running timer: its length and what is left of it in seconds, its name, the command to give when it ends."""
 
+    length: int
     seconds: int
     name: str = ""
     command: str = ""
@@ -281,30 +307,56 @@ class HomeState:
     """What the home's things are doing, in memory: enough to show what a call changes."""
 
     home: Home
-    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    states: dict[Entity, dict[str, Any]] = field(default_factory=dict)
     timers: list[Timer] = field(default_factory=list)
     lists: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entity in self.home.entities:
-            self.states.setdefault(entity.name, {"state": _FIRST_STATE.get(entity.domain, "off")})
+            self.states.setdefault(entity, dict(_FIRST_STATE.get(entity.domain, {"state": "off"})))
 
     def execute(self, action: Action) -> list[str]:
-        """Do a checked call; one line per change, `kitchen light: off -> on`."""
+        """Do a checked call; one line per change, `ceiling light (kitchen): off -> on`."""
         changes: list[str] = []
         for entity in action.targets:
-            now = self.states[entity.name]
+            now = self.states.setdefault(entity, {})
             for key, value in _wanted(action, entity).items():
                 if now.get(key) != value:
-                    what = entity.name if key == "state" else f"{entity.name} {key}"
+                    what = f"{entity.name} ({entity.area})" if entity.area else entity.name
+                    what = what if key == "state" else f"{what} {key.replace('_level', '')}"
                     changes.append(f"{what}: {now.get(key, 'not set')} -> {value}")
                     now[key] = value
         return changes + self._timers_and_lists(action)
 
+    def answer(self, action: Action) -> str:
+        """What the home answers to a checked call: the value that was asked for, or "ok"."""
+        intent, slots = action.intent, action.slots
+        if intent == "HassGetState":
+            states = [str(self.states[e]["state"]) for e in action.targets if e in self.states]
+            if not states:
+                return "unknown"
+            if "state" in slots:
+                return "yes" if slots["state"] in states else "no"
+            return ", ".join(dict.fromkeys(states))
+        if intent == "HassClimateGetTemperature":
+            return next((str(self.states[e].get("temperature")) for e in action.targets), "unknown")
+        if intent == "HassGetWeather":
+            return "unknown"
+        if intent == "HassGetCurrentTime":
+            return datetime.now().strftime("%H:%M").removeprefix("0")
+        if intent == "HassGetCurrentDate":
+            now = datetime.now()
+            return f"{now:%A}, {now.day} {now:%B}".lower()
+        if intent == "HassTimerStatus":
+            left = [timer.seconds for timer in self._chosen(action)]
+            return spoken_duration(split_seconds(left[-1])) if left else "no time"
+        return "ok"
+
     def _timers_and_lists(self, action: Action) -> list[str]:
         intent, slots = action.intent, action.slots
         if intent == "HassStartTimer":
-            timer = Timer(duration_s(slots), slots.get("name", ""), slots.get("conversation_command", ""))
+            seconds = duration_s(slots)
+            timer = Timer(seconds, seconds, slots.get("name", ""), slots.get("conversation_command", ""))
             self.timers.append(timer)
             return [f"in {spoken_duration(slots)}: {timer.command or timer.name or 'timer'}"]
         if intent in ("HassListAddItem", "HassShoppingListAddItem"):
@@ -317,13 +369,20 @@ class HomeState:
             changed = len(kept) < len(self.lists.get(name, []))
             self.lists[name] = kept
             return [f"{name}: - {slots['item']}"] if changed else []
-        if intent in _TIMER_CHANGES:
-            return self._change_timers(action)
-        return []
+        return self._change_timers(action) if intent in _TIMER_CHANGES else []
+
+    def _chosen(self, action: Action) -> list[Timer]:
+        """The timers that a call is about, by their name and the length they started with."""
+        slots, chosen = action.slots, self.timers
+        if "name" in slots:
+            chosen = [t for t in chosen if _plain(t.name) == _plain(slots["name"])]
+        started = {k.removeprefix("start_"): v for k, v in slots.items() if k.startswith("start_")}
+        if started:
+            chosen = [t for t in chosen if t.length == duration_s(started)]
+        return list(chosen)
 
     def _change_timers(self, action: Action) -> list[str]:
-        named = action.slots.get("name")
-        chosen = [t for t in self.timers if named is None or _plain(t.name) == _plain(named)]
+        chosen = self._chosen(action)
         if action.intent != "HassCancelAllTimers":
             chosen = chosen[-1:]
         for timer in chosen:
@@ -338,7 +397,14 @@ class HomeState:
         return [f"timer {_TIMER_CHANGES[action.intent]}" for _ in chosen]
 
 
-_FIRST_STATE = {"cover": "closed", "lock": "locked", "valve": "closed", "vacuum": "docked", "media_player": "paused"}
+_FIRST_STATE: dict[str, dict[str, Any]] = {
+    "cover": {"state": "closed"},
+    "lock": {"state": "locked"},
+    "valve": {"state": "closed"},
+    "vacuum": {"state": "docked"},
+    "media_player": {"state": "paused"},
+    "climate": {"state": "on", "temperature": 21},
+}
 _TIMER_CHANGES = {
     "HassCancelTimer": "cancelled",
     "HassCancelAllTimers": "cancelled",
@@ -364,6 +430,8 @@ def _wanted(action: Action, entity: Entity) -> dict[str, Any]:
         return {"state": "on"} | {k: slots[k] for k in ("brightness", "color") if k in slots}
     if intent == "HassSetPosition":
         return {"state": "open" if slots["position"] else "closed", "position": slots["position"]}
+    if intent == "HassMediaSearchAndPlay":
+        return {"state": "playing", "media": slots["search_query"]}
     fixed = {
         "HassVacuumStart": "cleaning",
         "HassVacuumReturnToBase": "docked",
@@ -372,7 +440,9 @@ def _wanted(action: Action, entity: Entity) -> dict[str, Any]:
     }
     if intent in fixed:
         return {"state": fixed[intent]}
-    return {k: slots[k] for k in ("temperature", "volume_level") if k in slots}
+    if intent in ("HassClimateSetTemperature", "HassSetVolume"):
+        return {k: slots[k] for k in ("temperature", "volume_level") if k in slots}
+    return {}
 
 
 # ---------------------------------------------------------------- saying it
@@ -414,7 +484,7 @@ def reply(intent: str, slots: Mapping[str, Any], domain: str = "", result: str =
 
     `domain` is that of the target, where the call names only the target; `result` is "ok" or a value asked for.
     """
-    what, domain = _what(slots, _ACT_ON.get(intent, "")), slots.get("domain", domain)
+    what, domain = _what(slots, _ABOUT.get(intent, ("",))[0]), slots.get("domain", domain)
     if intent in ("HassTurnOn", "HassTurnOff"):
         return f"{_ON_WORDS.get(domain, ('Turned on', 'Turned off'))[intent == 'HassTurnOff']} {what}."
     if intent == "HassStartTimer":

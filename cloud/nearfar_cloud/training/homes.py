@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,9 @@ class HomeGenerator:
         entities = self._entities(rng, target, [target])
         draw = _Draw(rng, target, rng.choice(lexicon.FLOORS), entities)
         self._walk(template.tree, draw, template)
+        if "floor" in draw.slots:
+            on_floor = replace(target, floor=draw.floor)
+            entities[entities.index(target)] = target = on_floor
         slots = {**{k: v for k, v in template.slots.items() if k in home.INTENTS[template.intent]}, **draw.slots}
         text = self._noise(rng, draw.pieces, plain="conversation_command" in slots or "message" in slots)
         in_home = ("name" in slots and "name" in template.lists) or "area" in slots

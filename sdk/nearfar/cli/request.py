@@ -15,7 +15,18 @@ from nearfar.cli.terminal import Paint, printable
 from nearfar.cli.words import read_text
 from nearfar.errors import DataError
 from nearfar.forms import CALL_STOPS, ROWS_VERSION, Parts, home_prompt, home_reply_prompt
-from nearfar.home import Action, BadCall, Entity, Home, HomeState, check, demo_home, reply, spoken_duration
+from nearfar.home import (
+    NO_INTENT,
+    Action,
+    BadCall,
+    Entity,
+    Home,
+    HomeState,
+    check,
+    demo_home,
+    reply,
+    spoken_duration,
+)
 from nearfar.llm import LLM, Completion
 
 MAX_REPLY_TOKENS = 48
@@ -70,19 +81,14 @@ def handle(
 
 def reply_to(llm: LLM, prompt: Parts, call: str, action: Action | None, state: HomeState) -> tuple[str, bool]:
     """The model's reply to the call's result; the fixed sentence where it writes nothing.  (text, by the model)"""
-    result = result_of(action, state)
+    result = state.answer(action) if action else NO_INTENT
     written = llm.generate(home_reply_prompt(prompt, call, result), max_tokens=MAX_REPLY_TOKENS).text.strip()
     if written:
         return written, True
     if action is None:
-        return reply("none", {}), False
+        return reply(NO_INTENT, {}), False
     domain = action.targets[0].domain if action.targets else ""
     return reply(action.intent, action.slots, domain, result), False
-
-
-def result_of(action: Action | None, state: HomeState) -> str:
-    """What the home answers to a call: `none`, a state that was asked for, or `ok`."""
-    return "none" if action is None else state.answer(action)
 
 
 def stop_ids(llm: LLM) -> tuple[int, ...]:

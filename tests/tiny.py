@@ -45,6 +45,7 @@ def write_tiny(
     tau: float = 0.5,
     embedding_type: str = "F32",
     tied: bool = True,
+    pre: str = "smollm",
     extra: dict[str, object] | None = None,
 ) -> Path:
     """Write a model and return its path.  `exits` adds exit norms as keys, each with threshold `tau`."""
@@ -65,7 +66,7 @@ def write_tiny(
     if arch == "qwen3" or head_dim * n_heads != d_model:
         w.add_uint32(key("attention.key_length"), head_dim)
         w.add_uint32(key("attention.value_length"), head_dim)
-    _add_tokenizer(w, n_vocab)
+    _add_tokenizer(w, n_vocab, pre)
 
     def gain(n: int) -> np.ndarray:
         return rng.uniform(0.5, 1.5, n).astype(np.float32)
@@ -152,13 +153,13 @@ def _random_k_blocks(rng: np.random.Generator, rows: int, cols: int, kind: str, 
     return np.concatenate(blocks, axis=1).reshape(rows, -1)
 
 
-def _add_tokenizer(w: gguf.GGUFWriter, n_vocab: int) -> None:
+def _add_tokenizer(w: gguf.GGUFWriter, n_vocab: int, pre: str) -> None:
     merged = [pair.replace(" ", "") for pair in MERGES]
     words = [*byte_alphabet(), *merged, END, USER]
     fill = [f"[unused{i}]" for i in range(n_vocab - len(words))]
     kinds = [1] * (256 + len(merged)) + [3, 3] + [5] * len(fill)
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("smollm")
+    w.add_tokenizer_pre(pre)
     w.add_token_list([*words, *fill])
     w.add_token_types(kinds)
     w.add_token_merges(list(MERGES))

@@ -1,9 +1,9 @@
 """llama-cpp-python behind the face of `LLM`: every GGUF architecture that our engine does not run.
 
 No hidden rows, no exits and no layer ranges here, only whole steps; `llm.backend` says why this engine was taken.
-The sampler, the constraint, the stop rules and the tokenizer are ours, so that answers follow the same rules.  The only
-importer of llama_cpp (extra `[llama]`), and only of its C interface: its Python layer would compile the chat template
-that the file brings along.
+The sampler, the constraint and the stop rules are ours, and so is the tokenizer where it knows the file's kind.  This is
+the only importer of llama_cpp (extra `[llama]`), and only of its C interface: its Python layer would compile the chat
+template that the file brings along.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ import numpy as np
 from nearfar.cancel import Cancel
 from nearfar.constraint import Constraint
 from nearfar.engine import Token
-from nearfar.errors import ContextError, MissingExtraError, UnsupportedError, UsageError, WeightsError
+from nearfar.errors import (
+    ContextError,
+    MissingExtraError,
+    TokenizerError,
+    UnsupportedError,
+    UsageError,
+    WeightsError,
+)
 from nearfar.exit import max_softmax
 from nearfar.gguf_reader import GGUFFile
 from nearfar.llm import LLM
 from nearfar.sampling import Sampling, sample
 from nearfar.sequence import Sequence
-from nearfar.tokenizer import tokenizer_from_metadata
+from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
+from nearfar.vocab import Vocab
 
 N_BATCH = 512  # prompt tokens of one call to llama_decode
 
@@ -38,8 +46,12 @@ def open_llama(path: Path, *, n_ctx: int | None = None, threads: int | None = No
         raise MissingExtraError("llama-cpp-python", "llama", "this model") from error
     with GGUFFile.open(path) as file:
         metadata = dict(file.metadata)
-    tokenizer = tokenizer_from_metadata(metadata)
     model = _Model(llama_cpp, path)
+    try:
+        tokenizer = tokenizer_from_metadata(metadata)
+    except (TokenizerError, UnsupportedError):  # a kind that ours does not know; a damaged one fails below as well
+        vocab = Vocab.from_metadata(metadata, bos=None, eos=None, unk=None, add_bos=model.adds_bos)
+        tokenizer = Tokenizer(vocab, LlamaSubwords(model, vocab))
     if model.n_vocab != tokenizer.n_vocab:
         raise WeightsError(f"{path}: llama.cpp sees {model.n_vocab} tokens, the tokenizer has {tokenizer.n_vocab}")
     max_len = n_ctx or model.n_ctx_train
@@ -86,13 +98,42 @@ class _Model:
         self.handle = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         if not self.handle:
             raise UnsupportedError(f"{path}: llama.cpp cannot load this file either (a newer version might)")
-        self.n_vocab: int = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.handle))
+        self.vocab = api.llama_model_get_vocab(self.handle)
+        self.n_vocab: int = api.llama_vocab_n_tokens(self.vocab)
+        self.adds_bos: bool = api.llama_vocab_get_add_bos(self.vocab)
         self.n_ctx_train: int = api.llama_model_n_ctx_train(self.handle)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self.api.llama_model_free(self.handle)
             self.handle = None
+
+
+class LlamaSubwords:
+    """`tokenizer.Subwords` by llama.cpp, for kinds of tokenizers that ours does not know."""
+
+    add_space_prefix = False
+
+    def __init__(self, model: _Model, vocab: Vocab) -> None:
+        self._model, self._ids = model, vocab.ids
+
+    def encode(self, text: str, *, after_special: bool) -> list[int]:
+        """Ids of text that holds no special token."""
+        api, data = self._model.api, text.encode()
+        room = len(data) + 8  # a token is at least a byte; some kinds add a space
+        tokens = (api.llama_token * room)()
+        n = api.llama_tokenize(self._model.vocab, data, len(data), tokens, room, False, False)
+        if n < 0:
+            raise TokenizerError(f"llama.cpp needs {-n} tokens for {len(data)} bytes: expected at most {room}")
+        return list(tokens[:n])
+
+    def text_bytes(self, token: str) -> bytes:
+        """The bytes that a normal token's text stands for."""
+        api = self._model.api
+        room = 8 * len(token.encode(errors="surrogateescape")) + 64
+        buffer = ctypes.create_string_buffer(room)
+        n = api.llama_token_to_piece(self._model.vocab, self._ids[token], buffer, room, 0, False)
+        return buffer.raw[: max(n, 0)]
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from nearfar.config import ModelConfig
 from nearfar.constraint import Constraint, Vocabulary
 from nearfar.detokenize import Detokenizer
 from nearfar.engine import Engine, Stepper
-from nearfar.errors import Cancelled, ContextError, UnsupportedError, UsageError
+from nearfar.errors import Cancelled, ContextError, TokenizerError, UnsupportedError, UsageError
 from nearfar.forms import Part
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import open_lower
@@ -117,7 +117,7 @@ class LLM:
         if backend != "llama":
             try:
                 return cls._open_own(Path(path), backend, threads, n_ctx, kv_dtype)
-            except UnsupportedError as error:
+            except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its tokenizer
                 if backend is not None or not _has_llama():
                     raise
                 why = str(error)

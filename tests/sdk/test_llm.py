@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nearfar import LLM, Cancel, Sampling
-from nearfar.errors import ContextError, FileError, SchemaError, UnsupportedError, UsageError
+from nearfar.errors import ContextError, FileError, SchemaError, TokenizerError, UnsupportedError, UsageError
 from nearfar.forms import Part
 from tests.tiny import write_tiny
 
@@ -197,3 +197,16 @@ def test_what_ours_does_not_run_goes_to_llama_cpp_and_says_why(tmp_path: Path) -
     damaged.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(FileError):
         LLM.open(damaged, backend="llama")
+
+
+def test_a_tokenizer_that_ours_does_not_know_is_read_by_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra [llama])")
+    path = write_tiny(tmp_path / "m.gguf", "llama", pre="exaone-moe")
+    with pytest.raises(TokenizerError, match="exaone-moe"):
+        LLM.open(path, backend="numpy")
+    llm = LLM.open(path)
+    assert "exaone-moe" in llm.backend
+    ids = llm.tokenizer.encode("the inn, naïve é")
+    assert llm.tokenizer.decode(ids) == "the inn, naïve é"
+    assert len(ids) < len("the inn, naïve é".encode())  # merges were applied
+    assert llm.generate("the", max_tokens=20, sampling=WARM).text

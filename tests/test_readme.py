@@ -41,9 +41,13 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+def commands(document: str) -> list[str]:
+    """The lines of its sh blocks, without the folder of the environment."""
+    return [line.removeprefix(".venv/bin/") for block in blocks(document, "sh") for line in block.splitlines()]
+
+
 def reduced(line: str) -> str:
     """The line as it is run here."""
-    line = line.removeprefix(".venv/bin/")
     for start, (instead, _) in REDUCED.items():
         if line.startswith(start):
             rest = line.removeprefix(start).strip()
@@ -52,7 +56,7 @@ def reduced(line: str) -> str:
 
 
 def script(document: str) -> str:
-    return "\n".join(reduced(line) for block in blocks(document, "sh") for line in block.splitlines())
+    return "\n".join(reduced(line) for line in commands(document))
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_the_python_of_a_document_runs(document: str, folder: Path) -> None:
 
 
 def test_every_reduction_is_used_and_has_a_reason() -> None:
-    lines = [line for d in DOCUMENTS for block in blocks(d, "sh") for line in block.splitlines()]
+    lines = [line for document in DOCUMENTS for line in commands(document)]
     for start, (_, reason) in REDUCED.items():
         assert any(line.startswith(start) for line in lines), f"{start} stands in no document"
         assert reason

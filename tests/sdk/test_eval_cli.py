@@ -11,7 +11,7 @@ import pytest
 
 from nearfar.cli.main import main
 from nearfar.eval.intervals import Interval
-from nearfar.eval.report import Section, as_text, shown
+from nearfar.eval.report import Section, as_json, as_text, shown
 from nearfar.eval.tasks import Figure
 from nearfar.splits import split_residue
 from nearfar.weights import Weights
@@ -179,3 +179,11 @@ def test_the_table_for_people_says_what_is_missing() -> None:
         "  note: x",
     ]
     assert shown(Interval(0.9468, 0.9, 0.97, 7), unit="") == "0.947 [0.900, 0.970] n 7"
+
+
+def test_a_figure_that_one_mode_lacks_is_a_dash() -> None:
+    share, area = Figure("intent", Interval(0.5, 0.25, 0.75, 3)), Figure("area", Interval(0.9, 0.8, 1.0, 3), unit="")
+    section = Section("t", "A test", 3, {"free": [share, area], "schema": [share]})
+    assert as_text([section]).splitlines()[-1] == "  area           0.900 [0.800, 1.000] n 3  -"
+    lines = as_json([section])["tasks"][0]["figures"]
+    assert [sorted(line) for line in lines] == [["free", "metric", "schema", "unit"], ["free", "metric", "unit"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,15 @@ class Section:
     name: str
     split: str
     n_rows: int
-    figures: Mapping[str, Sequence[Figure]]  # mode -> figures, the same metrics in each
+    figures: Mapping[str, Sequence[Figure]]  # mode -> figures; the first mode has every metric
     baseline: Baseline | None = None
     notes: Sequence[str] = field(default_factory=tuple)
+
+    def lines(self) -> Iterator[tuple[Figure, dict[str, Interval]]]:
+        """Each figure of the first mode with its intervals by mode; a mode may lack some."""
+        for figure in next(iter(self.figures.values()), ()):
+            same = {mode: f.interval for mode, fs in self.figures.items() for f in fs if f.metric == figure.metric}
+            yield figure, same
 
     def baseline_of(self, metric: str) -> Interval | None:
         """The baseline's figure for `metric`; "… by exit.4" is compared with the baseline's own "… by …"."""
@@ -41,9 +47,9 @@ def as_json(sections: Iterable[Section], **facts: Any) -> dict[str, Any]:
 
 def _section_json(s: Section) -> dict[str, Any]:
     lines = []
-    for n, figure in enumerate(next(iter(s.figures.values()), ())):
+    for figure, intervals in s.lines():
         line: dict[str, Any] = {"metric": figure.metric, "unit": figure.unit}
-        line |= {mode: _interval_json(figures[n].interval) for mode, figures in s.figures.items()}
+        line |= {mode: _interval_json(interval) for mode, interval in intervals.items()}
         beside = s.baseline_of(figure.metric)
         if beside is not None:
             line["baseline"] = _interval_json(beside)
@@ -75,8 +81,8 @@ def _section_text(s: Section) -> list[str]:
     if s.baseline is not None:
         head.append(f"{s.baseline.name}{' (stored)' if s.baseline.stored else ''}")
     rows = [head]
-    for n, figure in enumerate(next(iter(s.figures.values()), ())):
-        row = [f"  {figure.metric}", *(shown(s.figures[m][n].interval, figure.unit) for m in modes)]
+    for figure, intervals in s.lines():
+        row = [f"  {figure.metric}", *(shown(intervals[m], figure.unit) if m in intervals else "-" for m in modes)]
         beside = s.baseline_of(figure.metric)
         if s.baseline is not None:
             row.append("-" if beside is None else shown(beside, figure.unit))

@@ -1,7 +1,7 @@
 """llama-cpp-python behind the face of `LLM`: every GGUF architecture that our engine does not run.
 
 No hidden rows, no exits and no layer ranges here, only whole steps; `llm.backend` says why this engine was taken.
-The sampler, the constraint and the stop rules are ours, and so is the tokenizer where it knows the file's kind.  This is
+The sampler, the constraint and the stop rules are ours, and so is the tokenizer where it knows the file. This is
 the only importer of llama_cpp (extra `[llama]`), and only of its C interface: its Python layer would compile the chat
 template that the file brings along.
 """

@@ -263,7 +263,7 @@ def test_every_intent_has_a_reply() -> None:
         ("HassTurnOn", {"name": "blinds"}, "cover", "Opened the blinds."),
         ("HassTurnOff", {"name": "front door"}, "lock", "Unlocked the front door."),
         ("HassTurnOff", {"area": "attic", "domain": "switch"}, "", "Turned off the switches in the attic."),
-        ("HassStartTimer", {"hours": 1, "minutes": 1, "seconds": 2}, "", "Timer set for 1 hour, 1 minute and 2 seconds."),
+        ("HassStartTimer", {"hours": 1, "seconds": 3}, "", "Timer set for 1 hour and 3 seconds."),
         ("HassStartTimer", {"minutes": 4, "name": "tea"}, "", "Timer set for 4 minutes, tea."),
     ],
 )  # fmt: skip

@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "bandwidth.h"
 #include "blocks.h"
 #include "kernels.h"
 #include "threads.h"
@@ -72,6 +73,7 @@ PackedMat make_matrix(TensorType type, int64_t cols, size_t bytes) {
   m.panel_bytes = one.panel_bytes;
   m.data = AlignedBuffer(static_cast<size_t>(n * one.panel_bytes));
   m.row_scales = AlignedBuffer(static_cast<size_t>(m.rows) * sizeof(float));
+  std::memset(m.row_scales.data(), 0, m.row_scales.size());
   for (int64_t p = 0; p < n; ++p) {
     std::memcpy(m.data.data() + p * m.panel_bytes, one.data.data(), one.data.size());
   }

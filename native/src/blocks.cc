@@ -136,12 +136,15 @@ void decode_q4_k(const uint8_t* block, Q4KBlock& out) {
 // the nibble runs are low(0..63), high(0..63) and the top bits four fields of 32.
 void decode_q6_k(const uint8_t* block, Q6KBlock& out) {
   for (int half = 0; half < 2; ++half) {
-    const uint8_t* low = block + half * 64;
-    const uint8_t* top = block + 128 + half * 32;
-    for (int j = 0; j < 128; ++j) {
-      const int nibble = (low[j % 64] >> (4 * (j / 64))) & 15;
-      const int bits = (top[j % 32] >> (2 * (j / 32))) & 3;
-      out.code[half * 128 + j] = static_cast<int8_t>((nibble | bits << 4) - 32);
+    for (int field = 0; field < 4; ++field) {
+      const uint8_t* low = block + half * 64 + field % 2 * 32;
+      const uint8_t* top = block + 128 + half * 32;
+      int8_t* code = out.code + half * 128 + field * 32;
+      for (int j = 0; j < 32; ++j) {
+        const int nibble = (low[j] >> (field / 2 * 4)) & 15;
+        const int bits = (top[j] >> (2 * field)) & 3;
+        code[j] = static_cast<int8_t>((nibble | bits << 4) - 32);
+      }
     }
   }
   std::memcpy(out.scale, block + 192, 16);

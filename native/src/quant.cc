@@ -1,5 +1,6 @@
 #include "quant.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdlib>
@@ -149,6 +150,7 @@ PackedMat allocate(const RawTensor& w, PanelKind kind, float scale) {
   m.scale = scale;
   m.panel_bytes = bytes_per_panel(kind, w.cols);
   m.data = AlignedBuffer(static_cast<size_t>(m.n_panels() * m.panel_bytes));
+  std::memset(m.data.data() + (m.n_panels() - 1) * m.panel_bytes, 0, m.panel_bytes);
   return m;
 }
 
@@ -156,14 +158,22 @@ uint8_t* panel_of(PackedMat& m, int64_t row) {
   return m.data.data() + row / kPanelRows * m.panel_bytes;
 }
 
+// 64 k of 64 rows at a time: every cache line of the panel is filled while it is near.
 template <class Value>
 PackedMat pack_float(const RawTensor& w, PanelKind kind, float scale) {
+  constexpr int64_t kRun = 64;
   PackedMat m = allocate(w, kind, scale);
-  const uint8_t* in = w.bytes.data();
-  for (int64_t n = 0; n < w.rows; ++n) {
-    uint8_t* lane = panel_of(m, n) + n % kPanelRows * sizeof(Value);
-    for (int64_t k = 0; k < w.cols; ++k, in += sizeof(Value)) {
-      store(lane + k * kPanelRows * sizeof(Value), load<Value>(in));
+  for (int64_t first = 0; first < w.rows; first += kPanelRows) {
+    const int64_t rows = std::min(kPanelRows, w.rows - first);
+    for (int64_t k0 = 0; k0 < w.cols; k0 += kRun) {
+      const int64_t run = std::min(kRun, w.cols - k0);
+      uint8_t* out = panel_of(m, first) + k0 * kPanelRows * sizeof(Value);
+      for (int64_t row = 0; row < rows; ++row, out += sizeof(Value)) {
+        const uint8_t* in = w.bytes.data() + ((first + row) * w.cols + k0) * sizeof(Value);
+        for (int64_t k = 0; k < run; ++k) {
+          store(out + k * kPanelRows * sizeof(Value), load<Value>(in + k * sizeof(Value)));
+        }
+      }
     }
   }
   return m;
@@ -180,15 +190,11 @@ void decode_ternary(TensorType type, const uint8_t* block, TernaryBlock& out) {
 // A block that is zero throughout says nothing about its row's scale: writers store d = 0 there,
 // and a reader may find any d. All its codes become 1 (weight 0) and its d 0.
 void settle_zero(TernaryBlock& b) {
-  bool zero = b.d == 0;
-  if (!zero) {
-    zero = true;
-    for (uint8_t code : b.code) zero = zero && code == 1;
-  }
-  if (zero) {
-    std::memset(b.code, 1, sizeof b.code);
-    b.d = 0;
-  }
+  uint8_t any = 0;
+  for (uint8_t code : b.code) any |= code ^ 1;
+  if (any != 0 && b.d != 0) return;
+  std::memset(b.code, 1, sizeof b.code);
+  b.d = 0;
 }
 
 // The i32 sums of the i2 kernels hold 352,000 columns.
@@ -219,8 +225,9 @@ PackedMat pack_ternary(const RawTensor& w, float scale) {
 
   PackedMat m = allocate(w, one_scale_a_row ? PanelKind::kI2 : PanelKind::kI2Blocks, scale);
   if (one_scale_a_row) {
-    m.row_scales = AlignedBuffer(static_cast<size_t>(m.n_panels() * kPanelRows) * sizeof(float));
-    std::memcpy(m.row_scales.data(), row_scale.data(), row_scale.size() * sizeof(float));
+    row_scale.resize(static_cast<size_t>(m.n_panels() * kPanelRows), 0.0f);
+    m.row_scales = AlignedBuffer(row_scale.size() * sizeof(float));
+    std::memcpy(m.row_scales.data(), row_scale.data(), m.row_scales.size());
   }
   for (int64_t i = 0; i < w.rows * n_blocks; ++i) {
     const int64_t n = i / n_blocks, j = i % n_blocks, row = n % kPanelRows;
@@ -327,9 +334,9 @@ AlignedBuffer::AlignedBuffer(size_t size) : size_(size) {
   auto* p = static_cast<uint8_t*>(::operator new(size, std::align_val_t{alignment}));
   data_ = {p, Free{alignment}};
 #if defined(__linux__)
-  if (alignment == kHugePage) madvise(p, size, MADV_HUGEPAGE);
+  // Whole huge pages only: a tail would take one of its own and cost up to 2 MiB a matrix.
+  if (alignment == kHugePage) madvise(p, size / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
-  std::memset(p, 0, size);
 }
 
 int grain(PanelKind kind) {

@@ -40,7 +40,7 @@ struct RawTensor {
   std::span<const uint8_t> bytes;
 };
 
-// Zeroed bytes, 64-byte aligned; large buffers ask for huge pages.
+// Bytes, 64-byte aligned and not initialised; large buffers ask for huge pages.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;

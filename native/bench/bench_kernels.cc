@@ -1,9 +1,7 @@
-// How fast each kernel reads its weights: from L2, from L3 and from memory, for some numbers of
-// rows.
+// How fast each kernel reads its weights, from L2, from L3 and from memory, for some rows of x.
 //
-//   bench_kernels [--isa NAME] [--kind NAME] [--rows 1,2,4,8] [--level l2|l3|dram] [--threads N]
-//   [--cols K]
-//                 [--cpu-time]
+//   bench_kernels [--isa NAME] [--kind NAME] [--rows 1,2,4,8] [--level l2|l3|dram]
+//                 [--threads N] [--cols K] [--cpu-time]
 //
 // One JSON line per measurement, after one with the machine's own read bandwidth: median seconds of
 // a product, GB/s of packed weights, GOPS (a multiply-add is 2), percent of the bandwidth of

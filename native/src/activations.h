@@ -2,10 +2,10 @@
 // shared by the matrices that read it (q, k, v; gate, up).
 //
 // Per group of `grain` values (0: the whole row): s = max|x| / 127, q = rint(x * (127 / max)), so
-// that |q| <= 127: no kernel meets -128. A group whose max is below 2^-120 counts as
-// zeros. With grain 32 s is rounded to f16 (below 65504), as ggml stores it, which
-// makes the products of both engines equal. The same in f32 and the same bits on every ISA as
-// nearfar.quant.fake_quantize_activations.
+// that |q| <= 127: no kernel meets -128. A group whose max is below 2^-120 counts as zeros.
+// With grain 32 s is rounded to f16 (below 65504), as ggml stores it, which makes the products of
+// both engines equal. All in f32: the bits of nearfar.quant.fake_quantize_activations, on every
+// ISA.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,8 @@
-// The kernels: products of panels and a few rows of activations, one file and one namespace per
-// ISA.
+// The kernels: products of panels and rows of activations, one file and one namespace per ISA.
 //
 // Contract of each (see Matmul in mat.h): w has the kind in the kernel's name, x the kind's grain
 // and x.cols == w.cols. Integer sums are exact in any order. Floats follow one order, the same on
-// every ISA, for every M and every split of panels, so that all of them give the same bits as
-// `ref`:
+// every ISA, for every M and every split of panels, so that all give the bits of `ref`:
 //
 //   i2         y = ((row_scale * s_x) * (sum q*code - sum q)) * scale
 //   i2_blocks  F = fma(s_w, sum q*w, F) over 256s in order;                  y = (F * s_x) * scale

@@ -7,11 +7,10 @@
 //   i2        2 * 3 * 127 = 762           32 pairs (8 steps of 4 fields): 24,384
 //   q4, q4_k  2 * 15 * 127 = 3,810        8 pairs (32 k): 30,480
 //   int8      2 * 128 * 127 = 32,512      1 pair
-//   int8_k    2 * 32 * 127 = 8,128        4 pairs (16 k): 32,512, since a Q6_K code is within
-//   -32..31
+//   int8_k    2 * 32 * 127 = 8,128        4 pairs (16 k): 32,512; Q6_K codes are -32..31
 //
-// The signed kinds multiply |w| with q * sign(w): w - 128..127 fits a byte as |w| = 0..128, and q,
-// never -128, can be negated. Sums beyond i16 stay below those in dot_gemv_avx512.cc.
+// The signed kinds multiply |w| with q * sign(w): |w| = 0..128 fits an unsigned byte, and q, never
+// -128, can be negated. Sums beyond i16 stay below those in dot_gemv_avx512.cc.
 #include <immintrin.h>
 
 #include "check.h"
@@ -41,11 +40,12 @@ struct Tile {
   // y = v * w.scale for the rows of half h that exist
   void store(int m, int h, __m256 v) const {
     const int64_t rows = w.rows - n - 8 * h;
+    if (rows <= 0) return;
     float* out = y + (i + m) * ldy + n + 8 * h;
     v = _mm256_mul_ps(v, _mm256_set1_ps(w.scale));
     if (rows >= 8) {
       _mm256_storeu_ps(out, v);
-    } else if (rows > 0) {
+    } else {
       const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       const __m256i count = _mm256_set1_epi32(static_cast<int>(rows));
       _mm256_maskstore_ps(out, _mm256_cmpgt_epi32(count, lane), v);
@@ -312,8 +312,7 @@ struct Q4K {
           const uint8_t* group = p + 256 + g * (128 + 4 * kStep);
           Sums pairs;
           dot_q4(group + 128, t.q(m) + j * 256 + g * 32, pairs);
-          // The two halves of the group's sum q, at most 16 * 127 = 2,032, as the i16 pair of every
-          // lane.
+          // The two halves of the group's sum q, at most 16 * 127 each, as the i16 pair of a lane.
           const int32_t* q_sum = t.sums(m) + j * 16 + 2 * g;
           const __m256i x_sum = _mm256_set1_epi32((q_sum[0] & 0xffff) | q_sum[1] * 65536);
           for (int h = 0; h < kHalves; ++h) {
@@ -356,8 +355,7 @@ struct Int8K {
   }
 };
 
-// ---- floats: one chain of fma per row, in k order
-// --------------------------------------------------------
+// ---- floats: one chain of fma per row, in k order ----
 
 inline __m256 widen(const float* p) { return _mm256_load_ps(p); }
 

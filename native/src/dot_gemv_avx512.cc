@@ -6,10 +6,12 @@
 // fed.
 //
 // Largest sums, |q| <= 127, all in i32 (2.1e9):
-//   i2 in place, field 3, code 3   4 * 192 * 127 = 97,536 per 16 k        K <= 349,000
-//   (kMaxColumns) q4        32 * 15 * 127 = 60,960;  q4_k: * 63 * 8 = 3.1e7;  mins 63 * 32 * 127 *
-//   8 = 2.1e6 int8      32 * 255 * 127 = 1.1e6 before, 32 * 128 * 127 = 520,192 after taking off
-//   128 sum q int8_k    16 * 32 * 127 = 65,024, * 128 * 16 = 1.4e8
+//   i2      in place, field 3, code 3: 4 * 192 * 127 = 97,536 per 16 k, so K <= 352,000;
+//           pack() refuses K > 2^18
+//   q4      32 * 15 * 127 = 60,960
+//   q4_k    60,960 * 63 * 8 = 3.1e7, mins 63 * 32 * 127 * 8 = 2.1e6
+//   int8    32 * 255 * 127 = 1.1e6, and as much again for the start -128 * sum q
+//   int8_k  16 * 32 * 127 = 65,024, scaled 65,024 * 128 * 16 = 1.4e8
 #include <immintrin.h>
 
 #include "check.h"
@@ -41,7 +43,8 @@ struct Tile {
   // y = v * w.scale for the rows of block b that exist
   void store(int m, int b, __m512 v) const {
     const int64_t rows = w.rows - n - 16 * b;
-    const auto mask = static_cast<__mmask16>(rows >= 16 ? 0xffff : rows <= 0 ? 0 : (1 << rows) - 1);
+    if (rows <= 0) return;
+    const auto mask = static_cast<__mmask16>(rows >= 16 ? 0xffff : (1 << rows) - 1);
     v = _mm512_mul_ps(v, _mm512_set1_ps(w.scale));
     _mm512_mask_storeu_ps(y + (i + m) * ldy + n + 16 * b, mask, v);
   }
@@ -115,8 +118,7 @@ inline void start(Floats<M>& total) {
   }
 }
 
-// ---- i2: sum q * code, code 0..3, 16 k a step
-// -----------------------------------------------------------
+// ---- i2: sum q * code, code 0..3, 16 k a step ----
 
 // One token. The fields are masked in place and not shifted: accumulator f collects 4^f times its
 // sum, the arithmetic shift at the end is exact. 8 operations per 256 weights; 16 accumulators hide
@@ -218,8 +220,7 @@ struct I2Blocks {
   }
 };
 
-// ---- q4: sum q * code over 32 k, code 0..15, 8 k a step; added to sum
-// -----------------------------------
+// ---- q4: sum q * code over 32 k, code 0..15, 8 k a step; added to sum ----
 template <int M>
 inline void dot_q4(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum) {
   const __m512i low = _mm512_set1_epi8(15);
@@ -242,8 +243,7 @@ inline void dot_q4(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum)
   }
 }
 
-// ---- int8: sum q * byte over 4 * kSteps k; added to sum
-// ---------------------------------------------------
+// ---- int8: sum q * byte over 4 * kSteps k; added to sum ----
 template <int M, int kSteps>
 inline void dot_int8(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum) {
 #pragma GCC unroll 8
@@ -392,8 +392,7 @@ struct Int8K {
   }
 };
 
-// ---- floats: one chain of fma per row, in k order
-// --------------------------------------------------------
+// ---- floats: one chain of fma per row, in k order ----
 
 inline __m512 widen(const float* p) { return _mm512_load_ps(p); }
 

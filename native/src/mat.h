@@ -1,7 +1,7 @@
 // What flows into a kernel: plain views, owned elsewhere (PackedMat in quant.h, QuantRows in
 // activations.h). Kernel files include this header, so it holds no inline function and no standard
-// container: a template compiled with AVX-512 flags must never win at link time over the portable
-// one.
+// container: a template compiled with AVX-512 flags must never win over the portable one at link
+// time.
 #pragma once
 
 #include <cstddef>
@@ -54,8 +54,8 @@ struct Panels {
 
 // Activations [m, cols] in the form that one grain asks for.
 //   grain kGrainFloat: x only. Else: q and scales with x ≈ q * scale, |q| <= 127, and sums of q.
-//   grain 0: 1 scale a row, sums per 256;  32: scale and sum per 32;  256: scale per 256, sums
-//   per 16.
+//   grain 0: one scale a row, sums per 256;  32: scale and sum per 32;
+//   256: scale per 256, sums per 16.
 struct Rows {
   int64_t m, cols;
   int grain;
@@ -67,7 +67,7 @@ struct Rows {
 };
 
 // y[i, n] = scale * sum_k W[n, k] * x[i, k] for all i < x.m and the rows n of panels [first, last).
-// y is the whole output [x.m, w.rows] with row stride ldy. Writes each such y[i, n]; allocates
+// y is the whole output [x.m, w.rows] with row stride ldy. Writes all those y[i, n], allocates
 // nothing.
 using Matmul = void(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y,
                     int64_t ldy);

@@ -4,21 +4,22 @@
 // is a row and the bytes of a lane are 4 neighbouring k. An activation is then a 4-byte broadcast,
 // nothing is shuffled or added across lanes, and one panel is one sequential stream.
 //
-//   block | row0: k k+1 k+2 k+3 | row1: k k+1 k+2 k+3 | ... | row15 |     4 blocks = rows 0..63 of
-//   a panel
+//   block | row0: k k+1 k+2 k+3 | row1: k k+1 k+2 k+3 | ... | row15: k k+1 k+2 k+3 |
 //
-//   kind       per panel, in this order bits/weight kI2        each 16 k: 4 blocks; byte c = sum_f
-//   (w + 1)[16s + 4f + c] << 2f, w in -1..2         2.0 kI2Blocks  each 256 k: 64 f32 scales, then
-//   16 steps as kI2                                    2.13 kQ4        each 32 k: 64 f16 scales,
-//   then 4 steps of 8 k: 4 blocks;
-//              low nibble (w + 8)[8s + c], high nibble (w + 8)[8s + 4 +
-//              c]                         4.5
-//   kQ4K       each 256 k: 64 f16 d, 64 f16 dmin, then each 32 k: 64 u8 scales, 64 u8 mins,
-//              then 4 steps as kQ4 with the code
-//              itself                                           4.63
-//   kInt8      each 32 k: 64 f16 scales, then 8 steps of 4 k: 4 blocks; byte w +
-//   128               8.5 kInt8K     each 256 k: 64 f16 d, then each 16 k: 64 int8 scales, 4 steps
-//   as kInt8             8.56 kF32, kF16, kBF16   each k: 64 values 32, 16, 16
+// A step is 4 blocks, rows 0..63 of the panel. Steps differ in the k that a byte c = 0..3 holds:
+//   step2, 16 k   sum over f = 0..3 of code[4f + c] << 2f, codes of 2 bits
+//   step4, 8 k    low nibble code[c], high nibble code[4 + c]
+//   step8, 4 k    code[c]
+//
+//   kind       a panel, in this order                                            bits a weight
+//   kI2        each 16 k: a step2 of w + 1, w in -1..2                                    2.0
+//   kI2Blocks  each 256 k: 64 f32 scales, 16 steps as kI2                                 2.13
+//   kQ4        each 32 k: 64 f16 scales, 4 step4 of w + 8                                 4.5
+//   kQ4K       each 256 k: 64 f16 d, 64 f16 dmin,
+//              then each 32 k: 64 u8 scales, 64 u8 mins, 4 step4 of the code              4.63
+//   kInt8      each 32 k: 64 f16 scales, 8 step8 of w + 128                               8.5
+//   kInt8K     each 256 k: 64 f16 d, then each 16 k: 64 i8 scales, 4 step8 of w + 128     8.56
+//   kF32, kF16, kBF16   each k: 64 values                                           32, 16, 16
 //
 // Rows pad to 64 with zeros, whose products nobody reads. K needs no padding: every type's block is
 // a multiple of its step.

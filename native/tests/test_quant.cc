@@ -1,4 +1,4 @@
-// File blocks against the `gguf` package, panels against file blocks, activations against their
+// File blocks against the `gguf` package, panels against blocks, activations against their
 // equation.
 #include <doctest/doctest.h>
 

@@ -65,7 +65,8 @@ TEST_CASE("silu and squared relu, far out and in the middle") {
   ops.silu_mul(gate.data(), up.data(), n, y.data());
   for (int64_t i = 0; i < n; ++i) {
     const double expected = gate[i] / (1 + std::exp(-double{gate[i]})) * up[i];
-    // Below -87 the true factor is under 1e-36; a result below 1e-38 is denormal and rounds coarsely.
+    // Below -87 the true factor is under 1e-36; a result below 1e-38 is denormal and rounds
+    // coarsely.
     const double slack =
         kMaxSiluError * std::abs(expected) + 1e-35 * std::abs(up[i] * gate[i]) + 1e-44;
     CHECK(std::abs(y[i] - expected) <= slack);

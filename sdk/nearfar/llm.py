@@ -113,19 +113,19 @@ class LLM:
         `n_ctx`: positions to keep at most (default: what the model was trained for).
         Raises FileError, UnsupportedError, MissingExtraError.
         """
-        backend = backend or env.backend()
-        if backend != "llama":
-            try:
-                return cls._open_own(Path(path), backend, threads, n_ctx, kv_dtype)
-            except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its tokenizer
-                if backend is not None or not _has_llama():
-                    raise
-                why = str(error)
-        else:
-            why = "asked for"
-        from nearfar.backend_llama import open_llama
-
-        return open_llama(Path(path), n_ctx=n_ctx, threads=threads, why=why)
+        backend, path = backend or env.backend(), Path(path)
+        if backend == "llama":
+            return _open_llama(path, n_ctx, threads, why="asked for")
+        try:
+            return cls._open_own(path, backend, threads, n_ctx, kv_dtype)
+        except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
+            if backend is not None or not _has_llama():
+                raise
+            reason = error
+        try:
+            return _open_llama(path, n_ctx, threads, why=str(reason))
+        except UnsupportedError:
+            raise reason from None  # llama.cpp does not run it either: our reason says more
 
     @classmethod
     def _open_own(
@@ -371,6 +371,12 @@ def load(name: str = "nano", **options: Any) -> LLM:
             f"no model named {name!r} is shipped (known: {', '.join(known) or 'none'}); LLM.open takes a path"
         )
     return LLM.open(MODELS / f"{name}.gguf", **options)
+
+
+def _open_llama(path: Path, n_ctx: int | None, threads: int | None, why: str) -> LLM:
+    from nearfar.backend_llama import open_llama
+
+    return open_llama(path, n_ctx=n_ctx, threads=threads, why=why)
 
 
 def _has_llama() -> bool:

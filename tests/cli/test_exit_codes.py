@@ -80,6 +80,7 @@ def test_a_missing_tokenizer_ends_with_3(nearfar: Nearfar, model: Path, tmp_path
 def test_an_unknown_architecture_ends_with_4(nearfar: Nearfar, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "other.gguf"
     path.write_bytes(model.read_bytes().replace(b"bitnet", b"mamba7"))
+    refused(nearfar("run", "--model", path, REQUEST), 4, "mamba7")
     refused(nearfar("run", "--model", path, REQUEST, NEARFAR_BACKEND="native"), 4, "mamba7", "nearfar[llama]")
 
 

@@ -1,15 +1,24 @@
 #include "blocks.h"
 
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "half.h"
 
+static_assert(std::endian::native == std::endian::little,
+              "panels and GGUF files are little-endian");
+
 namespace nearfar {
 namespace {
 
-uint16_t load_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | p[1] << 8); }
+template <class T>
+T load(const uint8_t* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 
 // `bytes` bytes hold digits[i] = trit i of each: element = i * bytes + byte. Multiplying by 3
 // modulo 256 moves the next trit to the top; times 3 / 256 reads it.
@@ -81,7 +90,7 @@ void decode_tq1_0(const uint8_t* block, TernaryBlock& out) {
   decode_trits(block, 32, 5, out.code);
   decode_trits(block + 32, 16, 5, out.code + 160);
   decode_trits(block + 48, 4, 4, out.code + 240);
-  out.d = f16_to_f32(load_u16(block + 52));
+  out.d = f16_to_f32(load<uint16_t>(block + 52));
 }
 
 // Two halves of 32 bytes; element = half * 128 + field * 32 + byte; then f16 d.
@@ -93,12 +102,12 @@ void decode_tq2_0(const uint8_t* block, TernaryBlock& out) {
       }
     }
   }
-  out.d = f16_to_f32(load_u16(block + 64));
+  out.d = f16_to_f32(load<uint16_t>(block + 64));
 }
 
 // f16 d, then 16 bytes: low nibbles are elements 0..15, high nibbles 16..31.
 void decode_q4_0(const uint8_t* block, Q4Block& out) {
-  out.d = load_u16(block);
+  out.d = load<uint16_t>(block);
   for (int j = 0; j < 16; ++j) {
     out.code[j] = block[2 + j] & 15;
     out.code[16 + j] = block[2 + j] >> 4;
@@ -107,15 +116,15 @@ void decode_q4_0(const uint8_t* block, Q4Block& out) {
 
 // f16 d, then 32 signed bytes.
 void decode_q8_0(const uint8_t* block, Q8Block& out) {
-  out.d = load_u16(block);
+  out.d = load<uint16_t>(block);
   std::memcpy(out.code, block + 2, 32);
 }
 
 // f16 d, f16 dmin, 12 bytes of 6-bit scales and mins, then 4 runs of 32 bytes: low nibbles are one
 // group of 32, high nibbles the next.
 void decode_q4_k(const uint8_t* block, Q4KBlock& out) {
-  out.d = load_u16(block);
-  out.dmin = load_u16(block + 2);
+  out.d = load<uint16_t>(block);
+  out.dmin = load<uint16_t>(block + 2);
   const uint8_t* s = block + 4;
   for (int j = 0; j < 4; ++j) {
     out.scale[j] = s[j] & 63;
@@ -148,7 +157,101 @@ void decode_q6_k(const uint8_t* block, Q6KBlock& out) {
     }
   }
   std::memcpy(out.scale, block + 192, 16);
-  out.d = load_u16(block + 208);
+  out.d = load<uint16_t>(block + 208);
+}
+
+void decode_ternary(TensorType type, const uint8_t* block, TernaryBlock& out) {
+  if (type == TensorType::kTQ1_0) {
+    decode_tq1_0(block, out);
+  } else {
+    decode_tq2_0(block, out);
+  }
+}
+
+int64_t row_bytes(TensorType type, int64_t cols) {
+  const BlockShape block = block_shape(type);
+  if (cols <= 0 || cols % block.weights != 0 || cols > INT64_MAX / 256) {
+    throw std::invalid_argument(std::string(type_name(type)) + " tensor with rows of " +
+                                std::to_string(cols) + ": expected a multiple of " +
+                                std::to_string(block.weights));
+  }
+  return cols / block.weights * block.bytes;
+}
+
+void require_whole(const RawTensor& w) {
+  const int64_t stride = row_bytes(w.type, w.cols);
+  if (w.rows <= 0 || static_cast<int64_t>(w.bytes.size()) / w.rows != stride ||
+      static_cast<int64_t>(w.bytes.size()) % w.rows != 0) {
+    throw std::invalid_argument(std::string(type_name(w.type)) + " tensor [" +
+                                std::to_string(w.rows) + ", " + std::to_string(w.cols) +
+                                "]: expected " + std::to_string(stride) + " bytes a row, found " +
+                                std::to_string(w.bytes.size()) + " bytes in all");
+  }
+}
+
+void dequantize_row(const RawTensor& w, int64_t row, std::span<float> out) {
+  require_whole(w);
+  if (row < 0 || row >= w.rows || static_cast<int64_t>(out.size()) != w.cols) {
+    throw std::invalid_argument("row " + std::to_string(row) + " into " +
+                                std::to_string(out.size()) + " floats: the tensor is [" +
+                                std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
+  }
+  const BlockShape block = block_shape(w.type);
+  const uint8_t* in = w.bytes.data() + row * row_bytes(w.type, w.cols);
+  float* y = out.data();
+  for (int64_t j = 0; j < w.cols / block.weights; ++j, in += block.bytes, y += block.weights) {
+    switch (w.type) {
+      case TensorType::kF32:
+        *y = load<float>(in);
+        break;
+      case TensorType::kF16:
+        *y = f16_to_f32(load<uint16_t>(in));
+        break;
+      case TensorType::kBF16:
+        *y = bf16_to_f32(load<uint16_t>(in));
+        break;
+      case TensorType::kTQ1_0:
+      case TensorType::kTQ2_0: {
+        TernaryBlock b;
+        decode_ternary(w.type, in, b);
+        for (int i = 0; i < kSuper; ++i) y[i] = b.d * static_cast<float>(b.code[i] - 1);
+        break;
+      }
+      case TensorType::kQ4_0: {
+        Q4Block b;
+        decode_q4_0(in, b);
+        const float d = f16_to_f32(b.d);
+        for (int i = 0; i < kGroup; ++i) y[i] = d * static_cast<float>(b.code[i] - 8);
+        break;
+      }
+      case TensorType::kQ8_0: {
+        Q8Block b;
+        decode_q8_0(in, b);
+        const float d = f16_to_f32(b.d);
+        for (int i = 0; i < kGroup; ++i) y[i] = d * static_cast<float>(b.code[i]);
+        break;
+      }
+      case TensorType::kQ4_K: {
+        Q4KBlock b;
+        decode_q4_k(in, b);
+        const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
+        for (int i = 0; i < kSuper; ++i) {
+          const float low = dmin * static_cast<float>(b.min[i / 32]);
+          y[i] = d * static_cast<float>(b.scale[i / 32]) * static_cast<float>(b.code[i]) - low;
+        }
+        break;
+      }
+      case TensorType::kQ6_K: {
+        Q6KBlock b;
+        decode_q6_k(in, b);
+        const float d = f16_to_f32(b.d);
+        for (int i = 0; i < kSuper; ++i) {
+          y[i] = d * static_cast<float>(b.scale[i / 16]) * static_cast<float>(b.code[i]);
+        }
+        break;
+      }
+    }
+  }
 }
 
 }  // namespace nearfar

@@ -1,9 +1,10 @@
-// The quantised blocks of a GGUF file, decoded to integer codes and scales: the only place that
-// knows how their bits lie. Layouts are those of ggml (ggml-common.h); the `gguf` package is the
-// oracle in tests.
+// The tensors of a GGUF file: blocks decoded to integer codes and scales, rows to floats. The only
+// place that knows how their bits lie. Layouts are those of ggml (ggml-common.h); the `gguf`
+// package is the oracle in tests.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 #include "mat.h"
@@ -13,6 +14,13 @@ namespace nearfar {
 constexpr int64_t kSuper = 256;  // weights of a TQ or K-quant block
 constexpr int64_t kGroup = 32;   // weights of a Q4_0 or Q8_0 block
 
+// A tensor as it lies in the file, row-major. A vector has rows = 1.
+struct RawTensor {
+  TensorType type;
+  int64_t rows, cols;
+  std::span<const uint8_t> bytes;
+};
+
 struct BlockShape {
   int64_t weights, bytes;
 };
@@ -21,6 +29,16 @@ struct BlockShape {
 BlockShape block_shape(TensorType type);
 std::string_view type_name(TensorType type);
 
+// Bytes of one row; throws std::invalid_argument unless cols > 0 is a multiple of the type's block.
+int64_t row_bytes(TensorType type, int64_t cols);
+
+// Throws std::invalid_argument unless w has rows and exactly their bytes.
+void require_whole(const RawTensor& w);
+
+// The scalar truth: out[cols] = row `row`, bit-equal with gguf.quants.dequantize. Serves embeddings
+// and vectors too. Throws std::invalid_argument on sizes or a row out of range.
+void dequantize_row(const RawTensor& w, int64_t row, std::span<float> out);
+
 // value = d * (code - 1). TQ1_0 gives codes 0..2; in TQ2_0 code 3 is possible and means +2.
 struct TernaryBlock {
   uint8_t code[kSuper];
@@ -28,6 +46,7 @@ struct TernaryBlock {
 };
 void decode_tq1_0(const uint8_t* block, TernaryBlock& out);
 void decode_tq2_0(const uint8_t* block, TernaryBlock& out);
+void decode_ternary(TensorType type, const uint8_t* block, TernaryBlock& out);  // either
 
 // value = d * (code - 8), code 0..15
 struct Q4Block {

@@ -1,30 +1,16 @@
 #include "quant.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "blocks.h"
 #include "half.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-static_assert(std::endian::native == std::endian::little,
-              "panels and GGUF files are little-endian");
 
 namespace nearfar {
 namespace {
-
-constexpr size_t kCacheLine = 64;
-constexpr size_t kHugePage = size_t{2} << 20;
 
 // Bytes of codes of 64 rows.
 constexpr int64_t kI2Step = 256;           // 16 k
@@ -130,18 +116,6 @@ void require_finite(uint16_t scale, const RawTensor& w, int64_t row) {
   require_finite(f16_to_f32(scale), w, row);
 }
 
-const uint8_t* check(const RawTensor& w) {
-  const int64_t stride = row_bytes(w.type, w.cols);
-  if (w.rows <= 0 || static_cast<int64_t>(w.bytes.size()) / w.rows != stride ||
-      static_cast<int64_t>(w.bytes.size()) % w.rows != 0) {
-    throw std::invalid_argument(std::string(type_name(w.type)) + " tensor [" +
-                                std::to_string(w.rows) + ", " + std::to_string(w.cols) +
-                                "]: expected " + std::to_string(stride) + " bytes a row, found " +
-                                std::to_string(w.bytes.size()) + " bytes in all");
-  }
-  return w.bytes.data();
-}
-
 PackedMat allocate(const RawTensor& w, PanelKind kind, float scale) {
   PackedMat m;
   m.kind = kind;
@@ -177,14 +151,6 @@ PackedMat pack_float(const RawTensor& w, PanelKind kind, float scale) {
     }
   }
   return m;
-}
-
-void decode_ternary(TensorType type, const uint8_t* block, TernaryBlock& out) {
-  if (type == TensorType::kTQ1_0) {
-    decode_tq1_0(block, out);
-  } else {
-    decode_tq2_0(block, out);
-  }
 }
 
 // A block that is zero throughout says nothing about its row's scale: writers store d = 0 there,
@@ -325,20 +291,6 @@ PackedMat pack_q6_k(const RawTensor& w, float scale) {
 
 }  // namespace
 
-void AlignedBuffer::Free::operator()(uint8_t* p) const {
-  ::operator delete(p, std::align_val_t{alignment});
-}
-
-AlignedBuffer::AlignedBuffer(size_t size) : size_(size) {
-  const size_t alignment = size >= kHugePage ? kHugePage : kCacheLine;
-  auto* p = static_cast<uint8_t*>(::operator new(size, std::align_val_t{alignment}));
-  data_ = {p, Free{alignment}};
-#if defined(__linux__)
-  // Whole huge pages only: a tail would take one of its own and cost up to 2 MiB a matrix.
-  if (alignment == kHugePage) madvise(p, size / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-}
-
 int grain(PanelKind kind) {
   switch (kind) {
     case PanelKind::kF32:
@@ -390,18 +342,8 @@ Panels PackedMat::view() const {
           scale};
 }
 
-int64_t row_bytes(TensorType type, int64_t cols) {
-  const BlockShape block = block_shape(type);
-  if (cols <= 0 || cols % block.weights != 0 || cols > INT64_MAX / 256) {
-    throw std::invalid_argument(std::string(type_name(type)) + " tensor with rows of " +
-                                std::to_string(cols) + ": expected a multiple of " +
-                                std::to_string(block.weights));
-  }
-  return cols / block.weights * block.bytes;
-}
-
 PackedMat pack(const RawTensor& w, float scale) {
-  check(w);
+  require_whole(w);
   if (!std::isfinite(scale)) throw std::invalid_argument("the scale of a matrix is not finite");
   switch (w.type) {
     case TensorType::kF32:
@@ -423,71 +365,6 @@ PackedMat pack(const RawTensor& w, float scale) {
       return pack_q6_k(w, scale);
   }
   throw std::invalid_argument("unreachable: block_shape names every type");
-}
-
-void dequantize_row(const RawTensor& w, int64_t row, std::span<float> out) {
-  const uint8_t* in = check(w);
-  if (row < 0 || row >= w.rows || static_cast<int64_t>(out.size()) != w.cols) {
-    throw std::invalid_argument("row " + std::to_string(row) + " into " +
-                                std::to_string(out.size()) + " floats: the tensor is [" +
-                                std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
-  }
-  const BlockShape block = block_shape(w.type);
-  in += row * row_bytes(w.type, w.cols);
-  float* y = out.data();
-  for (int64_t j = 0; j < w.cols / block.weights; ++j, in += block.bytes, y += block.weights) {
-    switch (w.type) {
-      case TensorType::kF32:
-        *y = load<float>(in);
-        break;
-      case TensorType::kF16:
-        *y = f16_to_f32(load<uint16_t>(in));
-        break;
-      case TensorType::kBF16:
-        *y = bf16_to_f32(load<uint16_t>(in));
-        break;
-      case TensorType::kTQ1_0:
-      case TensorType::kTQ2_0: {
-        TernaryBlock b;
-        decode_ternary(w.type, in, b);
-        for (int i = 0; i < kSuper; ++i) y[i] = b.d * static_cast<float>(b.code[i] - 1);
-        break;
-      }
-      case TensorType::kQ4_0: {
-        Q4Block b;
-        decode_q4_0(in, b);
-        const float d = f16_to_f32(b.d);
-        for (int i = 0; i < kGroup; ++i) y[i] = d * static_cast<float>(b.code[i] - 8);
-        break;
-      }
-      case TensorType::kQ8_0: {
-        Q8Block b;
-        decode_q8_0(in, b);
-        const float d = f16_to_f32(b.d);
-        for (int i = 0; i < kGroup; ++i) y[i] = d * static_cast<float>(b.code[i]);
-        break;
-      }
-      case TensorType::kQ4_K: {
-        Q4KBlock b;
-        decode_q4_k(in, b);
-        const float d = f16_to_f32(b.d), dmin = f16_to_f32(b.dmin);
-        for (int i = 0; i < kSuper; ++i) {
-          const float low = dmin * static_cast<float>(b.min[i / 32]);
-          y[i] = d * static_cast<float>(b.scale[i / 32]) * static_cast<float>(b.code[i]) - low;
-        }
-        break;
-      }
-      case TensorType::kQ6_K: {
-        Q6KBlock b;
-        decode_q6_k(in, b);
-        const float d = f16_to_f32(b.d);
-        for (int i = 0; i < kSuper; ++i) {
-          y[i] = d * static_cast<float>(b.scale[i / 16]) * static_cast<float>(b.code[i]);
-        }
-        break;
-      }
-    }
-  }
 }
 
 void unpack_row(const PackedMat& w, int64_t row, std::span<float> out) {

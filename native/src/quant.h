@@ -26,38 +26,14 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <string_view>
 
+#include "blocks.h"
+#include "buffer.h"
 #include "mat.h"
 
 namespace nearfar {
-
-// A tensor as it lies in the file, row-major. A vector has rows = 1.
-struct RawTensor {
-  TensorType type;
-  int64_t rows, cols;
-  std::span<const uint8_t> bytes;
-};
-
-// Bytes, 64-byte aligned and not initialised; large buffers ask for huge pages.
-class AlignedBuffer {
- public:
-  AlignedBuffer() = default;
-  explicit AlignedBuffer(size_t size);
-  uint8_t* data() { return data_.get(); }
-  const uint8_t* data() const { return data_.get(); }
-  size_t size() const { return size_; }
-
- private:
-  struct Free {
-    size_t alignment;
-    void operator()(uint8_t* p) const;
-  };
-  std::unique_ptr<uint8_t[], Free> data_;
-  size_t size_ = 0;
-};
 
 // An owned packed matrix [rows, cols].
 struct PackedMat {
@@ -76,17 +52,10 @@ struct PackedMat {
 int grain(PanelKind kind);
 std::string_view kind_name(PanelKind kind);
 
-// Bytes of one row; throws std::invalid_argument unless cols > 0 is a multiple of the type's block.
-int64_t row_bytes(TensorType type, int64_t cols);
-
 // Repacks a tensor. `scale` multiplies every product (the `.scale` tensors of some files).
 // Throws std::invalid_argument when sizes do not match or a scale is not finite. A ternary block
 // with d = 0 counts as all zero, whatever its codes.
 PackedMat pack(const RawTensor& w, float scale = 1.0f);
-
-// The scalar truth: out[cols] = row `row`, bit-equal with gguf.quants.dequantize. Serves embeddings
-// and vectors too. Throws std::invalid_argument on sizes or a row out of range.
-void dequantize_row(const RawTensor& w, int64_t row, std::span<float> out);
 
 // out[cols] = row `row` of a packed matrix, without its `scale`: what the panels say. For tests and
 // tools.

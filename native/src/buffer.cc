@@ -1,0 +1,31 @@
+#include "buffer.h"
+
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace nearfar {
+namespace {
+
+constexpr size_t kCacheLine = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+}  // namespace
+
+void AlignedBuffer::Free::operator()(uint8_t* p) const {
+  ::operator delete(p, std::align_val_t{alignment});
+}
+
+AlignedBuffer::AlignedBuffer(size_t size) : size_(size) {
+  const size_t alignment = size >= kHugePage ? kHugePage : kCacheLine;
+  auto* p = static_cast<uint8_t*>(::operator new(size, std::align_val_t{alignment}));
+  data_ = {p, Free{alignment}};
+#if defined(__linux__)
+  // Whole huge pages only: a tail would take one of its own and cost up to 2 MiB a matrix.
+  if (alignment == kHugePage) madvise(p, size / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace nearfar

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [trai
 from nearfar.errors import DataError, NearfarError  # noqa: E402
 from nearfar_cloud.training import dev  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
-from nearfar_cloud.training.trainer import Trainer  # noqa: E402
+from nearfar_cloud.training.trainer import Tensors, Trainer, thinned  # noqa: E402
 from tests.cloud.toy_batches import ToyBatches, tiny_recipe  # noqa: E402
 
 # Written by this test's own run (f32, one thread, torch 2.13 on x86-64); other builds sum in another order, and after
@@ -81,6 +81,16 @@ def test_micro_batches_add_up_to_the_large_batch() -> None:
 def _joined(batches: list[Any]) -> Any:
     names = ("ids", "targets", "weights", "pos", "doc")
     return type(batches[0])(**{n: np.concatenate([getattr(b, n) for b in batches]) for n in names})
+
+
+def test_thinned_prompts_keep_their_weight_on_average_and_answers_always() -> None:
+    weights = torch.tensor([[0.25] * 8 + [1.0] * 4])
+    pos = torch.arange(12)[None]
+    batches = [thinned(Tensors(pos, pos, weights, pos, pos), 4, n).weights for n in range(4)]
+    assert torch.equal(torch.stack(batches).mean(0), weights)
+    for w in batches:
+        assert (w[:, :8] > 0).sum() == 2
+        assert w[:, 8:].eq(1).all()
 
 
 def test_weight_decay_ends_with_the_stable_phase() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -105,9 +105,10 @@ class Trainer:
             self.batches.next_batch(self.recipe.micro_rows, phase)
             for _ in range(schedule.micro_batches(progress, self.recipe))
         ]
-        total = sum(float(b.weights[b.targets >= 0].sum()) for b in micro)
+        tensors = [thinned(as_tensors(b), self.recipe.prompt_stride, self.n) for b in micro]
+        total = sum(float(t.weights[t.targets >= 0].sum()) for t in tensors)
         sums = torch.zeros(3)
-        for batch in micro:
+        for batch in tensors:
             sums += self._backward(batch, exit_layer, phase, total)
         lr = schedule.learning_rate(progress, self.recipe)
         grad_norm = self._update(lr, phase, float(sums[0]))
@@ -119,18 +120,17 @@ class Trainer:
             self.n, phase, self.tokens, self.seconds, lr, loss, exit_layer, exit_loss, grad_norm, self.bad_steps > 0
         )
 
-    def _backward(self, batch: Batch, exit_layer: int, phase: Phase, total: float) -> Tensor:
+    def _backward(self, batch: Tensors, exit_layer: int, phase: Phase, total: float) -> Tensor:
         """Add the gradients of one micro-batch; its loss sums, f32 [3]."""
-        ids, targets, weights, pos, doc = as_tensors(batch)
         decay = phase == "decay"
         head = self.model.head(q8_embedding=decay)
-        final, exits = self.model(ids, pos, doc, head, self.dtype)
+        final, exits = self.model(batch.ids, batch.pos, batch.doc, head, self.dtype)
         sums = head_loss(
             final,
             exits[exit_layer],
             head,
-            targets,
-            weights,
+            batch.targets,
+            batch.weights,
             exit_weight=self.recipe.exit_weight,
             kl=self.recipe.exit_kl if decay else 0.0,
             dtype=self.dtype,
@@ -195,9 +195,31 @@ class Trainer:
         self.bad_steps = state["bad_steps"]
 
 
-def as_tensors(batch: Batch) -> tuple[Tensor, ...]:
-    """ids, targets, weights, pos, doc, each [B, T]"""
-    return tuple(torch.from_numpy(x) for x in (batch.ids, batch.targets, batch.weights, batch.pos, batch.doc))
+class Tensors(NamedTuple):
+    """A Batch as torch sees it; all [B, T]."""
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    pos: Tensor
+    doc: Tensor
+
+
+def as_tensors(batch: Batch) -> Tensors:
+    return Tensors(*(torch.from_numpy(x) for x in (batch.ids, batch.targets, batch.weights, batch.pos, batch.doc)))
+
+
+def thinned(batch: Tensors, stride: int, n: int) -> Tensors:
+    """Of the prompt's targets (weight below 1) only each `stride`-th keeps its loss, times `stride`.
+
+    Which ones depends on the step `n`: over `stride` steps the expected loss is the same and the head costs less.
+    """
+    if stride == 1:
+        return batch
+    prompt = batch.weights < 1
+    kept = (batch.pos + n) % stride == 0
+    weights = torch.where(prompt, torch.where(kept, batch.weights * stride, 0.0), batch.weights)
+    return batch._replace(weights=weights)
 
 
 def _optimizer(model: Decoder, recipe: Recipe) -> torch.optim.AdamW:

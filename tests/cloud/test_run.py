@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -18,11 +19,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [trai
 for package in ("tokenizers", "hassil", "safetensors", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra [train])")
 
-from nearfar.errors import UsageError  # noqa: E402
+from nearfar.errors import DataError, MissingExtraError, UsageError  # noqa: E402
 from nearfar.lower import open_lower  # noqa: E402
 from nearfar.weights import Weights  # noqa: E402
+from nearfar_cloud.training import cli  # noqa: E402
 from nearfar_cloud.training import tokenizer as tokenizers  # noqa: E402
-from nearfar_cloud.training.recipe import FIRST_RUN, Recipe, Shape  # noqa: E402
+from nearfar_cloud.training.recipe import FIRST_RUN, RECIPES, Recipe, Shape  # noqa: E402
 from nearfar_cloud.training.run import Options, train  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
 from tests.cloud import mini_data  # noqa: E402
@@ -148,3 +150,38 @@ def test_a_recipe_of_another_size_than_the_tokenizer_is_refused(
     other = replace(recipe, shape=replace(recipe.shape, n_vocab=4096))
     with pytest.raises(UsageError, match="micro is made for 4096"):
         train(other, options(data, tmp_path, 1024))
+
+
+def verb(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli.add_verb(parser.add_subparsers())
+    return parser.parse_args(["train", *argv])
+
+
+def test_the_verb_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NEARFAR_DATA", raising=False)
+    with pytest.raises(UsageError, match="--data DIR, or NEARFAR_DATA"):
+        cli.run(verb("nano", "--budget", "1m"))
+    with pytest.raises(UsageError, match="no such folder"):
+        cli.run(verb("nano", "--budget", "1m", "--data", str(tmp_path / "none")))
+    with pytest.raises(UsageError, match="expected a time"):
+        cli.run(verb("nano", "--budget", "soon", "--data", str(tmp_path)))
+    with pytest.raises(DataError, match=r"missing, needed for"):
+        cli.run(verb("nano", "--budget", "1m", "--data", str(tmp_path), "--out", str(tmp_path / "out")))
+    monkeypatch.setattr(cli, "find_spec", lambda package: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'nearfar\[train\]'"):
+        cli.run(verb("nano", "--budget", "1m"))
+
+
+def test_the_verb_knows_exactly_the_recipes() -> None:
+    assert set(cli.RECIPE_NAMES) == set(RECIPES)
+
+
+def test_the_verb_trains_from_the_command_line(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "pico", recipe_for(tokenizer))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    command = ("pico", "--tokens", "512", "--data", str(data), "--out", str(tmp_path), "--no-compile", "--threads", "1")
+    assert cli.run(verb(*command)) == 0
+    assert (tmp_path / "micro.gguf").is_file()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -98,6 +99,9 @@ def train(recipe: Recipe, options: Options) -> Path:
         cache=options.out / "cache",
         prompt_weights=recipe.prompt_weights,
     )
+    if options.compiled and not has_compiler():
+        log.note("no C++ compiler was found: training without torch's compiler, at about half the speed")
+        options = replace(options, compiled=False)
     held_out = dev_rows(options.data, tok, recipe, mix.without)
     precision = saved.state["precision"] if saved else choose_precision(recipe, mix, options, log)
     trainer = Trainer(recipe, mix, options.budget, precision=precision, compiled=options.compiled)
@@ -296,6 +300,11 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def has_compiler() -> bool:
+    """Whether torch's compiler finds a C++ compiler to call."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
 
 
 def set_threads(n: int | None) -> None:

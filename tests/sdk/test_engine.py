@@ -36,8 +36,8 @@ def lower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "native":
         pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
     path = tmp_path_factory.mktemp("engine") / "m.gguf"
-    # Ternary for native, whose rows do not depend on their batch.  Float for numpy, where a last bit of a row in another
-    # batch would move an int8 activation across a rounding boundary.  tau: some tokens leave at each exit, some do not.
+    # Ternary for native, whose rows do not depend on their batch.  Float for numpy, where a last bit of a row in
+    # another batch would move an int8 activation across a rounding boundary.  tau: some tokens leave at each exit.
     weight_type, embedding = ("TQ2_0", "Q8_0") if request.param == "native" else ("F32", "F32")
     write_tiny(path, "bitnet", weight_type, n_layers=6, exits=(2, 4), tau=0.045, embedding_type=embedding, seed=4)
     return open_lower(Weights.open(path), request.param)

@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 
 from nearfar.chat_forms import FORMS, ChatForm, Ends, Turn
 from nearfar.errors import UnsupportedError, UsageError
-from nearfar.forms import Part
+from nearfar.forms import CHAT_TEMPLATE, ROWS_VERSION, Part
 from nearfar.tokenizer import Tokenizer
-
-# nano's own template, for engines that run templates; `render` gives the same.
-NANO_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}<|s|>{% elif message['role'] == 'user' %}<|u|>"
-    "{% elif message['role'] == 'call' %}<|c|>{% elif message['role'] == 'tool' %}<|r|>{% else %}<|a|>{% endif %}"
-    "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
-)
 
 _ROLE = r"message(\['role'\]|\.role)"
 _CHATML_TURN = re.compile(rf"<\|im_start\|>(user\n|\{{\{{ ?{_ROLE} ?\}}\}}\n|' ?\+ ?{_ROLE} ?\+ ?'\n)")
@@ -78,7 +70,7 @@ def recognise(template: str) -> Recognised | None:
     """The form of a template, None if it is not known."""
     # Copies differ in how they write line breaks and quotes.
     text = template.replace("\\n", "\n").replace('"', "'")
-    name = "nano" if _squeezed(template) == _squeezed(NANO_TEMPLATE) else _form_name(text)
+    name = "nano" if _squeezed(template) == _squeezed(CHAT_TEMPLATE) else _form_name(text)
     if name is None:
         return None
     begins = "bos_token" in text
@@ -131,6 +123,8 @@ def _inst_form(text: str) -> str:
 
 
 def _of_file(meta: Mapping[str, Any]) -> Recognised:
+    if meta.get("nearfar.rows") == ROWS_VERSION:  # nano's rows say more than its template, which other engines run
+        return _named("nano")
     template = meta.get("tokenizer.chat_template")
     if not isinstance(template, str) or not template.strip():
         raise UnsupportedError(f"the file names no chat form: pass template=, one of {', '.join(FORMS)}")

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nearfar.chat import NANO_TEMPLATE, chat_parts, recognise, render
+from nearfar.chat import chat_parts, recognise, render
 from nearfar.chat_forms import FORMS
 from nearfar.errors import UnsupportedError, UsageError
+from nearfar.forms import CHAT_TEMPLATE, ROWS_VERSION
 from nearfar.gguf_reader import GGUFFile
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
 from tests.paths import SHARED, needs_shared
@@ -27,7 +28,7 @@ MARKS = (
 
 # form -> templates that are of this form, and whether they take a system message
 TEMPLATES: dict[str, list[tuple[str, bool]]] = {
-    "nano": [(NANO_TEMPLATE, True)],
+    "nano": [(CHAT_TEMPLATE, True)],
     "chatml": [(x, True) for x in (t.CHATML, t.SMOLLM2, t.QWEN2_5, t.QWEN3, t.QWEN3_THINKING)],
     "phi4": [(t.PHI4, True)],
     "llama3": [(t.LLAMA3, True)],
@@ -227,9 +228,16 @@ def test_nano_takes_calls_and_their_results() -> None:
         {"role": "tool", "content": "ok"},
     ]
     text = '<|s|>kitchen<|u|>lights off<|c|>{"intent":"HassTurnOff"}<|r|>ok<|a|>'
-    assert shown(messages, NANO_TEMPLATE) == text == jinja(NANO_TEMPLATE)(messages)
-    ids = render(messages, {"tokenizer.chat_template": NANO_TEMPLATE}, TOKENIZER)
+    assert shown(messages, CHAT_TEMPLATE) == text == jinja(CHAT_TEMPLATE)(messages)
+    ids = render(messages, {"tokenizer.chat_template": CHAT_TEMPLATE}, TOKENIZER)
     assert ids == TOKENIZER.encode(text, parse_special=True)
+
+
+def test_a_file_of_nanos_rows_is_in_its_form_whatever_template_it_carries() -> None:
+    messages = say("system: kitchen", "user: lights off")
+    for template in (CHAT_TEMPLATE, "{{ messages[0]['content'] }}", t.CHATML):
+        meta = {"nearfar.rows": ROWS_VERSION, "tokenizer.chat_template": template}
+        assert "".join(p.text for p in chat_parts(messages, meta, TOKENIZER)) == "<|s|>kitchen<|u|>lights off<|a|>"
 
 
 # --- against llama.cpp: its ids of the rendered template

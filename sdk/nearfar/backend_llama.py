@@ -155,16 +155,15 @@ class LlamaKV:
         self._context = api.llama_init_from_model(model.handle, params)
         if not self._context:
             raise ContextError(f"llama.cpp cannot make a context of {max_len} positions: try a smaller n_ctx")
-        self._cancel: Cancel | None = None
-        self._abort = api.ggml_abort_callback(lambda data: self._cancel is not None and self._cancel.is_set())
-        api.llama_set_abort_callback(self._context, self._abort, None)
 
     def decode(self, ids: np.ndarray[Any, np.dtype[np.int32]], cancel: Cancel | None) -> np.ndarray[Any, Any]:
         """Run ids [T]; returns the logits f32 [V] of the last one."""
         if not len(ids):
             raise UsageError("no tokens to run")
         api = self._model.api
-        self._cancel = cancel
+        # Without a cancel no Python runs within llama.cpp: there a Ctrl-C would be printed and lost.
+        abort = api.ggml_abort_callback(0) if cancel is None else api.ggml_abort_callback(lambda data: cancel.is_set())
+        api.llama_set_abort_callback(self._context, abort, None)
         try:
             for start in range(0, len(ids), N_BATCH):
                 chunk = np.ascontiguousarray(ids[start : start + N_BATCH], np.int32)
@@ -176,7 +175,7 @@ class LlamaKV:
                     raise ContextError(f"llama.cpp could not run {len(ids)} tokens (status {status})")
                 self._n += len(chunk)
         finally:
-            self._cancel = None
+            api.llama_set_abort_callback(self._context, api.ggml_abort_callback(0), None)
         row = api.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(row, (self._model.n_vocab,)).astype(np.float32, copy=True)
 

@@ -34,7 +34,7 @@ class Constraint:
         except (TypeError, ValueError) as error:
             raise SchemaError(f"not a JSON schema: {error}") from error
         if problem := LLMatcher.validate_grammar(grammar, vocabulary.ll):
-            raise SchemaError(f"this schema cannot be used: {_first_line(problem)}")
+            raise SchemaError(f"this schema cannot be used: {_one_line(problem)}")
         self._vocabulary = vocabulary
         self._matcher = LLMatcher(vocabulary.ll, grammar)
         self._bits = np.zeros((1, -(-vocabulary.n_vocab // 32)), np.int32)
@@ -64,7 +64,9 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise SchemaError(f"this schema cannot be satisfied: {_first_line(self._matcher.get_error())}")
+            raise SchemaError(
+                f"this schema cannot be satisfied: no text fits it ({_one_line(self._matcher.get_error())})"
+            )
 
 
 class Vocabulary:
@@ -99,5 +101,5 @@ class _Words:
         return self._tokenizer.encode(text, add_bos=False)
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:200] if text.strip() else "unknown reason"
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200] or "unknown reason"

@@ -136,7 +136,10 @@ class LLM:
         max_len = config.n_ctx if n_ctx is None else n_ctx
         if max_len < 2:
             raise UsageError(f"n_ctx={max_len}: expected at least 2 positions")
-        tokenizer = tokenizer_from_metadata(weights.file.metadata)
+        try:
+            tokenizer = tokenizer_from_metadata(weights.file.metadata)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
         lower = open_lower(weights, backend, threads)
         engine = Engine(lower, max_len, kv_dtype)
         return cls(engine, tokenizer, weights.file.metadata, max_len=max_len, backend=lower.name, config=config)
@@ -244,9 +247,15 @@ class LLM:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt) if prompt else []
         items = list(prompt)
-        if items and isinstance(items[0], Part):
-            return self.tokenizer.encode_parts([p for p in items if isinstance(p, Part)])
-        return [int(i) for i in items if isinstance(i, (int, np.integer))]
+        parts = [item for item in items if isinstance(item, Part)]
+        if parts and len(parts) == len(items):
+            return self.tokenizer.encode_parts(parts)
+        n = self.tokenizer.n_vocab
+        ids = [int(item) for item in items if isinstance(item, (int, np.integer)) and 0 <= item < n]
+        if len(ids) < len(items):
+            wrong = next(item for item in items if not isinstance(item, (int, np.integer)) or not 0 <= item < n)
+            raise UsageError(f"the prompt holds {wrong!r:.60}: expected text, ids of 0..{n - 1}, or parts")
+        return ids
 
     def _constraint(self, schema: Mapping[str, Any]) -> Constraint:
         if self._vocabulary is None:

@@ -65,7 +65,7 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise SchemaError(
-                f"this schema cannot be satisfied: no text fits it ({_one_line(self._matcher.get_error())})"
+                f"this schema cannot be satisfied: no text fits it ({_first_line(self._matcher.get_error())})"
             )
 
 
@@ -99,6 +99,10 @@ class _Words:
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_bos=False)
+
+
+def _first_line(text: str) -> str:  # the state of the parser follows
+    return _one_line(text.strip().partition("\n")[0])
 
 
 def _one_line(text: str) -> str:

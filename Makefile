@@ -81,6 +81,8 @@ clean:
 
 $(VENV)/tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nearfar needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -c 'import os, sys, sysconfig; h = sysconfig.get_path("include") + "/Python.h"; \
+	  sys.exit(not os.path.exists(h) and f"{h} is missing: install Python with its headers (Debian: python3-dev)")'
 	@command -v "$${CXX:-c++}" >/dev/null || { echo "nearfar needs a C++20 compiler (g++ 12, clang 16 or newer)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) scikit-build-core nanobind cmake ninja

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nearfar.forms import CALL_STOPS, home_prompt
+from nearfar.home import demo_home
+from nearfar.llm import LLM, MODELS
 from nearfar.lower import Lower, open_lower
 from nearfar.weights import Weights
 from tests.tiny import ARCHITECTURES, WEIGHT_TYPES, write_tiny
@@ -81,3 +84,28 @@ def test_greedy_tokens_equal_llama_cpp(tmp_path: Path, arch: str, weight_type: s
     if ties:
         warnings.warn(f"{arch} {weight_type} {backend}: near-ties at {ties} of {len(ids)}", stacklevel=1)
     assert len(ties) <= 2
+
+
+REQUESTS = (
+    "turn off the kitchen lights in ten minutes",
+    "is the front door locked",
+    "set the bedroom thermostat to 21 degrees",
+    "add oat milk to my shopping list",
+    "play some jazz in the living room",
+    "what time is it",
+)
+
+
+@pytest.mark.skipif(not (MODELS / "nano.gguf").is_file(), reason="no model is shipped in this tree")
+@pytest.mark.parametrize("request_text", REQUESTS)
+def test_the_shipped_model_makes_the_same_call_in_llama_cpp(request_text: str) -> None:
+    """The same file, token for token, at full depth; `down` has rows of 512, which llama.cpp scales per 256."""
+    prompt = home_prompt(demo_home().setting(), request_text)
+    calls = {}
+    for backend in ("native", "numpy", "llama"):
+        if backend == "native":
+            pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
+        with LLM.open(MODELS / "nano.gguf", backend=backend) as llm:
+            stops = [i for name in CALL_STOPS if (i := llm.tokenizer.token_id(name)) is not None]
+            calls[backend] = llm.generate(prompt, max_tokens=64, stop_ids=stops, exits=False).ids
+    assert calls["native"] == calls["numpy"] == calls["llama"]

@@ -74,7 +74,7 @@ def open_lower(weights: Weights, backend: str | None = None, threads: int | None
     backend = backend or env.backend()
     threads = threads or env.threads()
     if backend not in (None, "native", "numpy"):
-        raise UsageError(f"backend {backend!r}: expected native or numpy")
+        raise UsageError(f"backend {backend!r}: expected native or numpy (LLM.open also takes llama)")
     if backend != "numpy":
         try:
             from nearfar.lower_native import NativeLower

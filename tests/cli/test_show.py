@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from nearfar.cli.main import main
@@ -76,3 +78,23 @@ def test_header_values_cannot_repaint_the_terminal() -> None:
 @pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2_060_000, "2.06 MB")])
 def test_sizes_are_written_for_people(n: int, text: str) -> None:
     assert size(n) == text
+
+
+@pytest.mark.parametrize(("number", "name"), [(16, "IQ2_XXS"), (13, "Q5_K")])
+def test_a_type_that_our_engine_does_not_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, name: str
+) -> None:
+    """One matrix of another type: the file opens, `runs` is false, and the type is said."""
+    kind = gguf.GGMLQuantizationType(number)
+    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    w.add_tokenizer_model("gpt2")
+    w.add_tensor("token_embd.weight", np.zeros((4, 256 // block * n_bytes), np.uint8), raw_dtype=kind)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    assert main(["show", str(tmp_path / "m.gguf"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["runs"] is False
+    assert name in facts["why_not"]

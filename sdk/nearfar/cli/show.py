@@ -12,7 +12,7 @@ from typing import Any
 from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser
 from nearfar.config import ModelConfig
 from nearfar.errors import UnsupportedError
-from nearfar.gguf_reader import GGUFFile, TensorInfo
+from nearfar.gguf_reader import READABLE, GGUFFile, TensorInfo, TensorType
 
 BAR = 24  # characters of the longest bar
 LONGEST_VALUE = 70
@@ -76,6 +76,11 @@ def config_of(file: GGUFFile) -> ModelConfig | str:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or "general.architecture" not in file.metadata:
         return "holds no model"
+    if "tokenizer.ggml.model" not in file.metadata:
+        return "holds no tokenizer"
+    if unread := sorted({t.type.name for t in file.tensors.values() if t.type not in READABLE}):
+        known = ", ".join(t.name for t in TensorType if t in READABLE)
+        return f"tensors of type {', '.join(unread)}: this engine reads {known}"
     try:
         return ModelConfig.from_metadata(file.metadata, embedding.shape[0])
     except UnsupportedError as error:

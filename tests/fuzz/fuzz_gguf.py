@@ -332,9 +332,8 @@ def fuzz_atheris(check: Check, seconds: int, seed: int, findings: Path) -> None:
     for f in gc.get_objects():  # instrument_imports does not see through the loader of an editable install
         if isinstance(f, FunctionType) and str(f.__module__).startswith("nearfar."):
             atheris.instrument_func(f)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-gguf-"))
-    (folder / "corpus").mkdir()
-    findings.mkdir(parents=True, exist_ok=True)
+    folder = findings / "work"  # libFuzzer leaves without clean-up: what it learned stays for the next run
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
     starts = seeds()
     for i, data in enumerate(starts):
         (folder / "corpus" / f"seed{i}").write_bytes(data)

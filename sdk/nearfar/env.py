@@ -8,7 +8,7 @@ from nearfar.errors import ConfigError
 
 # name -> what it does; `nearfar doctor` prints this table with the values found.
 VARIABLES = {
-    "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 3 messages, 4 per-layer checksums",
+    "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 4 checksums per layer; where an unexpected error was",
     "NEARFAR_ISA": "force the kernels: ref, avx2, avx512 (default: the best that the CPU has)",
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
     "NEARFAR_BACKEND": "force the engine: native, numpy, llama (default: native if built)",

@@ -71,8 +71,15 @@ def open_lower(weights: Weights, backend: str | None = None, threads: int | None
 
     NEARFAR_BACKEND and NEARFAR_THREADS stand in for arguments that are None.
     """
-    backend = backend or env.backend()
-    threads = threads or env.threads()
+    lower = _open(weights, backend or env.backend(), threads or env.threads())
+    if level := env.debug_level():
+        from nearfar.traced import TracedLower
+
+        return TracedLower(lower, level)
+    return lower
+
+
+def _open(weights: Weights, backend: str | None, threads: int | None) -> Lower:
     if backend not in (None, "native", "numpy"):
         raise UsageError(f"backend {backend!r}: expected native or numpy (LLM.open also takes llama)")
     if backend != "numpy":

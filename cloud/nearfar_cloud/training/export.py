@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.errors import ConfigError
-from nearfar.forms import ROWS_VERSION
+from nearfar.forms import CHAT_TEMPLATE, ROWS_VERSION
 from nearfar.gguf_reader import TensorType, ValueType
 from nearfar.gguf_writer import GGUFWriter
 from nearfar.quant import TERNARY, pack_ternary, quantize
@@ -26,12 +26,6 @@ ARCH = "bitnet"
 FILE_VERSION = 1  # the key nearfar.version
 FILE_TYPES = {TensorType.TQ1_0: 36, TensorType.TQ2_0: 37}  # general.file_type: llama.cpp's "mostly TQ1_0 / TQ2_0"
 FLOATS = (TensorType.F32, TensorType.F16, TensorType.BF16)  # trits times scale, written out: to compare engines
-# For engines that render chat templates; nearfar's own rendering is forms.py.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}<|s|>{% elif message['role'] == 'assistant' %}<|a|>{% else %}<|u|>{% endif %}"
-    "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
-)
 
 
 def export(

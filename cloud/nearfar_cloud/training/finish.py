@@ -31,15 +31,21 @@ def finish(
     out: Path,
     *,
     linear: TensorType = TensorType.TQ2_0,
+    code: str = "",
 ) -> Path:
-    """Write `report.json`, `curves.png`, the card and the GGUF file into `out`; returns the file's path."""
+    """Write `report.json`, `curves.png`, the card and the GGUF file into `out`; returns the file's path.
+
+    `code` is the commit that the training began with; left out, it is that of now.
+    """
     trainer.model.eval()
     figures = {
         # f32 and the embedding as the file stores it: the nearest that training comes to the device.
         name: dev.evaluate(trainer.model, rows, trainer.recipe.micro_rows, torch.float32, q8=True)
         for name, rows in held_out.items()
     }
-    made = card(trainer.recipe, facts=facts(trainer, mix), sources=mix.description(), held_out=figures)
+    made = card(
+        trainer.recipe, facts=facts(trainer, mix, code or commit()), sources=mix.description(), held_out=figures
+    )
     name = trainer.recipe.name
     path = export(trainer.model, tokenizer, out / f"{name}.gguf", card=made, linear=linear)
     log = read_log(out / "log.jsonl")
@@ -55,7 +61,7 @@ def finish(
     return path
 
 
-def facts(trainer: Trainer, mix: Mix) -> dict[str, Any]:
+def facts(trainer: Trainer, mix: Mix, code: str) -> dict[str, Any]:
     """How and where the model was trained."""
     return {
         "tokens": trainer.tokens,
@@ -66,7 +72,7 @@ def facts(trainer: Trainer, mix: Mix) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": machine(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": code,
         "data_sha256": mix.data_sha256,
         "rows_left_out": ", ".join(mix.without) or "none",
     }

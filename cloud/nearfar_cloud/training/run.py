@@ -26,6 +26,7 @@ from nearfar.errors import Cancelled, FileError, UsageError
 from nearfar_cloud.training import dev, rows, tokenizer
 from nearfar_cloud.training.checkpoint import Checkpoints, read
 from nearfar_cloud.training.dev import DevRows
+from nearfar_cloud.training.finish import commit, finish
 from nearfar_cloud.training.homes import HomeGenerator
 from nearfar_cloud.training.journals import JournalGenerator
 from nearfar_cloud.training.mix import Mix
@@ -108,11 +109,10 @@ def train(recipe: Recipe, options: Options) -> Path:
     if saved is not None:
         trainer.restore(saved)
         log.note(f"resumed at step {trainer.n}, {trainer.tokens} tokens, {trainer.seconds:.0f} s")
+    code = commit()
     _loop(trainer, checkpoints, held_out, options, log)
 
-    from nearfar_cloud.training.finish import finish
-
-    path = finish(trainer, tok, mix, held_out, options.out)
+    path = finish(trainer, tok, mix, held_out, options.out, code=code)
     log.write({"kind": "done", "path": str(path)}, f"wrote {path}")
     return path
 

@@ -43,7 +43,7 @@ def _add_eval(verbs: Verbs) -> None:
         "nearfar eval nano --data data/ --tasks home,exits --limit 100",
         "nearfar eval nano --data data/ --save answers.jsonl",
         "nearfar eval --data data/ --table answers.jsonl",
-        detail="Greedy answers at full depth; every figure with a 95 % interval and its baseline on the same rows.",
+        detail="Greedy answers; every figure with a 95 % interval and its baseline on the same rows.",
     )
     parser.add_argument("model", nargs="?", help="nano, or the path of a GGUF file")
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
@@ -141,23 +141,27 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
 
 
 def ask(llm: LLM, tasks: Sequence[Task], *, grammar: bool) -> dict[tuple[str, str], list[Prediction]]:
-    """Every task's answers, free and (with llguidance) under its grammar, by (task, mode)."""
+    """Every task's answers by (task, mode): free, with the exits that may fire, and under a grammar (llguidance)."""
     from nearfar.eval import exits
-    from nearfar.eval.report import FREE, SCHEMA
+    from nearfar.eval.report import EARLY, FREE, SCHEMA
     from nearfar.eval.tasks import predict, speaks_rows
 
     answers: dict[tuple[str, str], list[Prediction]] = {}
-    if grammar and not _has_llguidance():
-        print("without the column 'with grammar': pip install 'nearfar[schema]'", file=sys.stderr)
-        grammar = False
+    modes = [FREE]
+    if llm.config and any(e.tau < 1 for e in llm.config.exits):
+        modes.append(EARLY)
+    if grammar and _has_llguidance():
+        modes.append(SCHEMA)
+    elif grammar:
+        print("without the column about grammars: pip install 'nearfar[schema]'", file=sys.stderr)
     has_exits = bool(llm.config and llm.config.exits) and speaks_rows(llm)
     for task in tasks:
-        for mode in (FREE, SCHEMA) if grammar else (FREE,):
+        for mode in modes:
             wants_scores = mode == FREE and has_exits and task.name.startswith("clinc150")
             scores: Callable[..., Mapping[str, float]] | None = (
                 (lambda prompt, ids: exits.confidences(llm, prompt, ids)) if wants_scores else None
             )
-            found = predict(llm, task, constrained=mode == SCHEMA, scores=scores)
+            found = predict(llm, task, constrained=mode == SCHEMA, exits=mode == EARLY, scores=scores)
             answers[task.name, mode] = list(_progress(found, len(task.rows), f"{task.name} {mode}"))
     return answers
 

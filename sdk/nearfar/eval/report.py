@@ -11,8 +11,8 @@ from nearfar.eval.baselines import Baseline
 from nearfar.eval.intervals import Interval
 from nearfar.eval.tasks import Figure
 
-FREE, SCHEMA = "free", "schema"
-MODES = {FREE: "free", SCHEMA: "with grammar"}
+FREE, EARLY, SCHEMA = "free", "exits", "schema"
+MODES = {FREE: "free, full depth", EARLY: "free, with exits", SCHEMA: "grammar, full depth"}
 
 
 @dataclass(frozen=True)

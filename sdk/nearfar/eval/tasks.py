@@ -130,13 +130,14 @@ def predict(
     task: Task,
     *,
     constrained: bool = False,
+    exits: bool = False,
     scores: Callable[[Parts, Sequence[int]], Mapping[str, float]] | None = None,
 ) -> Iterator[Prediction]:
     """An answer for each row, in order.  `scores` looks at (prompt, answer ids) and says how sure each head was."""
     for row in task.rows:
         started = time.perf_counter()
         try:
-            completion = answer(model, task, row, constrained=constrained)
+            completion = answer(model, task, row, constrained=constrained, exits=exits)
         except ContextError:
             yield Prediction(row.id, "", "context")
             continue

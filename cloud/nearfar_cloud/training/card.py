@@ -2,13 +2,20 @@
 
 `card` collects facts of the run; `markdown` prints them.  Figures of `nearfar eval` are added under "evaluation" by
 `with_evaluation`; without them the card only shows the trainer's own held-out figures, and says so.
+
+    python -m nearfar_cloud.training.card nano.gguf eval.json > nano.md      the page again, with evaluated figures
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from nearfar.errors import UsageError, WeightsError
+from nearfar.gguf_reader import GGUFFile
 from nearfar_cloud.training.recipe import Recipe
 
 FOR = (
@@ -176,3 +183,24 @@ def _interval(interval: Mapping[str, Any] | None, unit: str) -> str:
     scale, digits, mark = (100, 1, " %") if unit == "%" else (1, 3, "")
     value, low, high = (f"{scale * interval[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value}{mark} [{low}, {high}] n {interval['n']}"
+
+
+def page(model: Path, evaluation: Path | None = None) -> str:
+    """The card in a GGUF file as Markdown, with the figures of `nearfar eval --json` where they are given.
+
+    Raises WeightsError for a file without a card.
+    """
+    with GGUFFile.open(model) as file:
+        text = file.metadata.get("nearfar.card")
+    if not isinstance(text, str):
+        raise WeightsError(f"{model} carries no card (key nearfar.card): expected a file of `nearfar train`")
+    made = json.loads(text)
+    if evaluation is not None:
+        made = with_evaluation(made, json.loads(evaluation.read_text(encoding="utf-8")))
+    return markdown(made)
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        raise UsageError("expected: MODEL.gguf [EVAL.json]")
+    sys.stdout.write(page(*map(Path, sys.argv[1:])))

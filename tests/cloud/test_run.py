@@ -20,6 +20,7 @@ for package in ("tokenizers", "hassil", "safetensors", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra [train])")
 
 from nearfar.errors import DataError, MissingExtraError, UsageError  # noqa: E402
+from nearfar.gguf_reader import GGUFFile, TensorType  # noqa: E402
 from nearfar.lower import open_lower  # noqa: E402
 from nearfar.weights import Weights  # noqa: E402
 from nearfar_cloud.training import cli  # noqa: E402
@@ -185,3 +186,14 @@ def test_the_verb_trains_from_the_command_line(
     command = ("pico", "--tokens", "512", "--data", str(data), "--out", str(tmp_path), "--no-compile", "--threads", "1")
     assert cli.run(verb(*command)) == 0
     assert (tmp_path / "micro.gguf").is_file()
+
+
+def test_widths_that_ternary_blocks_do_not_fit_are_written_out(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path
+) -> None:
+    recipe = recipe_for(tokenizer)
+    recipe = replace(recipe, shape=replace(recipe.shape, d_model=128, d_ff=128))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    path = train(recipe, options(data, tmp_path, 512))
+    with GGUFFile.open(path) as file:
+        assert file.tensors["blk.0.ffn_up.weight"].type == TensorType.F16

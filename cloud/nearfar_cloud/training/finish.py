@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nearfar.gguf_reader import TensorType
+from nearfar.quant import TERNARY
 from nearfar_cloud.training import dev
 from nearfar_cloud.training.card import card, markdown
 from nearfar_cloud.training.dev import DevRows
@@ -47,6 +48,8 @@ def finish(
         trainer.recipe, facts=facts(trainer, mix, code or commit()), sources=mix.description(), held_out=figures
     )
     name = trainer.recipe.name
+    if linear in TERNARY and not trainer.recipe.shape.packs:  # widths of the studies: the same numbers, written out
+        linear = TensorType.F16
     path = export(trainer.model, tokenizer, out / f"{name}.gguf", card=made, linear=linear)
     log = read_log(out / "log.jsonl")
     report = {

@@ -101,7 +101,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def run_eval(args: argparse.Namespace) -> int:
     from nearfar.eval.corpora import data_folder
-    from nearfar.eval.tasks import load_predictions, save_predictions
+    from nearfar.eval.tasks import load_predictions
 
     if (args.model is None) == (args.table is None):
         raise UsageError("expected a model, or --table with stored answers, and not both")
@@ -115,11 +115,9 @@ def run_eval(args: argparse.Namespace) -> int:
     else:
         with open_model(args, args.model) as llm:
             facts["backend"] = llm.backend
-            predictions = ask(llm, tasks, grammar=not args.no_grammar)
+            predictions = ask(llm, tasks, grammar=not args.no_grammar, save=Path(args.save) if args.save else None)
             if EXITS in args.tasks:
                 about_exits = exit_section(llm, tasks)
-    if args.save:
-        save_predictions(Path(args.save), predictions)
     sections = [s for task in tasks if (s := section(task, predictions, folder, fit=not args.no_baselines))]
     facts["seconds"] = round(time.perf_counter() - started, 1)
     _print(sections + about_exits, facts, args.json)
@@ -140,11 +138,16 @@ def load_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
     return tasks
 
 
-def ask(llm: LLM, tasks: Sequence[Task], *, grammar: bool) -> dict[tuple[str, str], list[Prediction]]:
-    """Every task's answers by (task, mode): free, with the exits that may fire, and under a grammar (llguidance)."""
+def ask(
+    llm: LLM, tasks: Sequence[Task], *, grammar: bool, save: Path | None = None
+) -> dict[tuple[str, str], list[Prediction]]:
+    """Every task's answers by (task, mode): free, with the exits that may fire, and under a grammar (llguidance).
+
+    `save` gets each mode's answers as soon as they are complete: a run that is stopped keeps what it has.
+    """
     from nearfar.eval import exits
     from nearfar.eval.report import EARLY, FREE, SCHEMA
-    from nearfar.eval.tasks import predict, speaks_rows
+    from nearfar.eval.tasks import predict, save_predictions, speaks_rows
 
     answers: dict[tuple[str, str], list[Prediction]] = {}
     modes = [FREE]
@@ -163,6 +166,8 @@ def ask(llm: LLM, tasks: Sequence[Task], *, grammar: bool) -> dict[tuple[str, st
             )
             found = predict(llm, task, constrained=mode == SCHEMA, exits=mode == EARLY, scores=scores)
             answers[task.name, mode] = list(_progress(found, len(task.rows), f"{task.name} {mode}"))
+            if save is not None:
+                save_predictions(save, {(task.name, mode): answers[task.name, mode]}, append=len(answers) > 1)
     return answers
 
 

@@ -151,9 +151,11 @@ def prompt_text(parts: Sequence[Part]) -> str:
     return "\n".join(part.text for part in parts if not part.control)
 
 
-def save_predictions(path: Path, by_task: Mapping[tuple[str, str], Sequence[Prediction]]) -> None:
+def save_predictions(
+    path: Path, by_task: Mapping[tuple[str, str], Sequence[Prediction]], *, append: bool = False
+) -> None:
     """JSON lines: {"task", "mode", and the fields of Prediction}; the table can be made again from them."""
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("a" if append else "w", encoding="utf-8") as file:
         for (task, mode), predictions in by_task.items():
             for p in predictions:
                 file.write(json.dumps({"task": task, "mode": mode, **asdict(p)}, ensure_ascii=False) + "\n")

@@ -43,6 +43,7 @@ def json_lines(path: Path, use: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_file(path: Path, use: str, kind: type[dict[Any, Any]] | type[list[Any]]) -> Any:
+    """The JSON value of a file.  Raises DataError unless it is one of `kind`."""
     with open_text(path, use) as file:
         try:
             value = json.load(file)
@@ -54,6 +55,7 @@ def json_file(path: Path, use: str, kind: type[dict[Any, Any]] | type[list[Any]]
 
 
 def field(where: str, row: dict[str, Any], key: str, kind: type[T]) -> T:
+    """`row[key]`; DataError, with the place, unless it is of `kind`."""
     value = row.get(key)
     if not isinstance(value, kind):
         found = "nothing" if key not in row else f"{type(value).__name__} {str(value)[:40]!r}"
@@ -62,6 +64,7 @@ def field(where: str, row: dict[str, Any], key: str, kind: type[T]) -> T:
 
 
 def pairs(where: str, row: dict[str, Any], key: str = "slots") -> list[tuple[str, str]]:
+    """A list of [type, value] pairs; DataError, with the place, for anything else."""
     value = field(where, row, key, list)
     if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in value):
         raise DataError(f"{where}: expected {key!r} as a list of [type, value] pairs of text, found {str(value)[:60]}")

@@ -230,6 +230,7 @@ class Window:
 
 
 def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean; NaN of nothing."""
     return sum(values) / len(values) if values else float("nan")
 
 

@@ -47,6 +47,7 @@ def parse_seconds(text: str) -> float:
 
 
 def phase(progress: float, recipe: Recipe) -> Phase:
+    """The phase at `progress`, the share of the budget that is used (0..1)."""
     return "decay" if progress >= recipe.decay_from else "stable"
 
 

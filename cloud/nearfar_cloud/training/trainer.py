@@ -206,6 +206,7 @@ class Tensors(NamedTuple):
 
 
 def as_tensors(batch: Batch) -> Tensors:
+    """The batch's arrays as tensors that share their memory."""
     return Tensors(*(torch.from_numpy(x) for x in (batch.ids, batch.targets, batch.weights, batch.pos, batch.doc)))
 
 

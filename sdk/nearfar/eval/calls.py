@@ -49,6 +49,7 @@ class Before:
 
 
 def load(folder: Path) -> list[Task]:
+    """The next calls of the SGD dev dialogues.  Raises DataError."""
     train = set(read_services(folder / "dialogue" / "sgd_train_schema.json"))
     services = read_services(folder / "dialogue" / "sgd_dev_schema.json")
     rows = list(read_calls(folder / "dialogue" / "sgd_dev.jsonl.xz", services, train))
@@ -126,6 +127,7 @@ def setting(names: Sequence[str], services: Services) -> str:
 
 
 def call_prompt(row: Row, services: Services) -> Parts:
+    """The dialogue before the call, its last turns first kept, up to `<|c|>`."""
     before: Before = row.context
     first = setting(before.services, services)
     turns = forms.last_turns(before.turns, max(MAX_CHARS - len(first), 200))

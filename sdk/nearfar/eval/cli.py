@@ -100,6 +100,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def run_eval(args: argparse.Namespace) -> int:
+    """`nearfar eval`: the table of one model, or of stored answers."""
     from nearfar.eval.corpora import data_folder
     from nearfar.eval.tasks import load_predictions
 
@@ -245,6 +246,7 @@ def _progress(items: Iterable[T], n: int, what: str) -> Iterator[T]:
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
+    """`nearfar calibrate`: fit, choose, report, and write the copy."""
     from nearfar.eval import calibrate as cal
     from nearfar.eval import exits
     from nearfar.eval.corpora import data_folder
@@ -290,6 +292,7 @@ def held_out(folder: Path, more: str | None) -> list[Task]:
 
 
 def calibration_facts(c: Calibration, mix: Mapping[str, int]) -> dict[str, Any]:
+    """The calibration for `--json`; `mix`: answers per source."""
     return {
         "delta": c.delta,
         "alpha": c.alpha,
@@ -310,6 +313,7 @@ def calibration_facts(c: Calibration, mix: Mapping[str, int]) -> dict[str, Any]:
 
 
 def calibration_text(c: Calibration, facts: Mapping[str, Any]) -> str:
+    """The calibration for people."""
     from nearfar.eval.report import shown
 
     lines = [f"answers: {', '.join(f'{k} {n}' for k, n in c.n_answers.items())} ({_listed(facts['mix'])})"]

@@ -38,6 +38,7 @@ class Asked:
 
 
 def load(folder: Path) -> list[Task]:
+    """The English test sentences of Home Assistant.  Raises DataError."""
     rows = list(read_tests(corpora.tar_texts(folder / ARCHIVE, USE, ".yaml")))
     return [_task("home", "Home Assistant tests, English", rows)]
 

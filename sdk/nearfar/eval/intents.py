@@ -57,11 +57,13 @@ def dev_rows(folder: Path) -> list[Task]:
 
 
 def hwu64(folder: Path) -> Task:
+    """HWU64's test file; the baseline is fitted on its train file."""
     rows = list(_lines(folder / "intents" / "hwu64_test.jsonl.xz"))
     return _task("hwu64", "hwu64", "HWU64 test", rows, train_rows("hwu64", folder))
 
 
 def snips(folder: Path, *, official: bool = False) -> Task:
+    """The held-out twentieth of SNIPS train, or the official test file where somebody has it."""
     train = train_rows("snips", folder)
     if official:
         rows = list(_lines(folder / "intents" / "snips_test.jsonl.xz"))
@@ -72,6 +74,7 @@ def snips(folder: Path, *, official: bool = False) -> Task:
 
 
 def clinc150(folder: Path, *, official: bool = False) -> Task:
+    """CLINC150's validation rows and the out-of-scope rows, or the official test file where somebody has it."""
     file = folder / "intents" / "clinc150_train_val.json.xz"
     train, outside = train_rows("clinc150", folder), list(_clinc(file, "oos_train"))
     if official:

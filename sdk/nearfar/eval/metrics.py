@@ -53,6 +53,7 @@ class Overlap:
 
 
 def overlap(found: Counter[tuple[str, str]], wanted: Counter[tuple[str, str]]) -> Overlap:
+    """Multiset intersection of (type, value) pairs: how many are shared, found and wanted."""
     return Overlap((found & wanted).total(), found.total(), wanted.total())
 
 

@@ -72,6 +72,7 @@ class RMSNorm(nn.Module):
 
 class Block(nn.Module):
     """One layer: attention and gated feed-forward, each behind a norm, with sub-norms before `wo` and `down`."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         d, ff, eps = shape.d_model, shape.d_ff, shape.norm_eps

@@ -28,16 +28,30 @@ class Terminal:
 
     def wait_for(self, text: str, timeout_s: float = 60) -> str:
         """What was shown up to and with `text`, since the last call."""
+        if not self._shows(text, timeout_s):
+            pytest.fail(f"{text!r} was not shown; this was: {self.seen[-2000:]!r}")
+        shown, self.seen = self.seen.split(text, 1)
+        return shown + text
+
+    def press_until(self, key: str, text: str) -> None:
+        """Press a key until `text` is shown: a Ctrl-C just before the prompt reads is seen with the next key."""
+        for _ in range(30):
+            self.type(key)
+            if self._shows(text, timeout_s=2):
+                self.wait_for(text)
+                return
+        self.wait_for(text)
+
+    def _shows(self, text: str, timeout_s: float) -> bool:
         until = time.monotonic() + timeout_s
         while text not in self.seen:
             if not select.select([self.fd], [], [], max(0, until - time.monotonic()))[0]:
-                pytest.fail(f"{text!r} was not shown; this was: {self.seen[-2000:]!r}")
+                return False
             try:
                 self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
             except OSError:  # the other side has closed
-                pytest.fail(f"ended without {text!r}; this was shown: {self.seen[-2000:]!r}")
-        shown, self.seen = self.seen.split(text, 1)
-        return shown + text
+                return False
+        return True
 
     def exit_code(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -51,8 +65,7 @@ def test_requests_are_typed_at_a_prompt_and_answered_in_colour(model: Path) -> N
     assert "\x1b[32m" in shown  # exit 2
     assert "\x1b[33m" in shown  # full depth
     terminal.wait_for("> ")
-    terminal.type("\x03")
-    terminal.wait_for("(Ctrl-D leaves)")
+    terminal.press_until("\x03", "(Ctrl-D leaves)")
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.exit_code() == 0

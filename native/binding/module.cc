@@ -74,7 +74,8 @@ void make_model(PyModel* self, const ModelSpec& spec,
   std::unique_ptr<Model> model;
   {
     const nb::gil_scoped_release released;
-    model = std::make_unique<Model>(spec, tensors, first, last, threads, kernels(isa));
+    model =
+        std::make_unique<Model>(spec, tensors, ModelOptions{first, last, threads, kernels(isa)});
   }
   new (self) PyModel{std::get<3>(matrices.at("token_embd.weight")), std::move(model)};
 }

@@ -93,14 +93,13 @@ size_t grain_slot(int grain) {
 
 }  // namespace
 
-Model::Model(const ModelSpec& spec, const Tensors& tensors, int first, int last, int n_threads,
-             const Kernels& kernels)
-    : spec_((check_spec(spec, first, last), spec)),
-      first_(first),
-      last_(last),
-      kernels_(kernels),
-      ops_(*kernels.ops),
-      pool_(n_threads) {
+Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& options)
+    : spec_((check_spec(spec, options.first, options.last), spec)),
+      first_(options.first),
+      last_(options.last),
+      kernels_(options.kernels),
+      ops_(*kernels_.ops),
+      pool_(options.n_threads) {
   const Reader reader(tensors);
   const int64_t d = spec.d_model, d_q = spec.n_heads * spec.head_dim;
   const int64_t d_kv = spec.n_kv_heads * spec.head_dim;
@@ -114,10 +113,10 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, int first, int last,
   };
 
   embedding_ = reader.matrix("token_embd.weight", spec.n_vocab, d);
-  layers_.resize(last - first);
-  for (int i = first; i < last; ++i) {
+  layers_.resize(last_ - first_);
+  for (int i = first_; i < last_; ++i) {
     const std::string block = "blk." + std::to_string(i) + ".";
-    Layer& layer = layers_[i - first];
+    Layer& layer = layers_[i - first_];
     layer.attn_norm = reader.vector(block + "attn_norm.weight", d);
     layer.ffn_norm = reader.vector(block + "ffn_norm.weight", d);
     if (spec.has_sub_norms) {
@@ -165,7 +164,7 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, int first, int last,
   s.y.resize(kChunkRows * d);
   s.cos.resize(kChunkRows * spec.head_dim / 2);
   s.sin.resize(kChunkRows * spec.head_dim / 2);
-  for (int i = 0; i < n_threads; ++i) {
+  for (int i = 0; i < pool_.size(); ++i) {
     s.row.emplace_back(std::max({d, d_q, spec.d_ff}));
     s.attention.emplace_back(spec.n_heads, spec.n_kv_heads, spec.head_dim);
   }

@@ -59,13 +59,19 @@ struct PanelInfo {
   size_t n_bytes;
 };
 
+// Choices of a caller that belong to the engine, not to the model.
+struct ModelOptions {
+  int first, last;  // the layers [first, last)
+  int n_threads;
+  const Kernels& kernels;
+};
+
 class Model {
  public:
-  // Packs the layers [first, last) and, if there is a gain for any head, the head's matrix
+  // Packs the layers of `options` and, if there is a gain for any head, the head's matrix
   // (`output.weight`, or the embedding).  Throws std::invalid_argument that names a tensor which is
   // missing or has another shape.
-  Model(const ModelSpec& spec, const Tensors& tensors, int first, int last, int n_threads,
-        const Kernels& kernels);
+  Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& options);
 
   const ModelSpec& spec() const { return spec_; }
   int n_threads() const { return pool_.size(); }

@@ -120,7 +120,8 @@ struct Tiny {
 
   std::unique_ptr<Model> open(int n_threads = 1, std::string_view isa = "", int first = 0,
                               int last = kLayers) const {
-    return std::make_unique<Model>(spec, tensors(), first, last, n_threads, kernels(isa));
+    return std::make_unique<Model>(spec, tensors(),
+                                   ModelOptions{first, last, n_threads, kernels(isa)});
   }
 };
 

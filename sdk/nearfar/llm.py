@@ -27,6 +27,7 @@ from nearfar.errors import Cancelled, ContextError, TokenizerError, UnsupportedE
 from nearfar.forms import Part
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import open_lower
+from nearfar.options import EngineOptions
 from nearfar.sampling import Sampling
 from nearfar.sequence import Sequence
 from nearfar.stop import StopMatcher
@@ -117,7 +118,7 @@ class LLM:
         if backend == "llama":
             return _open_llama(path, n_ctx, threads, why="asked for")
         try:
-            return cls._open_own(path, backend, threads, n_ctx, kv_dtype)
+            return cls._open_own(path, backend, EngineOptions(threads=threads), n_ctx, kv_dtype)
         except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
             if backend is not None or not _has_llama():
                 raise
@@ -129,7 +130,7 @@ class LLM:
 
     @classmethod
     def _open_own(
-        cls, path: Path, backend: str | None, threads: int | None, n_ctx: int | None, kv_dtype: KVDtype
+        cls, path: Path, backend: str | None, options: EngineOptions, n_ctx: int | None, kv_dtype: KVDtype
     ) -> LLM:
         weights = Weights.open(path)
         config = weights.config
@@ -140,7 +141,7 @@ class LLM:
             tokenizer = tokenizer_from_metadata(weights.file.metadata)
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from error
-        lower = open_lower(weights, backend, threads)
+        lower = open_lower(weights, backend, options)
         engine = Engine(lower, max_len, kv_dtype)
         return cls(engine, tokenizer, weights.file.metadata, max_len=max_len, backend=lower.name, config=config)
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
 from nearfar.errors import MissingExtraError, UsageError
 from nearfar.kv_cache import KVDtype
+from nearfar.options import EngineOptions
 from nearfar.weights import Weights
 
 Array = NDArray[np.float32]
@@ -66,12 +68,15 @@ class Lower(Protocol):
         """f32 [M, D] -> f32 [M, V].  `head` is "final" or "exit.{layer}"."""
 
 
-def open_lower(weights: Weights, backend: str | None = None, threads: int | None = None) -> Lower:
+def open_lower(weights: Weights, backend: str | None = None, options: EngineOptions | None = None) -> Lower:
     """The engine for these weights: "native", "numpy", or the better one that is there (`backend=None`).
 
-    NEARFAR_BACKEND and NEARFAR_THREADS stand in for arguments that are None.
+    NEARFAR_BACKEND and NEARFAR_THREADS stand in for what is None; the reference has no use for `options`.
     """
-    lower = _open(weights, backend or env.backend(), threads or env.threads())
+    options = options or EngineOptions()
+    if options.threads is None:
+        options = replace(options, threads=env.threads())
+    lower = _open(weights, backend or env.backend(), options)
     if level := env.debug_level():
         from nearfar.traced import TracedLower
 
@@ -79,7 +84,7 @@ def open_lower(weights: Weights, backend: str | None = None, threads: int | None
     return lower
 
 
-def _open(weights: Weights, backend: str | None, threads: int | None) -> Lower:
+def _open(weights: Weights, backend: str | None, options: EngineOptions) -> Lower:
     if backend not in (None, "native", "numpy"):
         raise UsageError(f"backend {backend!r}: expected native or numpy (LLM.open also takes llama)")
     if backend != "numpy":
@@ -90,7 +95,7 @@ def _open(weights: Weights, backend: str | None, threads: int | None) -> Lower:
                 raise MissingExtraError("nearfar_native", "dev", f"backend native ({error})") from error
             warnings.warn(f"the compiled engine is missing ({error}); numpy stands in, slowly", stacklevel=2)
         else:
-            return NativeLower(weights, threads=threads)
+            return NativeLower(weights, options)
     from nearfar.lower_numpy import NumpyLower
 
     return NumpyLower(weights)

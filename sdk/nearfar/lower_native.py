@@ -20,6 +20,7 @@ from nearfar.errors import Cancelled, ConfigError, ContextError, EngineBusy, Nea
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import KV
 from nearfar.lower_numpy import check_ids
+from nearfar.options import EngineOptions
 from nearfar.weights import Weights
 from nearfar_native import _core
 
@@ -88,15 +89,16 @@ class NativeKV:
 class NativeLower:
     """`Lower` in C++: layers [first, last) of a model (default: all), packed for the best kernels of this CPU.
 
-    `threads` None takes the physical cores that this process may use; NEARFAR_ISA forces the kernels.  `weights` must
-    stay open: embeddings are read from its file.  Raises ConfigError for an ISA that the CPU lacks, UsageError for a
-    bad range or number of threads.
+    NEARFAR_ISA forces the kernels.  `weights` must stay open: embeddings are read from its file.  Raises ConfigError
+    for an ISA that the CPU lacks, UsageError for a bad range.
     """
 
     name = "native"
 
-    def __init__(self, weights: Weights, threads: int | None = None, first: int = 0, last: int | None = None) -> None:
-        self.weights = weights
+    def __init__(
+        self, weights: Weights, options: EngineOptions | None = None, first: int = 0, last: int | None = None
+    ) -> None:
+        self.weights, self.options = weights, options or EngineOptions()
         self.config: ModelConfig = weights.config
         self.first, self.last = first, self.config.n_layers if last is None else last
         tensors = weights.file.tensors
@@ -114,7 +116,7 @@ class NativeLower:
                 vectors,
                 self.first,
                 self.last,
-                threads or _core.default_threads(),
+                self.options.threads or _core.default_threads(),
                 isa,
             )
 

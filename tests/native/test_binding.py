@@ -16,6 +16,7 @@ import pytest
 
 from nearfar.cancel import Cancel
 from nearfar.errors import Cancelled, ConfigError, EngineBusy, NearfarError, UsageError
+from nearfar.options import EngineOptions
 from nearfar.weights import Weights
 from tests.paths import ROOT
 from tests.tiny import write_tiny
@@ -40,7 +41,7 @@ def weights(path: Path) -> Weights:
 def big(tmp_path_factory: pytest.TempPathFactory) -> lower_native.NativeLower:
     """Slow enough (many rows, no batching of floats) that another thread meets it at work."""
     path = write_tiny(tmp_path_factory.mktemp("big") / "m.gguf", "llama", "F32", d_ff=2048, n_layers=8, n_ctx=8192)
-    return lower_native.NativeLower(Weights.open(path), threads=1)
+    return lower_native.NativeLower(Weights.open(path), EngineOptions(threads=1))
 
 
 def ids(n: int) -> np.ndarray:
@@ -60,7 +61,7 @@ def test_the_committed_stub_is_that_of_the_module(tmp_path: Path) -> None:
 
 def test_results_outlive_the_engine_and_the_engine_outlives_its_tensors(path: Path) -> None:
     weights = Weights.open(path)
-    lower = lower_native.NativeLower(weights, threads=2)
+    lower = lower_native.NativeLower(weights, EngineOptions(threads=2))
     kv = lower.new_kv(16)
     first = lower.forward(lower.embed(ids(4)), kv, 0, 4)
     copy = first.copy()
@@ -76,7 +77,7 @@ def test_results_outlive_the_engine_and_the_engine_outlives_its_tensors(path: Pa
 
 
 def test_arrays_of_another_type_or_rank_are_refused_not_converted(weights: Weights) -> None:
-    model = lower_native.NativeLower(weights, threads=1)._model
+    model = lower_native.NativeLower(weights, EngineOptions(threads=1))._model
     kv = model.new_kv(8, True)
     for wrong in (np.zeros((1, 256)), np.zeros(256, np.float32), np.zeros((256, 2), np.float32).T):
         with pytest.raises(TypeError):
@@ -86,7 +87,7 @@ def test_arrays_of_another_type_or_rank_are_refused_not_converted(weights: Weigh
 
 
 def test_rows_of_another_layout_give_the_same_result(weights: Weights) -> None:
-    lower = lower_native.NativeLower(weights, threads=1)
+    lower = lower_native.NativeLower(weights, EngineOptions(threads=1))
     h = lower.embed(ids(6))
     spread = np.repeat(h, 2, axis=0)[::2]
     assert not spread.flags.c_contiguous
@@ -98,13 +99,13 @@ def test_rows_of_another_layout_give_the_same_result(weights: Weights) -> None:
 
 
 def test_heads_that_the_model_lacks_are_named(weights: Weights) -> None:
-    lower = lower_native.NativeLower(weights, threads=1)
+    lower = lower_native.NativeLower(weights, EngineOptions(threads=1))
     with pytest.raises(UsageError, match=r"exit\.3.*exit\.2, final"):
         lower.logits(lower.embed(ids(1)), "exit.3")
 
 
 def test_rows_that_are_not_finite_are_refused_and_leave_no_trace(weights: Weights) -> None:
-    lower = lower_native.NativeLower(weights, threads=1)
+    lower = lower_native.NativeLower(weights, EngineOptions(threads=1))
     kv = lower.new_kv(8)
     h = lower.embed(ids(2))
     h[1, 7] = np.nan
@@ -114,9 +115,9 @@ def test_rows_that_are_not_finite_are_refused_and_leave_no_trace(weights: Weight
 
 
 def test_a_part_of_the_layers_is_a_model_of_its_own(weights: Weights) -> None:
-    whole = lower_native.NativeLower(weights, threads=1)
-    low = lower_native.NativeLower(weights, threads=1, first=0, last=2)
-    high = lower_native.NativeLower(weights, threads=1, first=2)
+    whole = lower_native.NativeLower(weights, EngineOptions(threads=1))
+    low = lower_native.NativeLower(weights, EngineOptions(threads=1), first=0, last=2)
+    high = lower_native.NativeLower(weights, EngineOptions(threads=1), first=2)
     h = whole.embed(ids(5))
     expected = whole.forward(h, whole.new_kv(8), 0, 4)
     kv = high.new_kv(8)
@@ -131,10 +132,10 @@ def test_a_part_of_the_layers_is_a_model_of_its_own(weights: Weights) -> None:
 def test_an_isa_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, weights: Weights) -> None:
     for isa in lower_native.isas_available():
         monkeypatch.setenv("NEARFAR_ISA", isa)
-        assert lower_native.NativeLower(weights, threads=1).isa == isa
+        assert lower_native.NativeLower(weights, EngineOptions(threads=1)).isa == isa
     monkeypatch.setenv("NEARFAR_ISA", "avx9")
     with pytest.raises(ConfigError, match="avx9"):
-        lower_native.NativeLower(weights, threads=1)
+        lower_native.NativeLower(weights, EngineOptions(threads=1))
     with pytest.raises(ValueError, match="no kernels"):
         _core.isa("neon" if "ref" in lower_native.isas_available() else "ref")
 
@@ -144,14 +145,14 @@ def test_every_isa_and_thread_count_gives_the_same_bits(monkeypatch: pytest.Monk
     for isa in lower_native.isas_available():
         monkeypatch.setenv("NEARFAR_ISA", isa)
         for threads in (1, 2):
-            lower = lower_native.NativeLower(weights, threads=threads)
+            lower = lower_native.NativeLower(weights, EngineOptions(threads=threads))
             results.append(lower.logits(lower.forward(lower.embed(ids(9)), lower.new_kv(16), 0, 4)))
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
 def test_a_bad_number_of_threads_is_refused(weights: Weights) -> None:
     with pytest.raises(UsageError, match="257"):
-        lower_native.NativeLower(weights, threads=257)
+        lower_native.NativeLower(weights, EngineOptions(threads=257))
     assert lower_native.NativeLower(weights).n_threads == lower_native.default_threads()
 
 
@@ -197,9 +198,10 @@ import os, signal
 import numpy as np
 from nearfar.errors import NearfarError
 from nearfar.lower_native import NativeLower
+from nearfar.options import EngineOptions
 from nearfar.weights import Weights
 weights = Weights.open({str(path)!r})
-lower = NativeLower(weights, threads=2)
+lower = NativeLower(weights, EngineOptions(threads=2))
 h = lower.embed(np.arange(200, dtype=np.int32))
 lower.forward(h, lower.new_kv(300), 0, 4)
 child = os.fork()
@@ -208,7 +210,7 @@ if child == 0:
     try:
         lower.forward(h, lower.new_kv(300), 0, 4)
     except NearfarError as error:
-        again = NativeLower(weights, threads=2)
+        again = NativeLower(weights, EngineOptions(threads=2))
         again.forward(h, again.new_kv(300), 0, 4)
         del lower
         os._exit(42 if "fork" in str(error) else 2)
@@ -220,7 +222,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_forks_share_their_blocks(weights: Weights) -> None:
-    lower = lower_native.NativeLower(weights, threads=1)
+    lower = lower_native.NativeLower(weights, EngineOptions(threads=1))
     kv = lower.new_kv(200)
     lower.forward(lower.embed(ids(130)), kv, 0, 4)
     block = 2 * 64 * 2 * 64 * 2  # bytes: K and V, 64 positions, 2 heads of 64 numbers in f16
@@ -234,7 +236,7 @@ def test_forks_share_their_blocks(weights: Weights) -> None:
 
 
 def test_panels_name_what_a_token_reads(weights: Weights) -> None:
-    panels = lower_native.NativeLower(weights, threads=1).panels()
+    panels = lower_native.NativeLower(weights, EngineOptions(threads=1)).panels()
     assert len(panels) == 4 * 7 + 1
     gate = next(p for p in panels if p.name == "blk.0.ffn_gate")
     assert (gate.kind, gate.rows, gate.cols) == ("i2", 512, 256)

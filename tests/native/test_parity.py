@@ -12,6 +12,7 @@ import pytest
 
 from nearfar.gguf_reader import TensorType
 from nearfar.lower_numpy import NumpyLower
+from nearfar.options import EngineOptions
 from nearfar.quant import ACTIVATION_GRAIN
 from nearfar.weights import Weights
 from tests.tiny import ARCHITECTURES, WEIGHT_TYPES, write_tiny
@@ -37,7 +38,7 @@ def engines(
     path = tmp_path_factory.mktemp("parity") / "m.gguf"
     wide = {"head_dim": 96, "n_heads": 8} if arch == "qwen3" else {}  # queries wider than the rows
     weights = Weights.open(write_tiny(path, arch, kind, exits=(1,), n_layers=N_LAYERS, **wide))
-    return lower_native.NativeLower(weights, threads=2), NumpyLower(weights)
+    return lower_native.NativeLower(weights, EngineOptions(threads=2)), NumpyLower(weights)
 
 
 def grain(weights: Weights) -> int | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nearfar.lower_numpy import NumpyLower
+from nearfar.options import EngineOptions
 from nearfar.weights import Weights
 from tests.native.test_parity import MAX_FLOAT_ERROR, errors
 from tests.tiny import write_tiny
@@ -41,7 +42,7 @@ def with_tensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 def assert_parity(path: Path, start: int = 0) -> np.ndarray:
     """Runs all layers in both engines; returns the rows."""
     weights = Weights.open(path)
-    native, numpy = lower_native.NativeLower(weights, threads=1), NumpyLower(weights)
+    native, numpy = lower_native.NativeLower(weights, EngineOptions(threads=1)), NumpyLower(weights)
     ids = (np.arange(20) * 13 % 320).astype(np.int32)
     kv, numpy_kv = native.new_kv(64, "f32"), numpy.new_kv(64, "f32")
     h = native.forward(native.embed(ids), kv, 0, weights.config.n_layers)

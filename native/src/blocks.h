@@ -12,7 +12,7 @@
 namespace nearfar {
 
 constexpr int64_t kSuper = 256;  // weights of a TQ or K-quant block
-constexpr int64_t kGroup = 32;   // weights of a Q4_0 or Q8_0 block
+constexpr int64_t kGroup = 32;   // weights of a Q4_0, Q4_1 or Q8_0 block
 
 // A tensor as it lies in the file, row-major. A vector has rows = 1.
 struct RawTensor {
@@ -55,12 +55,35 @@ struct Q4Block {
 };
 void decode_q4_0(const uint8_t* block, Q4Block& out);
 
+// value = d * code + m, code 0..15
+struct Q41Block {
+  uint8_t code[kGroup];
+  uint16_t d, m;  // f16 bits
+};
+void decode_q4_1(const uint8_t* block, Q41Block& out);
+
 // value = d * code
 struct Q8Block {
   int8_t code[kGroup];
   uint16_t d;
 };
 void decode_q8_0(const uint8_t* block, Q8Block& out);
+
+// value = d * scale[j] * code - dmin * min[j], j = k / 16, code 0..3, scale and min 0..15
+struct Q2KBlock {
+  uint8_t code[kSuper];
+  uint8_t scale[kSuper / 16], min[kSuper / 16];
+  uint16_t d, dmin;
+};
+void decode_q2_k(const uint8_t* block, Q2KBlock& out);
+
+// value = d * scale[j] * (code - 4), j = k / 16, code 0..7, scale -32..31
+struct Q3KBlock {
+  uint8_t code[kSuper];
+  int8_t scale[kSuper / 16];
+  uint16_t d;
+};
+void decode_q3_k(const uint8_t* block, Q3KBlock& out);
 
 // value = d * scale[j] * code - dmin * min[j], j = k / 32, code 0..15, scale and min 0..63
 struct Q4KBlock {
@@ -69,6 +92,14 @@ struct Q4KBlock {
   uint16_t d, dmin;
 };
 void decode_q4_k(const uint8_t* block, Q4KBlock& out);
+
+// as Q4KBlock, code 0..31
+struct Q5KBlock {
+  uint8_t code[kSuper];
+  uint8_t scale[kSuper / 32], min[kSuper / 32];
+  uint16_t d, dmin;
+};
+void decode_q5_k(const uint8_t* block, Q5KBlock& out);
 
 // value = d * scale[j] * code, j = k / 16, code -32..31
 struct Q6KBlock {

@@ -9,7 +9,18 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-SCALES = {"Q4_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208], "TQ1_0": [52], "TQ2_0": [64]}
+SCALES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q8_0": [0],
+    "Q2_K": [80, 82],
+    "Q3_K": [108],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+    "TQ1_0": [52],
+    "TQ2_0": [64],
+}
 
 
 def lcg(n: int, state: int = 1) -> np.ndarray:
@@ -21,7 +32,7 @@ def lcg(n: int, state: int = 1) -> np.ndarray:
     return out
 
 
-for name in ["F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "TQ1_0", "TQ2_0"]:
+for name in ["F16", "BF16", *SCALES]:
     kind = GGMLQuantizationType[name]
     weights, size = GGML_QUANT_SIZES[kind]
     blocks = lcg(8 * 512 // weights * size).reshape(-1, size)

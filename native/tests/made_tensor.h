@@ -29,7 +29,7 @@ struct MadeTensor {
   }
 };
 
-// Where the f16 scales of a block lie; -1: none.
+// Where the f16 scales of a block lie (dmin: m in Q4_1); -1: none.
 struct ScaleOffsets {
   int d, dmin;
 };
@@ -38,8 +38,14 @@ inline ScaleOffsets scale_offsets(TensorType type) {
     case TensorType::kQ4_0:
     case TensorType::kQ8_0:
       return {0, -1};
+    case TensorType::kQ4_1:
     case TensorType::kQ4_K:
+    case TensorType::kQ5_K:
       return {0, 2};
+    case TensorType::kQ2_K:
+      return {80, 82};
+    case TensorType::kQ3_K:
+      return {108, -1};
     case TensorType::kQ6_K:
       return {208, -1};
     case TensorType::kTQ1_0:

@@ -43,8 +43,10 @@ struct Golden {
 };
 constexpr Golden kGolden[] = {
     {TensorType::kF16, 0xf45450d3u},   {TensorType::kBF16, 0x6ac8471au},
-    {TensorType::kQ4_0, 0x800eaae2u},  {TensorType::kQ8_0, 0x3e5b6e8au},
-    {TensorType::kQ4_K, 0xabc98685u},  {TensorType::kQ6_K, 0x0ccdcba9u},
+    {TensorType::kQ4_0, 0x800eaae2u},  {TensorType::kQ4_1, 0x7d278feau},
+    {TensorType::kQ8_0, 0x3e5b6e8au},  {TensorType::kQ2_K, 0xec10ba58u},
+    {TensorType::kQ3_K, 0x67d88fb3u},  {TensorType::kQ4_K, 0xabc98685u},
+    {TensorType::kQ5_K, 0xa70ad10au},  {TensorType::kQ6_K, 0x0ccdcba9u},
     {TensorType::kTQ1_0, 0x128a55c7u}, {TensorType::kTQ2_0, 0xcbc03cc7u},
 };
 
@@ -160,8 +162,8 @@ TEST_CASE("a tensor that is not what it says is refused") {
     out.pop_back();
     CHECK_THROWS_AS(dequantize_row(t.raw(), 0, out), std::invalid_argument);
   }
-  const std::vector<uint8_t> bytes(84);
-  CHECK_THROWS_AS(pack({static_cast<TensorType>(10), 1, 256, bytes}), std::invalid_argument);
+  const std::vector<uint8_t> bytes(66);  // one block of IQ2_XXS
+  CHECK_THROWS_AS(pack({static_cast<TensorType>(16), 1, 256, bytes}), std::invalid_argument);
   const std::vector<uint8_t> wide(row_bytes(TensorType::kTQ2_0, 1 << 19));
   CHECK_THROWS_AS(pack({TensorType::kTQ2_0, 1, 1 << 19, wide}), std::invalid_argument);
 }

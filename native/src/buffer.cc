@@ -1,6 +1,8 @@
 #include "buffer.h"
 
 #include <new>
+#include <stdexcept>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,11 +23,19 @@ void AlignedBuffer::Free::operator()(uint8_t* p) const {
 AlignedBuffer::AlignedBuffer(size_t size) : size_(size) {
   const size_t alignment = size >= kHugePage ? kHugePage : kCacheLine;
   auto* p = static_cast<uint8_t*>(::operator new(size, std::align_val_t{alignment}));
-  data_ = {p, Free{alignment}};
+  owned_ = {p, Free{alignment}};
+  data_ = p;
 #if defined(__linux__)
   // Whole huge pages only: a tail would take one of its own and cost up to 2 MiB a matrix.
   if (alignment == kHugePage) madvise(p, size / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
+}
+
+AlignedBuffer::AlignedBuffer(std::span<const uint8_t> bytes, std::shared_ptr<const void> keeper)
+    : keeper_(std::move(keeper)), data_(const_cast<uint8_t*>(bytes.data())), size_(bytes.size()) {
+  if (reinterpret_cast<uintptr_t>(data_) % kCacheLine != 0) {
+    throw std::invalid_argument("borrowed bytes: expected them to begin at a multiple of 64");
+  }
 }
 
 }  // namespace nearfar

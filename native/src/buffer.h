@@ -4,16 +4,22 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 namespace nearfar {
 
-// Bytes, 64-byte aligned and not initialised; large buffers ask for huge pages.
+// Bytes that begin at a multiple of 64: owned and not initialised (large ones ask for huge pages),
+// or somebody else's, such as a mapped file's, which are read only.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t size);
-  uint8_t* data() { return data_.get(); }
-  const uint8_t* data() const { return data_.get(); }
+  // Stands on `bytes`, which live as long as `keeper` does.  Throws std::invalid_argument unless
+  // they begin at a multiple of 64.
+  AlignedBuffer(std::span<const uint8_t> bytes, std::shared_ptr<const void> keeper);
+
+  uint8_t* data() { return data_; }  // of borrowed bytes, nothing may be written
+  const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
 
  private:
@@ -21,7 +27,9 @@ class AlignedBuffer {
     size_t alignment;
     void operator()(uint8_t* p) const;
   };
-  std::unique_ptr<uint8_t[], Free> data_;
+  std::unique_ptr<uint8_t[], Free> owned_;
+  std::shared_ptr<const void> keeper_;
+  uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "half.h"
@@ -365,6 +366,34 @@ PackedMat pack(const RawTensor& w, float scale) {
       return pack_q6_k(w, scale);
   }
   throw std::invalid_argument("unreachable: block_shape names every type");
+}
+
+PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, AlignedBuffer data,
+                      AlignedBuffer row_scales) {
+  const auto expect = [](bool fine, const char* what) {
+    if (!fine) throw std::invalid_argument(std::string("a packed matrix: expected ") + what);
+  };
+  constexpr int64_t kMost = int64_t{1} << 40;  // rows * cols * 4 bytes stay within int64
+  expect(static_cast<int>(kind) < kPanelKinds, "a known kind");
+  expect(rows >= 1 && cols >= 1 && cols < kMost && rows < kMost / cols, "rows and columns");
+  const int block = grain(kind) == kGrainFloat ? 1 : grain(kind) == 32 ? 32 : 256;
+  expect(cols % block == 0, "rows of whole blocks");
+  expect(grain(kind) != kGrainRow || cols <= kMaxTernaryColumns, "columns that an i32 can sum");
+  expect(std::isfinite(scale), "a finite scale");
+  PackedMat m;
+  m.kind = kind;
+  m.rows = rows;
+  m.cols = cols;
+  m.scale = scale;
+  m.panel_bytes = bytes_per_panel(kind, cols);
+  const bool has_row_scales = kind == PanelKind::kI2;
+  expect(static_cast<int64_t>(data.size()) == m.n_panels() * m.panel_bytes, "whole panels");
+  expect(static_cast<int64_t>(row_scales.size()) ==
+             (has_row_scales ? m.n_panels() * kPanelRows * static_cast<int64_t>(sizeof(float)) : 0),
+         "a scale for each row of its panels");
+  m.data = std::move(data);
+  m.row_scales = std::move(row_scales);
+  return m;
 }
 
 void unpack_row(const PackedMat& w, int64_t row, std::span<float> out) {

@@ -35,7 +35,7 @@
 
 namespace nearfar {
 
-// An owned packed matrix [rows, cols].
+// A packed matrix [rows, cols], with its bytes or on those of a mapped file.
 struct PackedMat {
   PanelKind kind = PanelKind::kF32;
   int64_t rows = 0, cols = 0;
@@ -56,6 +56,12 @@ std::string_view kind_name(PanelKind kind);
 // Throws std::invalid_argument when sizes do not match or a scale is not finite. A ternary block
 // with d = 0 counts as all zero, whatever its codes.
 PackedMat pack(const RawTensor& w, float scale = 1.0f);
+
+// A matrix on bytes that `pack` made before and somebody kept: `row_scales` is empty for kinds that
+// have none.  Throws std::invalid_argument on sizes other than those of the kind; what the bytes
+// say is not looked at, and no value in them leads a kernel outside of them.
+PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, AlignedBuffer data,
+                      AlignedBuffer row_scales);
 
 // out[cols] = row `row` of a packed matrix, without its `scale`: what the panels say. For tests and
 // tools.

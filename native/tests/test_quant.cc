@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 
 #include "activations.h"
 #include "made_tensor.h"
@@ -102,6 +103,39 @@ TEST_CASE("a packed matrix holds the values of the file") {
         }
       }
     }
+  }
+}
+
+TEST_CASE("a packed matrix stands on kept bytes as on its own") {
+  for (TensorType type : kTypes) {
+    const MadeTensor t = make_tensor(type, 65, columns(type)[1], 7);
+    const auto made = std::make_shared<const PackedMat>(pack(t.raw(), 0.5f));
+    const auto borrow = [&](const AlignedBuffer& b) {
+      return AlignedBuffer({b.data(), b.size()}, made);
+    };
+    const auto again = [&](int64_t rows, int64_t cols) {
+      return packed_from(made->kind, rows, cols, 0.5f, borrow(made->data),
+                         borrow(made->row_scales));
+    };
+    const PackedMat m = again(t.rows, t.cols);
+    CHECK(m.data.data() == made->data.data());
+    CHECK(m.view().scale == 0.5f);
+    CHECK_MESSAGE(unpack(m) == dequantize(t), t.name());
+    // Sizes that are not those of the bytes.
+    CHECK_THROWS_AS(again(t.rows - 1, t.cols), std::invalid_argument);
+    CHECK_THROWS_AS(again(t.rows, t.cols + 256), std::invalid_argument);
+    CHECK_THROWS_AS(again(t.rows, 0), std::invalid_argument);
+    CHECK_THROWS_AS(again(int64_t{1} << 40, int64_t{1} << 40), std::invalid_argument);
+    if (block_shape(type).weights > 1) {
+      CHECK_THROWS_AS(again(t.rows, t.cols + 1), std::invalid_argument);
+    }
+    CHECK_THROWS_AS(packed_from(static_cast<PanelKind>(kPanelKinds), t.rows, t.cols, 0.5f,
+                                borrow(made->data), borrow(made->row_scales)),
+                    std::invalid_argument);
+    CHECK_THROWS_AS(
+        packed_from(made->kind, t.rows, t.cols, NAN, borrow(made->data), borrow(made->row_scales)),
+        std::invalid_argument);
+    CHECK_THROWS_AS(AlignedBuffer({made->data.data() + 1, 63}, made), std::invalid_argument);
   }
 }
 

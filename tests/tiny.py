@@ -15,7 +15,10 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "bitnet")
-WEIGHT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "TQ1_0", "TQ2_0")
+FLOAT_TYPES = ("F32", "F16", "BF16")
+QUANTIZED_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
+WEIGHT_TYPES = FLOAT_TYPES + QUANTIZED_TYPES
+NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "TQ1_0", "TQ2_0")  # those with a kernel
 END, USER = "<|e|>", "<|u|>"
 MERGES = ("t h", "th e", "i n", "a n", "Ġ t", "Ġt he", "o n", "e r", "Ġ a", "an d")
 
@@ -124,7 +127,7 @@ def random_matrix(rng: np.random.Generator, rows: int, cols: int, kind: str) -> 
     """Random weights [rows, cols] of standard deviation about 1 / sqrt(cols), in the bytes of type `kind`."""
     quantized = Type[kind]
     std = cols**-0.5
-    if kind in ("Q4_K", "Q6_K"):  # the gguf package reads these but does not write them: draw the blocks themselves
+    if kind.endswith("_K"):  # the gguf package reads these but does not write them: draw the blocks themselves
         return _random_k_blocks(rng, rows, cols, kind, std), quantized
     if kind in ("TQ1_0", "TQ2_0"):
         x = (rng.integers(-1, 2, (rows, cols)) * std * 1.2).astype(np.float32)
@@ -145,9 +148,18 @@ def _random_k_blocks(rng: np.random.Generator, rows: int, cols: int, kind: str, 
     def octets(count: int) -> np.ndarray:
         return rng.integers(0, 256, (n, count), np.uint8)
 
-    if kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and mins, 128 bytes of codes
+    # dmin / d is the mean code: the weights' mean is about 0
+    if kind == "Q2_K":  # 4-bit scales and mins, 2-bit codes, d, dmin
+        d = std / 14
+        blocks = [octets(16), octets(64), f16(d), f16(1.5 * d)]
+    elif kind == "Q3_K":  # high bits, low 2 bits, 6-bit scales, d
+        blocks = [octets(32), octets(64), octets(12), f16(std / 43)]
+    elif kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and mins, 128 bytes of codes
         d = std / 200
         blocks = [f16(d), f16(7.5 * d), octets(12), octets(128)]
+    elif kind == "Q5_K":  # the same with 32 bytes of high bits before the codes
+        d = std / 527
+        blocks = [f16(d), f16(15.5 * d), octets(12), octets(32), octets(128)]
     else:  # Q6_K: low 4 bits, high 2 bits, 16 int8 scales, d
         blocks = [octets(128), octets(64), octets(16), f16(std / 1370)]
     return np.concatenate(blocks, axis=1).reshape(rows, -1)

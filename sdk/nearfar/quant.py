@@ -9,7 +9,11 @@ blocks, byte by byte (q: codes; nibbles: low half of each byte first, then the h
 
     Q8_0   32: d, 32 int8 q                             w = q * d
     Q4_0   32: d, 16 bytes of nibbles                   w = d * (q - 8)
+    Q4_1   32: d, m, 16 bytes of nibbles                w = d * q + m
+    Q2_K  256: 16 bytes scale | min << 4, 64 bytes of 4 x 2 bits, d, dmin       w = (d * scale) * q - dmin * min
+    Q3_K  256: 32 bytes of high bits, 64 of 4 x 2 bits, 12 of 6-bit scales, d   w = (d * (scale - 32)) * (q - 4)
     Q4_K  256: d, dmin, 12 bytes of 6-bit scale/min, 128 bytes of nibbles       w = (d * scale) * q - dmin * min
+    Q5_K  256: d, dmin, the same 12 bytes, 32 of high bits, 128 of nibbles      w = (d * scale) * q - dmin * min
     Q6_K  256: 128 low nibbles, 64 bytes of 2 high bits, 16 int8 scales, d      w = (d * scale) * (q - 32)
     TQ1_0 256: 48 bytes of 5 trits, 4 bytes of 4 trits, d                       w = d * trit
     TQ2_0 256: 64 bytes of 4 x 2 bits, d                                        w = d * (q - 1)
@@ -39,8 +43,12 @@ ACTIVATION_GRAIN: dict[TensorType, int | None] = {
     TensorType.TQ1_0: 0,
     TensorType.TQ2_0: 0,
     TensorType.Q4_0: 32,
+    TensorType.Q4_1: 32,
     TensorType.Q8_0: 32,
+    TensorType.Q2_K: 256,
+    TensorType.Q3_K: 256,
     TensorType.Q4_K: 256,
+    TensorType.Q5_K: 256,
     TensorType.Q6_K: 256,
 }
 
@@ -130,6 +138,19 @@ def _nibbles(packed: U8) -> U8:
     return np.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
+def _pairs(packed: U8) -> U8:
+    """[B, 64] -> codes 0..3 [B, 256]; element = half * 128 + field * 32 + byte."""
+    shift = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    codes: U8 = (packed.reshape(-1, 2, 1, 32) >> shift) & np.uint8(3)
+    return codes.reshape(-1, 256)
+
+
+def _high_bits(packed: U8) -> U8:
+    """[B, 32] -> 0 or 1 [B, 256]; element = bit * 32 + byte."""
+    bits: U8 = (packed[:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
+    return bits.reshape(-1, 256)
+
+
 def _q8_0(b: U8) -> F32:
     return b[:, 2:].view(np.int8).astype(np.float32) * _f16(b, 0)
 
@@ -138,15 +159,53 @@ def _q4_0(b: U8) -> F32:
     return _f16(b, 0) * (_nibbles(b[:, 2:]).astype(np.float32) - np.float32(8))
 
 
-def _q4_k(b: U8) -> F32:
-    """Sub-block j of 32 has a 6-bit scale and a 6-bit min.  s: 12 bytes; j < 4: low 6 bits of s[j] and s[4+j];
-    j >= 4: low and high nibble of s[4+j], topped by the high 2 bits of s[j-4] and s[j]."""
-    s = b[:, 4:16]
-    scale = np.concatenate([s[:, 0:4] & 63, (s[:, 8:12] & 15) | (s[:, 0:4] >> 6 << 4)], axis=1).astype(np.float32)
-    least = np.concatenate([s[:, 4:8] & 63, (s[:, 8:12] >> 4) | (s[:, 4:8] >> 6 << 4)], axis=1).astype(np.float32)
-    q = _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32).astype(np.float32)
-    w = (_f16(b, 0) * scale)[:, :, None] * q - (_f16(b, 2) * least)[:, :, None]
+def _q4_1(b: U8) -> F32:
+    return _f16(b, 0) * _nibbles(b[:, 4:]).astype(np.float32) + _f16(b, 2)
+
+
+def _scaled(q: U8, scale: F32, least: F32) -> F32:
+    """Codes [B, 256] with a scale and a min per sub-block, both [B, sub-blocks] -> [B, 256]"""
+    w: F32 = scale[:, :, None] * q.reshape(*scale.shape, -1).astype(np.float32) - least[:, :, None]
     return w.reshape(-1, 256)
+
+
+def _scales_and_mins(s: U8) -> tuple[F32, F32]:
+    """[B, 12] -> a 6-bit scale and a 6-bit min per sub-block j of 32, [B, 8] each.  j < 4: low 6 bits of s[j] and
+    s[4+j]; j >= 4: low and high nibble of s[4+j], topped by the high 2 bits of s[j-4] and s[j]."""
+    scale = np.concatenate([s[:, 0:4] & 63, (s[:, 8:12] & 15) | (s[:, 0:4] >> 6 << 4)], axis=1)
+    least = np.concatenate([s[:, 4:8] & 63, (s[:, 8:12] >> 4) | (s[:, 4:8] >> 6 << 4)], axis=1)
+    return scale.astype(np.float32), least.astype(np.float32)
+
+
+def _q2_k(b: U8) -> F32:
+    """Sub-block j of 16 has its 4-bit scale and min in byte j."""
+    scale, least = (b[:, :16] & 15).astype(np.float32), (b[:, :16] >> 4).astype(np.float32)
+    return _scaled(_pairs(b[:, 16:80]), _f16(b, 80) * scale, _f16(b, 82) * least)
+
+
+def _q3_k(b: U8) -> F32:
+    """Sub-block j of 16 has a 6-bit scale: low nibbles in 8 bytes, all low halves first; 2 high bits in field j / 4 of
+    byte j % 4 of the 4 bytes that follow."""
+    q = (_pairs(b[:, 32:96]) | _high_bits(b[:, :32]) << np.uint8(2)).reshape(-1, 16, 16).astype(
+        np.float32
+    ) - np.float32(4)
+    pair = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    high = ((b[:, None, 104:108] >> pair) & 3).reshape(-1, 16)
+    scale = _f16(b, 108) * ((_nibbles(b[:, 96:104]) | high << 4).astype(np.float32) - np.float32(32))
+    w: F32 = scale[:, :, None] * q
+    return w.reshape(-1, 256)
+
+
+def _q4_k(b: U8) -> F32:
+    scale, least = _scales_and_mins(b[:, 4:16])
+    q = _nibbles(b[:, 16:].reshape(-1, 4, 32)).reshape(-1, 256)
+    return _scaled(q, _f16(b, 0) * scale, _f16(b, 2) * least)
+
+
+def _q5_k(b: U8) -> F32:
+    scale, least = _scales_and_mins(b[:, 4:16])
+    q = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256) | _high_bits(b[:, 16:48]) << np.uint8(4)
+    return _scaled(q, _f16(b, 0) * scale, _f16(b, 2) * least)
 
 
 def _q6_k(b: U8) -> F32:
@@ -169,10 +228,7 @@ def _tq1_0_codes(b: U8) -> U8:
 
 
 def _tq2_0_codes(b: U8) -> U8:
-    """Codes 0..3; element = half * 128 + field * 32 + byte."""
-    shift = np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    codes: U8 = (b[:, :64].reshape(-1, 2, 1, 32) >> shift) & np.uint8(3)
-    return codes.reshape(-1, 256)
+    return _pairs(b[:, :64])
 
 
 _TERNARY_CODES: dict[TensorType, tuple[Callable[[U8], U8], int]] = {
@@ -189,7 +245,11 @@ def _ternary(kind: TensorType) -> Callable[[U8], F32]:
 _DECODERS: dict[TensorType, Callable[[U8], F32]] = {
     TensorType.Q8_0: _q8_0,
     TensorType.Q4_0: _q4_0,
+    TensorType.Q4_1: _q4_1,
+    TensorType.Q2_K: _q2_k,
+    TensorType.Q3_K: _q3_k,
     TensorType.Q4_K: _q4_k,
+    TensorType.Q5_K: _q5_k,
     TensorType.Q6_K: _q6_k,
     TensorType.TQ1_0: _ternary(TensorType.TQ1_0),
     TensorType.TQ2_0: _ternary(TensorType.TQ2_0),
@@ -199,7 +259,11 @@ _DECODERS: dict[TensorType, Callable[[U8], F32]] = {
 _SCALES_AT: dict[TensorType, tuple[int, ...]] = {
     TensorType.Q8_0: (0,),
     TensorType.Q4_0: (0,),
+    TensorType.Q4_1: (0, 2),
+    TensorType.Q2_K: (80, 82),
+    TensorType.Q3_K: (108,),
     TensorType.Q4_K: (0, 2),
+    TensorType.Q5_K: (0, 2),
     TensorType.Q6_K: (208,),
     TensorType.TQ1_0: (52,),
     TensorType.TQ2_0: (64,),

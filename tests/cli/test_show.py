@@ -80,7 +80,7 @@ def test_sizes_are_written_for_people(n: int, text: str) -> None:
     assert size(n) == text
 
 
-@pytest.mark.parametrize(("number", "name"), [(16, "IQ2_XXS"), (13, "Q5_K")])
+@pytest.mark.parametrize(("number", "name"), [(16, "IQ2_XXS"), (7, "Q5_1")])
 def test_a_type_that_our_engine_does_not_read_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, name: str
 ) -> None:

@@ -100,6 +100,9 @@ def seeds() -> list[bytes]:
             write_tiny(path, "qwen3", "F16", **small, head_dim=8).read_bytes(),
             write_tiny(path, "bitnet", "F32", **small | {"n_layers": 2}, exits=(1,)).read_bytes(),
             write_tiny(path, "bitnet-b1.58", "TQ1_0", **big).read_bytes(),
+            write_tiny(path, "llama", "Q4_1", **small).read_bytes(),
+            write_tiny(path, "llama", "Q2_K", **big | {"embedding_type": "Q5_K"}).read_bytes(),
+            write_tiny(path, "qwen2", "Q3_K", **big | {"embedding_type": "Q4_K"}).read_bytes(),
         ]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "\u2581a", "h", "e", "he"]
     pieces = [

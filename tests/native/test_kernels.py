@@ -11,7 +11,7 @@ import pytest
 from nearfar.gguf_reader import TensorType
 from nearfar.quant import ACTIVATION_GRAIN, dequantize, fake_quantize_activations
 from tests.paths import ROOT
-from tests.tiny import WEIGHT_TYPES, random_matrix
+from tests.tiny import NATIVE_TYPES, random_matrix
 
 _core = pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
 
@@ -22,7 +22,7 @@ OBJECTS = sorted((ROOT / "build").glob("cp*/CMakeFiles/nearfar_core.dir/src/*_av
 
 
 @pytest.mark.parametrize("isa", _core.isas_available())
-@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+@pytest.mark.parametrize("kind", NATIVE_TYPES)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 256), (65, 512), (130, 1280)])
 def test_a_product_follows_the_rule(kind: str, isa: str, rows: int, cols: int) -> None:
     rng = np.random.default_rng(rows)

@@ -15,7 +15,7 @@ from nearfar.lower_numpy import NumpyLower
 from nearfar.options import EngineOptions
 from nearfar.quant import ACTIVATION_GRAIN
 from nearfar.weights import Weights
-from tests.tiny import ARCHITECTURES, WEIGHT_TYPES, write_tiny
+from tests.tiny import ARCHITECTURES, NATIVE_TYPES, write_tiny
 
 lower_native = pytest.importorskip("nearfar.lower_native", reason="the compiled engine is not built")
 
@@ -27,7 +27,7 @@ MAX_STEP_ERROR = 0.3  # some flips that meet in one number
 MAX_RMS_ERROR = 0.03  # of a row in which something flipped: an error of structure is of order 1
 CLEAR = 0.3  # a lead of the best logit that flips do not turn around
 
-CASES = [(arch, kind) for arch in (*ARCHITECTURES, "bitnet-b1.58") for kind in WEIGHT_TYPES]
+CASES = [(arch, kind) for arch in (*ARCHITECTURES, "bitnet-b1.58") for kind in NATIVE_TYPES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

@@ -26,7 +26,18 @@ from nearfar.quant import (
 ALL = sorted(READABLE)
 QUANTIZED_TO = [TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0, TensorType.Q4_0]
 PACKED_TO = [TensorType.TQ1_0, TensorType.TQ2_0, TensorType.Q4_0, TensorType.Q8_0]
-SCALES_AT = {"Q8_0": (0,), "Q4_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)}  # f16, bytes
+SCALES_AT = {  # bytes of a block where an f16 stands
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
 
 named = pytest.mark.parametrize("kind", ALL, ids=lambda t: t.name)
 

@@ -204,7 +204,7 @@ def test_the_type_of_bitnet_cpp_is_refused_by_name(tmp_path: Path, models) -> No
 
 @pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
 def test_a_scale_that_is_not_finite_is_refused_and_its_tensor_named(weight_type: str, models) -> None:
-    at = {"Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}.get(weight_type, 0)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}.get(weight_type, 0)
     nan = {"F32": b"\x00\x00\xc0\x7f", "BF16": b"\xc0\x7f"}.get(weight_type, b"\x00\x7e")
 
     def edit(_: dict, tensors: Tensors) -> None:

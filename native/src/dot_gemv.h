@@ -1,16 +1,20 @@
 // The kernels: products of panels and rows of activations, one file and one namespace per ISA.
 //
-// Contract of each (see Matmul in mat.h): w has the kind in the kernel's name, x the kind's grain
-// and x.cols == w.cols. Integer sums are exact in any order. Floats follow one order, the same on
-// every ISA, for every M and every split of panels, so that all give the bits of `ref`:
+// Contract of each (see Matmul in mat.h): w has the kind of its place in the table, x the kind's
+// grain and x.cols == w.cols. Integer sums are exact in any order. Floats follow one order, the
+// same on every ISA, for every M and every split of panels, so that all give the bits of `ref`.
+// With code' = code - offset (kForms in mat.h), by Scheme:
 //
-//   i2         y = ((row_scale * s_x) * (sum q*code - sum q)) * scale
-//   i2_blocks  F = fma(s_w, sum q*w, F) over 256s in order;                  y = (F * s_x) * scale
-//   q4, int8   F = fma(s_w * s_x, sum q*w, F) over 32s in order;             y = F * scale
-//   q4_k       F = fma(d * s_x, S, F); F = fma(-(dmin * s_x), Min, F) over 256s;
-//              S = sum_j scale_j * sum q*code, Min = sum_j min_j * sum q;    y = F * scale
-//   int8_k     F = fma(d * s_x, sum_j scale_j * sum q*w, F) over 256s;       y = F * scale
-//   f32 f16 bf16   F = fma(w, x, F) over k in order;                         y = F * scale
+//   kRow      y = ((row_scale * s_x) * sum q*code') * scale
+//   kBlocks   F = fma(s_w, sum q*code', F) over 256s in order;               y = (F * s_x) * scale
+//   kGroup    F = fma(s_w * s_x, sum q*code', F) over 32s in order,
+//             after each, with mins: F = fma(m * s_x, sum q, F);              y = F * scale
+//   kSuper    over 256s in order: S = fma(scale_j, sum_j q*code', S) and
+//             B = fma(min_j, sum_j q, B) over the groups j in order,
+//             F = fma(d * s_x, S, F), with mins F = fma(-(dmin * s_x), B, F); y = F * scale
+//   kFloat    F = fma(w, x, F) over k in order;                               y = F * scale
+//
+// S and B are whole numbers and exact while below 2^24, as they nearly always are.
 //
 // A kernel file includes <immintrin.h> and headers like this one, and keeps all else in an
 // anonymous namespace: `nm -C` must show no weak symbol in its object.
@@ -20,17 +24,15 @@
 
 namespace nearfar {
 
+// By PanelKind. Null: this ISA has no kernel of its own, `ref` stands in.
 namespace ref {
-Matmul matmul_f32, matmul_f16, matmul_bf16, matmul_i2, matmul_i2_blocks, matmul_q4, matmul_q4_k,
-    matmul_int8, matmul_int8_k;
+extern Matmul* const kMatmul[kPanelKinds];
 }
 namespace avx2 {
-Matmul matmul_f32, matmul_f16, matmul_bf16, matmul_i2, matmul_i2_blocks, matmul_q4, matmul_q4_k,
-    matmul_int8, matmul_int8_k;
+extern Matmul* const kMatmul[kPanelKinds];
 }
 namespace avx512 {
-Matmul matmul_f32, matmul_f16, matmul_bf16, matmul_i2, matmul_i2_blocks, matmul_q4, matmul_q4_k,
-    matmul_int8, matmul_int8_k;
+extern Matmul* const kMatmul[kPanelKinds];
 }
 
 }  // namespace nearfar

@@ -415,21 +415,16 @@ struct Float {
   }
 };
 
+template <class Kernel>
+void matmul(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y, int64_t ldy) {
+  for_each_tile<Kernel>(w, x, first, last, y, ldy);
+}
+
 }  // namespace
 
-#define NF_KERNEL(name, Kernel)                                                                   \
-  void name(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y, int64_t ldy) { \
-    for_each_tile<Kernel>(w, x, first, last, y, ldy);                                             \
-  }
-
-NF_KERNEL(matmul_f32, Float<float>)
-NF_KERNEL(matmul_f16, Float<F16>)
-NF_KERNEL(matmul_bf16, Float<BF16>)
-NF_KERNEL(matmul_i2, I2)
-NF_KERNEL(matmul_i2_blocks, I2Blocks)
-NF_KERNEL(matmul_q4, Q4)
-NF_KERNEL(matmul_q4_k, Q4K)
-NF_KERNEL(matmul_int8, Int8)
-NF_KERNEL(matmul_int8_k, Int8K)
+Matmul* const kMatmul[kPanelKinds] = {
+    matmul<Float<float>>, matmul<Float<F16>>, matmul<Float<BF16>>, nullptr,      matmul<I2>,
+    matmul<I2Blocks>,     matmul<Q4>,         nullptr,             matmul<Int8>, nullptr,
+    nullptr,              matmul<Q4K>,        nullptr,             nullptr};
 
 }  // namespace nearfar::avx2

@@ -2,16 +2,19 @@
 //
 // A zmm is a block of 16 rows x 4 k, an i32 lane a row. VPDPBUSD multiplies its 4 unsigned codes
 // with 4 signed activations, broadcast from memory, and adds all to the lane without saturation. It
-// is the bottleneck (one zmm a clock on Zen 4, two on Zen 5); everything else is there to keep it
-// fed.
+// is the bottleneck of prefill (one zmm a clock on Zen 4, two on Zen 5 and Intel's servers);
+// everything else is there to keep it fed.
+//
+// Two ideas. One row of x from i2, t5 or q4 is memory's speed: codes are masked in place and never
+// shifted. Everything else unpacks a stretch of a panel to one code a byte, in L1, and runs tiles
+// of rows of x over it: unpacking is paid once per 128 rows.
 //
 // Largest sums, |q| <= 127, all in i32 (2.1e9):
 //   i2      in place, field 3, code 3: 4 * 192 * 127 = 97,536 per 16 k, so K <= 352,000;
 //           pack() refuses K > 2^18
-//   q4      32 * 15 * 127 = 60,960
-//   q4_k    60,960 * 63 * 8 = 3.1e7, mins 63 * 32 * 127 * 8 = 2.1e6
-//   int8    32 * 255 * 127 = 1.1e6, and as much again for the start -128 * sum q
-//   int8_k  16 * 32 * 127 = 65,024, scaled 65,024 * 128 * 16 = 1.4e8
+//   t5      in place, trit 4 as 0, 81, 162: 4 * 162 * 127 = 82,296 per 20 k, so K <= 521,000
+//   groups of 32: q4 32 * 15 * 127 = 60,960, in place times 16: 975,360; int8 32 * 255 * 127 =
+//           1.1e6, and as much again for the start -128 * sum q;  5 and 6 bits lie between
 #include <immintrin.h>
 
 #include "check.h"
@@ -24,56 +27,15 @@
 namespace nearfar::avx512 {
 namespace {
 
-constexpr int kBlocks = 4;      // of 16 rows in a panel
-constexpr int64_t kStep = 256;  // bytes of 4 blocks
+constexpr int kBlocks = 4;          // of 16 rows in a panel
+constexpr int64_t kStep = 256;      // bytes of 4 blocks
+constexpr int64_t kChunk = 128;     // rows of x that share an unpacked stretch
+constexpr int64_t kStretch = 320;   // k of it: 20 KiB, and a multiple of 16 and 20
+constexpr int64_t kSuper = 256;
 
-// One panel and M tokens: rows n.. of w, rows i.. of x.
-struct Tile {
-  const Panels& w;
-  const Rows& x;
-  const uint8_t* panel;
-  int64_t n, i;
-  float* y;
-  int64_t ldy;
-
-  const int8_t* q(int m) const { return x.q + (i + m) * x.q_stride; }
-  const int32_t* sums(int m) const { return x.sums + (i + m) * x.n_sums; }
-  const float* scales(int m) const { return x.scales + (i + m) * x.n_scales; }
-
-  // y = v * w.scale for the rows of block b that exist
-  void store(int m, int b, __m512 v) const {
-    const int64_t rows = w.rows - n - 16 * b;
-    if (rows <= 0) return;
-    const auto mask = static_cast<__mmask16>(rows >= 16 ? 0xffff : (1 << rows) - 1);
-    v = _mm512_mul_ps(v, _mm512_set1_ps(w.scale));
-    _mm512_mask_storeu_ps(y + (i + m) * ldy + n + 16 * b, mask, v);
-  }
-};
-
-template <class Kernel, int M>
-inline void run_tile(const Tile& t, int64_t tokens) {
-  if (tokens == M) return Kernel::template run<M>(t);
-  if constexpr (M > 1) run_tile<Kernel, M - 1>(t, tokens);
-}
-
-// Every panel is read once per Kernel::kTokens rows of x, shared out evenly: 5 rows are 3 and 2.
-template <class Kernel>
-inline void for_each_tile(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y,
-                          int64_t ldy) {
-  NF_DCHECK(w.cols == x.cols);
-  const int64_t n_tiles = (x.m + Kernel::kTokens - 1) / Kernel::kTokens;
-  for (int64_t p = first; p < last; ++p) {
-    const uint8_t* panel = w.data + p * w.panel_bytes;
-    for (int64_t tile = 0; tile < n_tiles; ++tile) {
-      const int64_t i = tile * x.m / n_tiles, end = (tile + 1) * x.m / n_tiles;
-      run_tile<Kernel, Kernel::kTokens>({w, x, panel, p * kPanelRows, i, y, ldy}, end - i);
-    }
-  }
-}
-
-// No software prefetch: panels are one sequential stream, and on Zen 4 prefetching 2 or 8 KiB ahead
-// cost q4 a quarter and f32 a third of their speed from memory.
 inline __m512i load(const uint8_t* p) { return _mm512_load_si512(p); }
+inline __m512i zero() { return _mm512_setzero_si512(); }
+inline __m512i bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
 
 inline __m512i broadcast4(const int8_t* q) {
   int32_t v;
@@ -84,311 +46,529 @@ inline __m512i broadcast4(const int8_t* q) {
 inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline __m512i load_u8(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+inline __m512 load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline __m512i load_i8(const uint8_t* p) {
-  return _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+inline __m512 load_i8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
+// Shifts bytes up or down by a constant; bits of the neighbours come along and are masked off
+// afterwards.
+template <int kBits>
+inline __m512i shift_down(__m512i v) {
+  if constexpr (kBits > 0) return _mm512_srli_epi16(v, kBits);
+  if constexpr (kBits < 0) return _mm512_slli_epi16(v, -kBits);
+  return v;
+}
+
+// One panel and the rows [i, i + m) of x, at most kChunk.
+struct Call {
+  const Panels& w;
+  const Rows& x;
+  const uint8_t* panel;
+  int64_t n;  // first row of w
+  int64_t i, m;
+  float* y;
+  int64_t ldy;
+
+  const int8_t* q(int64_t token) const { return x.q + (i + token) * x.q_stride; }
+  const int32_t* sums(int64_t token) const { return x.sums + (i + token) * x.n_sums; }
+  const float* scales(int64_t token) const { return x.scales + (i + token) * x.n_scales; }
+
+  int32_t sum_q(int64_t token) const {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < x.n_sums; ++j) sum += sums(token)[j];
+    return sum;
+  }
+
+  // y = v * w.scale for the rows of block b that exist
+  void store(int64_t token, int b, __m512 v) const {
+    const int64_t rows = w.rows - n - 16 * b;
+    if (rows <= 0) return;
+    const auto mask = static_cast<__mmask16>(rows >= 16 ? 0xffff : (1 << rows) - 1);
+    v = _mm512_mul_ps(v, _mm512_set1_ps(w.scale));
+    _mm512_mask_storeu_ps(y + (i + token) * ldy + n + 16 * b, mask, v);
+  }
+};
+
+// ---- unpacking: kStretch or 256 k of a panel, one code a byte, [k / 4][4 blocks][64] ----
+
+template <int kLow, int kHigh, int kUnit, int kIndex = 0>
+inline void unpack_codes(const __m512i* low, const __m512i* high, uint8_t* codes) {
+  if constexpr (kIndex < kUnit / 4) {
+    constexpr int kPerLow = 8 / kLow, kMask = (1 << kLow) - 1;
+    __m512i code = _mm512_and_si512(
+        shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]), bytes(kMask));
+    if constexpr (kHigh > 0) {
+      constexpr int kPerHigh = 8 / kHigh, kHighMask = ((1 << kHigh) - 1) << kLow;
+      const __m512i top = shift_down<kIndex % kPerHigh * kHigh - kLow>(high[kIndex / kPerHigh]);
+      code = _mm512_ternarylogic_epi32(code, top, bytes(kHighMask), 0xf8);  // code | (top & mask)
+    }
+    _mm512_store_si512(codes + kIndex * kStep, code);
+    unpack_codes<kLow, kHigh, kUnit, kIndex + 1>(low, high, codes);
+  }
+}
+
+// kUnit k whose planes begin at p.
+template <int kLow, int kHigh, int kUnit>
+inline void unpack_unit(const uint8_t* p, uint8_t* codes) {
+  constexpr int kLowSteps = kUnit * kLow / 32, kHighSteps = kUnit * kHigh / 32;
+  for (int b = 0; b < kBlocks; ++b) {
+    __m512i low[kLowSteps], high[kHighSteps + 1];
+    for (int s = 0; s < kLowSteps; ++s) low[s] = load(p + s * kStep + 64 * b);
+    for (int s = 0; s < kHighSteps; ++s) high[s] = load(p + (kLowSteps + s) * kStep + 64 * b);
+    unpack_codes<kLow, kHigh, kUnit>(low, high, codes + 64 * b);
+  }
+}
+
+// t5: a byte is t = 81 trit4 + r, and r < 81 indexes a table of trits 0..3 as four 2-bit fields.
+struct FiveTrits {
+  __m512i table[2];
+
+  FiveTrits() {
+    alignas(64) uint8_t fields[128];
+    for (int r = 0; r < 128; ++r) {
+      fields[r] = static_cast<uint8_t>(r % 3 | r / 3 % 3 << 2 | r / 9 % 3 << 4 | r / 27 % 3 << 6);
+    }
+    table[0] = load(fields);
+    table[1] = load(fields + 64);
+  }
+
+  // t mod 81: t <= 242, so a difference that wraps around is larger than t.
+  static __m512i remainder(__m512i t) {
+    return _mm512_min_epu8(_mm512_min_epu8(t, _mm512_sub_epi8(t, bytes(81))),
+                           _mm512_sub_epi8(t, bytes(162)));
+  }
+  __m512i fields(__m512i r) const { return _mm512_permutex2var_epi8(table[0], r, table[1]); }
+};
+
+// ---- tiles ----
+
 template <int M>
-using Sums = __m512i[kBlocks][M];
+using Tile = __m512i[kBlocks][M];
 template <int M>
 using Floats = __m512[kBlocks][M];
 
+// sum[b][m] += codes . q[m] over 4 n_steps k
 template <int M>
-inline void start(Sums<M>& sum) {
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int m = 0; m < M; ++m) sum[b][m] = _mm512_setzero_si512();
+inline void dot(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t n_steps,
+                Tile<M>& sum) {
+#pragma GCC unroll 2
+  for (int64_t s = 0; s < n_steps; ++s) {
+    __m512i code[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) code[b] = load(codes + s * kStep + 64 * b);
+    for (int m = 0; m < M; ++m) {
+      const __m512i a = broadcast4(q + m * q_stride + 4 * s);
+      for (int b = 0; b < kBlocks; ++b) sum[b][m] = _mm512_dpbusd_epi32(sum[b][m], code[b], a);
+    }
   }
 }
 
-// sum[b][m] = start[m], a multiple of sum q that stands for the offset of the codes
-template <int M>
-inline void start(Sums<M>& sum, const int32_t (&start)[M]) {
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int m = 0; m < M; ++m) sum[b][m] = _mm512_set1_epi32(start[m]);
-  }
+// Calls f.operator()<M>(first token) for tiles of at most kTokens, shared out evenly: 7 are 4 + 3.
+template <int kTokens, int M = kTokens, class F>
+inline void call_tile(int64_t tokens, int64_t first, const F& f) {
+  if (tokens == M) return f.template operator()<M>(first);
+  if constexpr (M > 1) call_tile<kTokens, M - 1>(tokens, first, f);
+}
+template <int kTokens, class F>
+inline void for_each_tile(int64_t m, const F& f) {
+  const int64_t n = (m + kTokens - 1) / kTokens;
+  for (int64_t t = 0; t < n; ++t) call_tile<kTokens>((t + 1) * m / n - t * m / n, t * m / n, f);
 }
 
-template <int M>
-inline void start(Floats<M>& total) {
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int m = 0; m < M; ++m) total[b][m] = _mm512_setzero_ps();
-  }
-}
+// ---- Scheme::kRow: i32 sums over all of K ----
 
-// ---- i2: sum q * code, code 0..3, 16 k a step ----
-
-// One token. The fields are masked in place and not shifted: accumulator f collects 4^f times its
-// sum, the arithmetic shift at the end is exact. 8 operations per 256 weights; 16 accumulators hide
-// the latency.
-inline void dot_i2_one(const uint8_t* codes, const int8_t* q, int64_t steps, Sums<1>& sum) {
-  const __m512i mask[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
-                           _mm512_set1_epi8(static_cast<char>(192))};
-  __m512i field[kBlocks][4];
-  for (int b = 0; b < kBlocks; ++b) {
-    for (int f = 0; f < 4; ++f) field[b][f] = _mm512_setzero_si512();
-  }
-  for (int64_t s = 0; s < steps; ++s, codes += kStep, q += 16) {
-#pragma GCC unroll 4
+// y from sum q*code, [kChunk][64] as the tiles left them
+inline void finish_rows(const Call& c, const int32_t* sums) {
+  for (int64_t token = 0; token < c.m; ++token) {
+    const __m512i offset = _mm512_set1_epi32(c.sum_q(token));
+    const __m512 s_x = _mm512_set1_ps(c.scales(token)[0]);
     for (int b = 0; b < kBlocks; ++b) {
-      const __m512i v = load(codes + 64 * b);
-#pragma GCC unroll 4
-      for (int f = 0; f < 4; ++f) {
-        field[b][f] =
-            _mm512_dpbusd_epi32(field[b][f], _mm512_and_si512(v, mask[f]), broadcast4(q + 4 * f));
-      }
+      const __m512i trits =
+          _mm512_sub_epi32(_mm512_load_si512(sums + token * 64 + 16 * b), offset);
+      const __m512 scale = _mm512_mul_ps(_mm512_load_ps(c.w.row_scales + c.n + 16 * b), s_x);
+      c.store(token, b, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(trits)));
     }
-  }
-  for (int b = 0; b < kBlocks; ++b) {
-    const __m512i low = _mm512_add_epi32(field[b][0], _mm512_srai_epi32(field[b][1], 2));
-    const __m512i high =
-        _mm512_add_epi32(_mm512_srai_epi32(field[b][2], 4), _mm512_srai_epi32(field[b][3], 6));
-    sum[b][0] = _mm512_add_epi32(low, high);
   }
 }
 
-// M tokens: the fields are shifted down once and used M times; 4 M accumulators.
-template <int M>
-inline void dot_i2(const Tile& t, const uint8_t* codes, int64_t k, int64_t steps, Sums<M>& sum) {
-  if constexpr (M == 1) {
-    dot_i2_one(codes, t.q(0) + k, steps, sum);
-  } else {
-    const __m512i three = _mm512_set1_epi8(3);
-    start<M>(sum);
-    for (int64_t s = 0; s < steps; ++s, codes += kStep, k += 16) {
-      __m512i v[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) v[b] = load(codes + 64 * b);
-#pragma GCC unroll 4
-      for (int f = 0; f < 4; ++f) {
-        __m512i a[M];
-        for (int m = 0; m < M; ++m) a[m] = broadcast4(t.q(m) + k + 4 * f);
-        for (int b = 0; b < kBlocks; ++b) {
-          const __m512i code = _mm512_and_si512(_mm512_srli_epi16(v[b], 2 * f), three);
-          for (int m = 0; m < M; ++m) sum[b][m] = _mm512_dpbusd_epi32(sum[b][m], code, a[m]);
-        }
+// A stretch of unpacked codes against all tokens.
+inline void add_stretch(const Call& c, const uint8_t* codes, int64_t k, int64_t n_steps,
+                        int32_t* sums) {
+  for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
+    int32_t* out = sums + first * 64;
+    Tile<M> sum;
+    for (int m = 0; m < M; ++m) {
+      for (int b = 0; b < kBlocks; ++b) {
+        sum[b][m] = k == 0 ? zero() : _mm512_load_si512(out + m * 64 + 16 * b);
       }
     }
-  }
+    dot<M>(codes, c.q(first) + k, c.x.q_stride, n_steps, sum);
+    for (int m = 0; m < M; ++m) {
+      for (int b = 0; b < kBlocks; ++b) _mm512_store_si512(out + m * 64 + 16 * b, sum[b][m]);
+    }
+  });
 }
 
 struct I2 {
-  static constexpr int kTokens = 4;
-
-  template <int M>
-  static void run(const Tile& t) {
-    Sums<M> sum;
-    dot_i2<M>(t, t.panel, 0, t.w.cols / 16, sum);
-    for (int m = 0; m < M; ++m) {
-      int32_t offset = 0;
-      for (int64_t j = 0; j < t.x.n_sums; ++j) offset += t.sums(m)[j];
-      const __m512 s_x = _mm512_set1_ps(t.scales(m)[0]);
-      for (int b = 0; b < kBlocks; ++b) {
-        const __m512i trits = _mm512_sub_epi32(sum[b][m], _mm512_set1_epi32(offset));
-        const __m512 scale = _mm512_mul_ps(_mm512_load_ps(t.w.row_scales + t.n + 16 * b), s_x);
-        t.store(m, b, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(trits)));
-      }
+  // The fields are masked in place and not shifted: accumulator f collects 4^f times its sum, the
+  // arithmetic shift at the end is exact. 8 operations per 256 weights; 16 accumulators hide the
+  // latency.
+  static void one(const uint8_t* codes, const int8_t* q, int64_t steps, __m512i (&sum)[kBlocks]) {
+    const __m512i mask[4] = {bytes(3), bytes(12), bytes(48), bytes(192)};
+    __m512i field[kBlocks][4];
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int f = 0; f < 4; ++f) field[b][f] = zero();
     }
-  }
-};
-
-struct I2Blocks {
-  static constexpr int kTokens = 4;
-
-  template <int M>
-  static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
-    const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 256; ++j, p += 256 + 16 * kStep) {
-      Sums<M> sum;
-      dot_i2<M>(t, p + 256, j * 256, 16, sum);
-      for (int b = 0; b < kBlocks; ++b) {
-        const __m512 scale = _mm512_load_ps(reinterpret_cast<const float*>(p) + 16 * b);
-        for (int m = 0; m < M; ++m) {
-          const __m512i trits = _mm512_sub_epi32(sum[b][m], _mm512_set1_epi32(t.sums(m)[j]));
-          total[b][m] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(trits), total[b][m]);
-        }
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      for (int b = 0; b < kBlocks; ++b) {
-        t.store(m, b, _mm512_mul_ps(total[b][m], _mm512_set1_ps(t.scales(m)[0])));
-      }
-    }
-  }
-};
-
-// ---- q4: sum q * code over 32 k, code 0..15, 8 k a step; added to sum ----
-template <int M>
-inline void dot_q4(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum) {
-  const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t s = 0; s < steps; ++s, codes += kStep, q += 16) {
 #pragma GCC unroll 4
-  for (int s = 0; s < 4; ++s, codes += kStep, k += 8) {
-    __m512i a_low[M], a_high[M];
-    for (int m = 0; m < M; ++m) {
-      a_low[m] = broadcast4(t.q(m) + k);
-      a_high[m] = broadcast4(t.q(m) + k + 4);
-    }
-    for (int b = 0; b < kBlocks; ++b) {
-      const __m512i v = load(codes + 64 * b);
-      const __m512i v_low = _mm512_and_si512(v, low);
-      const __m512i v_high = _mm512_and_si512(_mm512_srli_epi16(v, 4), low);
-      for (int m = 0; m < M; ++m) {
-        sum[b][m] = _mm512_dpbusd_epi32(sum[b][m], v_low, a_low[m]);
-        sum[b][m] = _mm512_dpbusd_epi32(sum[b][m], v_high, a_high[m]);
-      }
-    }
-  }
-}
-
-// ---- int8: sum q * byte over 4 * kSteps k; added to sum ----
-template <int M, int kSteps>
-inline void dot_int8(const Tile& t, const uint8_t* codes, int64_t k, Sums<M>& sum) {
-#pragma GCC unroll 8
-  for (int s = 0; s < kSteps; ++s, codes += kStep, k += 4) {
-    __m512i a[M];
-    for (int m = 0; m < M; ++m) a[m] = broadcast4(t.q(m) + k);
-    for (int b = 0; b < kBlocks; ++b) {
-      const __m512i v = load(codes + 64 * b);
-      for (int m = 0; m < M; ++m) sum[b][m] = _mm512_dpbusd_epi32(sum[b][m], v, a[m]);
-    }
-  }
-}
-
-// total[b][m] += (s_w * s_x) * sum, the group j of 32 whose 64 f16 scales lie at p
-template <int M>
-inline void add_group(const Tile& t, const uint8_t* p, int64_t j, const Sums<M>& sum,
-                      Floats<M>& total) {
-  for (int b = 0; b < kBlocks; ++b) {
-    const __m512 s_w = load_f16(p + 32 * b);
-    for (int m = 0; m < M; ++m) {
-      const __m512 scale = _mm512_mul_ps(s_w, _mm512_set1_ps(t.scales(m)[j]));
-      total[b][m] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[b][m]), total[b][m]);
-    }
-  }
-}
-
-template <int M>
-inline void store_all(const Tile& t, const Floats<M>& total) {
-  for (int m = 0; m < M; ++m) {
-    for (int b = 0; b < kBlocks; ++b) t.store(m, b, total[b][m]);
-  }
-}
-
-struct Q4 {
-  static constexpr int kTokens = 4;
-
-  template <int M>
-  static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
-    const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 32; ++j, p += 128 + 4 * kStep) {
-      int32_t offset[M];
-      for (int m = 0; m < M; ++m) offset[m] = -8 * t.sums(m)[j];
-      Sums<M> sum;
-      start<M>(sum, offset);
-      dot_q4<M>(t, p + 128, j * 32, sum);
-      add_group<M>(t, p, j, sum, total);
-    }
-    store_all<M>(t, total);
-  }
-};
-
-struct Int8 {
-  static constexpr int kTokens = 4;
-
-  template <int M>
-  static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
-    const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 32; ++j, p += 128 + 8 * kStep) {
-      int32_t offset[M];
-      for (int m = 0; m < M; ++m) offset[m] = -128 * t.sums(m)[j];
-      Sums<M> sum;
-      start<M>(sum, offset);
-      dot_int8<M, 8>(t, p + 128, j * 32, sum);
-      add_group<M>(t, p, j, sum, total);
-    }
-    store_all<M>(t, total);
-  }
-};
-
-struct Q4K {
-  static constexpr int kTokens = 2;  // 16 M registers of sums and floats
-
-  template <int M>
-  static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
-    const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 256; ++j) {
-      const uint8_t* d = p;
-      Sums<M> scaled, mins;
-      start<M>(scaled);
-      start<M>(mins);
-      p += 256;
-      for (int64_t g = 0; g < 8; ++g, p += 128 + 4 * kStep) {
-        Sums<M> sum;
-        start<M>(sum);
-        dot_q4<M>(t, p + 128, j * 256 + g * 32, sum);
-        for (int b = 0; b < kBlocks; ++b) {
-          const __m512i scale = load_u8(p + 16 * b), min = load_u8(p + 64 + 16 * b);
-          for (int m = 0; m < M; ++m) {
-            const int32_t* q_sum = t.sums(m) + j * 16 + 2 * g;
-            const __m512i x_sum = _mm512_set1_epi32(q_sum[0] + q_sum[1]);
-            scaled[b][m] = _mm512_add_epi32(scaled[b][m], _mm512_mullo_epi32(scale, sum[b][m]));
-            mins[b][m] = _mm512_add_epi32(mins[b][m], _mm512_mullo_epi32(min, x_sum));
-          }
-        }
-      }
       for (int b = 0; b < kBlocks; ++b) {
-        const __m512 d_w = load_f16(d + 32 * b), dmin_w = load_f16(d + 128 + 32 * b);
-        for (int m = 0; m < M; ++m) {
-          const __m512 s_x = _mm512_set1_ps(t.scales(m)[j]);
-          total[b][m] = _mm512_fmadd_ps(_mm512_mul_ps(d_w, s_x), _mm512_cvtepi32_ps(scaled[b][m]),
-                                        total[b][m]);
-          total[b][m] = _mm512_fnmadd_ps(_mm512_mul_ps(dmin_w, s_x), _mm512_cvtepi32_ps(mins[b][m]),
-                                         total[b][m]);
+        const __m512i v = load(codes + 64 * b);
+#pragma GCC unroll 4
+        for (int f = 0; f < 4; ++f) {
+          field[b][f] =
+              _mm512_dpbusd_epi32(field[b][f], _mm512_and_si512(v, mask[f]), broadcast4(q + 4 * f));
         }
       }
     }
-    store_all<M>(t, total);
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512i low = _mm512_add_epi32(field[b][0], _mm512_srai_epi32(field[b][1], 2));
+      const __m512i high =
+          _mm512_add_epi32(_mm512_srai_epi32(field[b][2], 4), _mm512_srai_epi32(field[b][3], 6));
+      sum[b] = _mm512_add_epi32(low, high);
+    }
+  }
+
+  static void run(const Call& c) {
+    alignas(64) int32_t sums[kChunk * 64];
+    if (c.m == 1) {
+      __m512i sum[kBlocks];
+      one(c.panel, c.q(0), c.w.cols / 16, sum);
+      for (int b = 0; b < kBlocks; ++b) _mm512_store_si512(sums + 16 * b, sum[b]);
+    } else {
+      alignas(64) uint8_t codes[kStretch * 64];
+      for (int64_t k = 0; k < c.w.cols; k += kStretch) {
+        const int64_t n = c.w.cols - k < kStretch ? c.w.cols - k : kStretch;
+        for (int64_t j = 0; j < n; j += 16) {
+          unpack_unit<2, 0, 16>(c.panel + (k + j) / 16 * kStep, codes + j * 64);
+        }
+        add_stretch(c, codes, k, n / 4, sums);
+      }
+    }
+    finish_rows(c, sums);
   }
 };
 
-struct Int8K {
-  static constexpr int kTokens = 4;
+struct T5 {
+  // 17 operations per 320 weights: fields in place as in i2, trit 4 as t - r = 81 trit4, whose sum
+  // is a multiple of 81. Two blocks at a time, a half of the panel.
+  static void one_half(const FiveTrits& five, const uint8_t* p, const int8_t* q, int64_t steps,
+                       int32_t* sums) {
+    const __m512i mask[4] = {bytes(3), bytes(12), bytes(48), bytes(192)};
+    __m512i field[2][5];
+    for (int b = 0; b < 2; ++b) {
+      for (int f = 0; f < 5; ++f) field[b][f] = zero();
+    }
+    for (int64_t s = 0; s < steps; ++s, p += 128, q += 20) {
+#pragma GCC unroll 2
+      for (int b = 0; b < 2; ++b) {
+        const __m512i t = load(p + 64 * b), r = FiveTrits::remainder(t), d = five.fields(r);
+#pragma GCC unroll 4
+        for (int f = 0; f < 4; ++f) {
+          field[b][f] =
+              _mm512_dpbusd_epi32(field[b][f], _mm512_and_si512(d, mask[f]), broadcast4(q + 4 * f));
+        }
+        field[b][4] = _mm512_dpbusd_epi32(field[b][4], _mm512_sub_epi8(t, r), broadcast4(q + 16));
+      }
+    }
+    for (int b = 0; b < 2; ++b) {
+      const __m512i low = _mm512_add_epi32(field[b][0], _mm512_srai_epi32(field[b][1], 2));
+      const __m512i high =
+          _mm512_add_epi32(_mm512_srai_epi32(field[b][2], 4), _mm512_srai_epi32(field[b][3], 6));
+      _mm512_store_si512(sums + 16 * b,
+                         _mm512_add_epi32(_mm512_add_epi32(low, high), divide_by_81(field[b][4])));
+    }
+  }
 
-  template <int M>
-  static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
-    const uint8_t* p = t.panel;
-    for (int64_t j = 0; j < t.w.cols / 256; ++j) {
-      const uint8_t* d = p;
-      Sums<M> scaled;
-      start<M>(scaled);
-      p += 128;
-      for (int64_t g = 0; g < 16; ++g, p += 64 + 4 * kStep) {
-        int32_t offset[M];
-        for (int m = 0; m < M; ++m) offset[m] = -128 * t.sums(m)[j * 16 + g];
-        Sums<M> sum;
-        start<M>(sum, offset);
-        dot_int8<M, 4>(t, p + 64, j * 256 + g * 16, sum);
+  // A multiple of 81 in i32, exactly: times the inverse of 81 modulo 2^32.
+  static __m512i divide_by_81(__m512i v) {
+    return _mm512_mullo_epi32(v, _mm512_set1_epi32(static_cast<int32_t>(inverse(81))));
+  }
+  static constexpr uint32_t inverse(uint32_t a) {  // Newton: each step doubles the right bits
+    uint32_t x = a;
+    for (int i = 0; i < 5; ++i) x *= 2 - a * x;
+    return x;
+  }
+
+  static void unpack(const FiveTrits& five, const uint8_t* p, int64_t half_bytes, int64_t steps,
+                     uint8_t* codes) {
+    for (int64_t s = 0; s < steps; ++s, p += 128, codes += 5 * kStep) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const __m512i t = load(p + b / 2 * half_bytes + b % 2 * 64), r = FiveTrits::remainder(t);
+        const __m512i d = five.fields(r);
+        uint8_t* out = codes + 64 * b;
+        _mm512_store_si512(out, _mm512_and_si512(d, bytes(3)));
+        _mm512_store_si512(out + kStep, _mm512_and_si512(shift_down<2>(d), bytes(3)));
+        _mm512_store_si512(out + 2 * kStep, _mm512_and_si512(shift_down<4>(d), bytes(3)));
+        _mm512_store_si512(out + 3 * kStep, _mm512_and_si512(shift_down<6>(d), bytes(3)));
+        // 0, 81 and 162 end in the bits of 0, 1 and 2
+        _mm512_store_si512(out + 4 * kStep, _mm512_and_si512(_mm512_sub_epi8(t, r), bytes(3)));
+      }
+    }
+  }
+
+  static void run(const Call& c) {
+    const FiveTrits five;
+    alignas(64) int32_t sums[kChunk * 64];
+    const int64_t half_bytes = c.w.panel_bytes / 2, n_steps = half_bytes / 128;
+    if (c.m == 1) {
+      one_half(five, c.panel, c.q(0), n_steps, sums);
+      one_half(five, c.panel + half_bytes, c.q(0), n_steps, sums + 32);
+    } else {
+      alignas(64) uint8_t codes[kStretch * 64];
+      constexpr int64_t kSteps = kStretch / 20;
+      for (int64_t s = 0; s < n_steps; s += kSteps) {
+        const int64_t n = n_steps - s < kSteps ? n_steps - s : kSteps;
+        unpack(five, c.panel + s * 128, half_bytes, n, codes);
+        add_stretch(c, codes, s * 20, n * 5, sums);
+      }
+    }
+    finish_rows(c, sums);
+  }
+};
+
+// ---- the grouped schemes: floats over blocks of 256 k ----
+
+// 256 k of a panel (or what is left of K): codes, and the scales of its groups as floats.
+template <PanelKind kKind>
+struct Stretch {
+  static constexpr Form kForm = kForms[static_cast<int>(kKind)];
+  static constexpr int kUnitBytes = kForm.side + kForm.unit * 8 * (kForm.low + kForm.high);
+  static constexpr int kBlockBytes = kForm.head + kForm.block / kForm.unit * kUnitBytes;
+  static constexpr bool kInPlace = kForm.low == 8;  // the codes are bytes already
+  static constexpr int64_t kGroupStride = kInPlace ? kBlockBytes : kForm.group * 64;
+
+  alignas(64) float scale[kSuper / 16][64], min[kSuper / 16][64];
+  alignas(64) uint8_t unpacked[kInPlace ? 64 : kSuper * 64];
+  const uint8_t* codes;
+  const uint8_t* head;
+
+  void unpack(const uint8_t* p, int64_t k) {
+    head = p;
+    codes = kInPlace ? p + kForm.head : unpacked;
+    for (int64_t first = 0; first < k; first += kForm.block) {
+      const uint8_t* block_head = p;
+      if constexpr (kForm.scheme == Scheme::kGroup) {
         for (int b = 0; b < kBlocks; ++b) {
-          const __m512i scale = load_i8(p + 16 * b);
-          for (int m = 0; m < M; ++m) {
-            scaled[b][m] = _mm512_add_epi32(scaled[b][m], _mm512_mullo_epi32(scale, sum[b][m]));
+          _mm512_store_ps(&scale[first / 32][16 * b], load_f16(block_head + 32 * b));
+          if constexpr (kForm.has_min) {
+            _mm512_store_ps(&min[first / 32][16 * b], load_f16(block_head + 128 + 32 * b));
           }
         }
       }
-      add_group<M>(t, d, j, scaled, total);
+      p += kForm.head;
+      for (int j = 0; j < kForm.block; j += kForm.unit, p += kUnitBytes) {
+        if constexpr (kForm.scheme == Scheme::kSuper) unpack_side(p, j / kForm.group);
+        if constexpr (!kInPlace) {
+          unpack_unit<kForm.low, kForm.high, kForm.unit>(p + kForm.side,
+                                                         unpacked + (first + j) * 64);
+        }
+      }
     }
-    store_all<M>(t, total);
+  }
+
+  void unpack_side(const uint8_t* p, int g) {
+    for (int b = 0; b < kBlocks; ++b) {
+      if constexpr (kForm.side == 64) {
+        const __m512i both = _mm512_cvtepu8_epi32(
+            _mm_load_si128(reinterpret_cast<const __m128i*>(p + 16 * b)));
+        _mm512_store_ps(&scale[g][16 * b],
+                        _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15))));
+        _mm512_store_ps(&min[g][16 * b], _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4)));
+      } else if constexpr (kForm.has_min) {
+        _mm512_store_ps(&scale[g][16 * b], load_u8(p + 16 * b));
+        _mm512_store_ps(&min[g][16 * b], load_u8(p + 64 + 16 * b));
+      } else {
+        _mm512_store_ps(&scale[g][16 * b], load_i8(p + 16 * b));
+        _mm512_store_ps(&scale[g + 1][16 * b], load_i8(p + 64 + 16 * b));
+      }
+    }
+  }
+};
+
+// Sum of q over group g of the 256 k block j.
+template <int kGroup>
+inline int32_t group_sum(const int32_t* sums, int64_t j, int g) {
+  if constexpr (kGroup == 16) return sums[j * 16 + g];
+  return sums[j * 16 + 2 * g] + sums[j * 16 + 2 * g + 1];
+}
+
+// Scheme::kGroup: total += over the groups of 32 of a stretch, the first of them group j
+template <PanelKind kKind, int M>
+inline void add_groups(const Call& c, const Stretch<kKind>& w, int64_t first, int64_t j, int64_t n,
+                       Floats<M>& total) {
+  constexpr Form kForm = kForms[static_cast<int>(kKind)];
+  for (int64_t g = 0; g < n; ++g) {
+    Tile<M> sum;
+    for (int m = 0; m < M; ++m) {
+      const __m512i start = _mm512_set1_epi32(-kForm.offset * c.sums(first + m)[j + g]);
+      for (int b = 0; b < kBlocks; ++b) sum[b][m] = start;
+    }
+    dot<M>(w.codes + g * Stretch<kKind>::kGroupStride, c.q(first) + (j + g) * 32, c.x.q_stride, 8,
+           sum);
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512 s_w = _mm512_load_ps(&w.scale[g][16 * b]);
+      for (int m = 0; m < M; ++m) {
+        const __m512 scale = _mm512_mul_ps(s_w, _mm512_set1_ps(c.scales(first + m)[j + g]));
+        total[b][m] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[b][m]), total[b][m]);
+      }
+      if constexpr (kForm.has_min) {
+        const __m512 min_w = _mm512_load_ps(&w.min[g][16 * b]);
+        for (int m = 0; m < M; ++m) {
+          const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j + g]);
+          const auto sum_x = static_cast<float>(c.sums(first + m)[j + g]);
+          total[b][m] = _mm512_fmadd_ps(_mm512_mul_ps(min_w, s_x), _mm512_set1_ps(sum_x),
+                                        total[b][m]);
+        }
+      }
+    }
+  }
+}
+
+// Scheme::kSuper: total += of the 256 k block j
+template <PanelKind kKind, int M>
+inline void add_super(const Call& c, const Stretch<kKind>& w, int64_t first, int64_t j,
+                      Floats<M>& total) {
+  constexpr Form kForm = kForms[static_cast<int>(kKind)];
+  constexpr int kGroups = kSuper / kForm.group;
+  Floats<M> part;
+  for (int b = 0; b < kBlocks; ++b) {
+    for (int m = 0; m < M; ++m) part[b][m] = _mm512_setzero_ps();
+  }
+  for (int g = 0; g < kGroups; ++g) {
+    Tile<M> sum;
+    for (int m = 0; m < M; ++m) {
+      const __m512i start = kForm.offset == 0 ? zero()
+                                              : _mm512_set1_epi32(-kForm.offset *
+                                                                  group_sum<kForm.group>(
+                                                                      c.sums(first + m), j, g));
+      for (int b = 0; b < kBlocks; ++b) sum[b][m] = start;
+    }
+    dot<M>(w.codes + g * kForm.group * 64, c.q(first) + j * kSuper + g * kForm.group,
+           c.x.q_stride, kForm.group / 4, sum);
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512 scale = _mm512_load_ps(&w.scale[g][16 * b]);
+      for (int m = 0; m < M; ++m) {
+        part[b][m] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[b][m]), part[b][m]);
+      }
+    }
+  }
+  for (int b = 0; b < kBlocks; ++b) {
+    const __m512 d = load_f16(w.head + 32 * b);
+    for (int m = 0; m < M; ++m) {
+      const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j]);
+      total[b][m] = _mm512_fmadd_ps(_mm512_mul_ps(d, s_x), part[b][m], total[b][m]);
+    }
+  }
+  if constexpr (kForm.has_min) {
+    for (int m = 0; m < M; ++m) {
+      __m512 mins[kBlocks];
+      for (int b = 0; b < kBlocks; ++b) mins[b] = _mm512_setzero_ps();
+      for (int g = 0; g < kGroups; ++g) {
+        const auto sum_x =
+            static_cast<float>(group_sum<kForm.group>(c.sums(first + m), j, g));
+        for (int b = 0; b < kBlocks; ++b) {
+          mins[b] = _mm512_fmadd_ps(_mm512_load_ps(&w.min[g][16 * b]), _mm512_set1_ps(sum_x),
+                                    mins[b]);
+        }
+      }
+      const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j]);
+      for (int b = 0; b < kBlocks; ++b) {
+        const __m512 dmin = load_f16(w.head + 128 + 32 * b);
+        total[b][m] = _mm512_fnmadd_ps(_mm512_mul_ps(dmin, s_x), mins[b], total[b][m]);
+      }
+    }
+  }
+}
+
+template <PanelKind kKind>
+struct Grouped {
+  static void run(const Call& c) {
+    using W = Stretch<kKind>;
+    constexpr Form kForm = W::kForm;
+    constexpr int kTokens = 3;  // 12 registers of integer sums, 12 of floats
+    alignas(64) float totals[kChunk * 64];
+    W w;
+    for (int64_t k = 0; k < c.w.cols; k += kSuper) {
+      const int64_t n = c.w.cols - k < kSuper ? c.w.cols - k : kSuper;
+      w.unpack(c.panel + k / kForm.block * W::kBlockBytes, n);
+      for_each_tile<kTokens>(c.m, [&]<int M>(int64_t first) {
+        float* out = totals + first * 64;
+        Floats<M> total;
+        for (int m = 0; m < M; ++m) {
+          for (int b = 0; b < kBlocks; ++b) {
+            total[b][m] = k == 0 ? _mm512_setzero_ps() : _mm512_load_ps(out + m * 64 + 16 * b);
+          }
+        }
+        if constexpr (kForm.scheme == Scheme::kGroup) {
+          add_groups<kKind, M>(c, w, first, k / 32, n / 32, total);
+        } else {
+          add_super<kKind, M>(c, w, first, k / kSuper, total);
+        }
+        for (int m = 0; m < M; ++m) {
+          for (int b = 0; b < kBlocks; ++b) _mm512_store_ps(out + m * 64 + 16 * b, total[b][m]);
+        }
+      });
+    }
+    for (int64_t token = 0; token < c.m; ++token) {
+      for (int b = 0; b < kBlocks; ++b) c.store(token, b, _mm512_load_ps(totals + token * 64 + 16 * b));
+    }
+  }
+};
+
+// Ternary with one f32 scale per 256: the sums of a stretch are rows' sums, cut at 256.
+struct I2Blocks {
+  static void run(const Call& c) {
+    constexpr int64_t kBlockBytes = 256 + kSuper * 16;
+    alignas(64) float totals[kChunk * 64];
+    alignas(64) int32_t sums[kChunk * 64];
+    alignas(64) uint8_t codes[kSuper * 64];
+    for (int64_t j = 0; j < c.w.cols / kSuper; ++j) {
+      const uint8_t* p = c.panel + j * kBlockBytes;
+      for (int u = 0; u < 16; ++u) unpack_unit<2, 0, 16>(p + 256 + u * kStep, codes + u * 1024);
+      for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
+        Tile<M> sum;
+        for (int m = 0; m < M; ++m) {
+          for (int b = 0; b < kBlocks; ++b) sum[b][m] = zero();
+        }
+        dot<M>(codes, c.q(first) + j * kSuper, c.x.q_stride, kSuper / 4, sum);
+        for (int m = 0; m < M; ++m) {
+          for (int b = 0; b < kBlocks; ++b) {
+            _mm512_store_si512(sums + (first + m) * 64 + 16 * b, sum[b][m]);
+          }
+        }
+      });
+      for (int64_t token = 0; token < c.m; ++token) {
+        const __m512i offset = _mm512_set1_epi32(c.sums(token)[j]);
+        for (int b = 0; b < kBlocks; ++b) {
+          float* out = totals + token * 64 + 16 * b;
+          const __m512i trits =
+              _mm512_sub_epi32(_mm512_load_si512(sums + token * 64 + 16 * b), offset);
+          const __m512 scale = _mm512_load_ps(reinterpret_cast<const float*>(p) + 16 * b);
+          const __m512 before = j == 0 ? _mm512_setzero_ps() : _mm512_load_ps(out);
+          _mm512_store_ps(out, _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(trits), before));
+        }
+      }
+    }
+    for (int64_t token = 0; token < c.m; ++token) {
+      const __m512 s_x = _mm512_set1_ps(c.scales(token)[0]);
+      for (int b = 0; b < kBlocks; ++b) {
+        c.store(token, b, _mm512_mul_ps(_mm512_load_ps(totals + token * 64 + 16 * b), s_x));
+      }
+    }
   }
 };
 
@@ -411,42 +591,57 @@ inline __m512 widen(const BF16* p) {
 
 template <class Value>
 struct Float {
-  static constexpr int kTokens = 6;
-
-  template <int M>
-  static void run(const Tile& t) {
-    Floats<M> total;
-    start<M>(total);
-    const float* x[M];
-    for (int m = 0; m < M; ++m) x[m] = t.x.x + (t.i + m) * t.x.x_stride;
-    const auto* p = reinterpret_cast<const Value*>(t.panel);
-    for (int64_t k = 0; k < t.w.cols; ++k, p += kPanelRows) {
-      __m512 v[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) v[b] = widen(p + 16 * b);
-      for (int m = 0; m < M; ++m) {
-        const __m512 a = _mm512_set1_ps(x[m][k]);
-        for (int b = 0; b < kBlocks; ++b) total[b][m] = _mm512_fmadd_ps(v[b], a, total[b][m]);
+  static void run(const Call& c) {
+    for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
+      Floats<M> total;
+      for (int b = 0; b < kBlocks; ++b) {
+        for (int m = 0; m < M; ++m) total[b][m] = _mm512_setzero_ps();
       }
-    }
-    store_all<M>(t, total);
+      const float* x = c.x.x + (c.i + first) * c.x.x_stride;
+      const auto* p = reinterpret_cast<const Value*>(c.panel);
+      for (int64_t k = 0; k < c.w.cols; ++k, p += kPanelRows) {
+        __m512 v[kBlocks];
+        for (int b = 0; b < kBlocks; ++b) v[b] = widen(p + 16 * b);
+        for (int m = 0; m < M; ++m) {
+          const __m512 a = _mm512_set1_ps(x[m * c.x.x_stride + k]);
+          for (int b = 0; b < kBlocks; ++b) total[b][m] = _mm512_fmadd_ps(v[b], a, total[b][m]);
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        for (int b = 0; b < kBlocks; ++b) c.store(first + m, b, total[b][m]);
+      }
+    });
   }
 };
 
+template <class Kernel>
+void matmul(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y, int64_t ldy) {
+  NF_DCHECK(w.cols == x.cols);
+  for (int64_t p = first; p < last; ++p) {
+    const uint8_t* panel = w.data + p * w.panel_bytes;
+    for (int64_t i = 0; i < x.m; i += kChunk) {
+      Kernel::run({w, x, panel, p * kPanelRows, i, x.m - i < kChunk ? x.m - i : kChunk, y, ldy});
+    }
+  }
+}
+
 }  // namespace
 
-#define NF_KERNEL(name, Kernel)                                                                   \
-  void name(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y, int64_t ldy) { \
-    for_each_tile<Kernel>(w, x, first, last, y, ldy);                                             \
-  }
-
-NF_KERNEL(matmul_f32, Float<float>)
-NF_KERNEL(matmul_f16, Float<F16>)
-NF_KERNEL(matmul_bf16, Float<BF16>)
-NF_KERNEL(matmul_i2, I2)
-NF_KERNEL(matmul_i2_blocks, I2Blocks)
-NF_KERNEL(matmul_q4, Q4)
-NF_KERNEL(matmul_q4_k, Q4K)
-NF_KERNEL(matmul_int8, Int8)
-NF_KERNEL(matmul_int8_k, Int8K)
+Matmul* const kMatmul[kPanelKinds] = {
+    matmul<Float<float>>,
+    matmul<Float<F16>>,
+    matmul<Float<BF16>>,
+    matmul<T5>,
+    matmul<I2>,
+    matmul<I2Blocks>,
+    matmul<Grouped<PanelKind::kQ4>>,
+    matmul<Grouped<PanelKind::kQ4_1>>,
+    matmul<Grouped<PanelKind::kInt8>>,
+    matmul<Grouped<PanelKind::kQ2K>>,
+    matmul<Grouped<PanelKind::kQ3K>>,
+    matmul<Grouped<PanelKind::kQ4K>>,
+    matmul<Grouped<PanelKind::kQ5K>>,
+    matmul<Grouped<PanelKind::kQ6K>>,
+};
 
 }  // namespace nearfar::avx512

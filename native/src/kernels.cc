@@ -8,13 +8,11 @@
 namespace nearfar {
 namespace {
 
-#define NF_TABLE(isa)                                                                            \
-  Kernels {                                                                                      \
-    #isa, &isa::kOps, {                                                                          \
-      isa::matmul_f32, isa::matmul_f16, isa::matmul_bf16, isa::matmul_i2, isa::matmul_i2_blocks, \
-          isa::matmul_q4, isa::matmul_q4_k, isa::matmul_int8, isa::matmul_int8_k                 \
-    }                                                                                            \
-  }
+Kernels table(const char* isa, const Ops& ops, Matmul* const (&own)[kPanelKinds]) {
+  Kernels k{isa, &ops, {}};
+  for (int i = 0; i < kPanelKinds; ++i) k.matmul[i] = own[i] != nullptr ? own[i] : ref::kMatmul[i];
+  return k;
+}
 
 bool always() { return true; }
 
@@ -37,13 +35,16 @@ bool has_avx512() {
 #endif
 
 // Worst first.
-const Level kLevels[] = {
-    {NF_TABLE(ref), always},
+std::span<const Level> levels() {
+  static const Level kLevels[] = {
+      {table("ref", ref::kOps, ref::kMatmul), always},
 #if defined(__x86_64__)
-    {NF_TABLE(avx2), has_avx2},
-    {NF_TABLE(avx512), has_avx512},
+      {table("avx2", avx2::kOps, avx2::kMatmul), has_avx2},
+      {table("avx512", avx512::kOps, avx512::kMatmul), has_avx512},
 #endif
-};
+  };
+  return kLevels;
+}
 
 std::string joined(const std::vector<std::string_view>& names) {
   std::string s;
@@ -55,7 +56,7 @@ std::string joined(const std::vector<std::string_view>& names) {
 
 std::vector<std::string_view> isas_available() {
   std::vector<std::string_view> names;
-  for (const Level& level : kLevels) {
+  for (const Level& level : levels()) {
     if (level.supported()) names.emplace_back(level.kernels.isa);
   }
   return names;
@@ -63,7 +64,7 @@ std::vector<std::string_view> isas_available() {
 
 const Kernels& kernels(std::string_view isa) {
   const Level* best = nullptr;
-  for (const Level& level : kLevels) {
+  for (const Level& level : levels()) {
     if ((isa.empty() || isa == level.kernels.isa) && level.supported()) best = &level;
   }
   if (best) return best->kernels;

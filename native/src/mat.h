@@ -31,20 +31,67 @@ enum class PanelKind : uint8_t {
   kF32,       // F32
   kF16,       // F16
   kBF16,      // BF16
+  kT5,        // TQ1_0, TQ2_0: five trits a byte, one f32 scale a row
   kI2,        // TQ1_0, TQ2_0: 2-bit codes, one f32 scale a row
   kI2Blocks,  // TQ1_0, TQ2_0 whose block scales differ within a row: one f32 scale per 256
   kQ4,        // Q4_0: 4-bit codes, f16 scale per 32
-  kQ4K,       // Q4_K: 4-bit codes, integer scale and min per 32, f16 d and dmin per 256
+  kQ4_1,      // Q4_1: 4-bit codes, f16 scale and min per 32
   kInt8,      // Q8_0: 8-bit codes, f16 scale per 32
-  kInt8K,     // Q6_K: 8-bit codes, int8 scale per 16, f16 d per 256
+  kQ2K,       // Q2_K: 2-bit codes, integer scale and min per 16, f16 d and dmin per 256
+  kQ3K,       // Q3_K: 3-bit codes, int8 scale per 16, f16 d per 256
+  kQ4K,       // Q4_K: 4-bit codes, integer scale and min per 32, f16 d and dmin per 256
+  kQ5K,       // Q5_K: 5-bit codes, the rest as Q4_K
+  kQ6K,       // Q6_K: 6-bit codes, the rest as Q3_K
 };
-constexpr int kPanelKinds = 9;
+constexpr int kPanelKinds = 14;
 
 constexpr int64_t kPanelRows = 64;  // rows of a panel: four 16-row blocks, an i32 lane is a row
+
+// How the integer sums of a row become numbers; the equations stand in dot_gemv.h.
+enum class Scheme : uint8_t {
+  kFloat,   // no codes
+  kRow,     // one f32 scale a row
+  kBlocks,  // one f32 scale per 256
+  kGroup,   // one f16 scale per 32
+  kSuper,   // d times an integer scale per 16 or 32
+};
+
+// What the codes of a kind look like. A panel is a run of blocks of `block` k: `head` bytes of
+// scales, then for each `unit` k `side` bytes of integer scales and mins, the plane of the `low`
+// lowest bits of the codes and the plane of the `high` bits above them (quant.h draws a plane).
+struct Form {
+  Scheme scheme;
+  int low, high;        // bits of a code
+  int offset;           // a weight is its scale times (code - offset)
+  bool has_min;         // and less its min
+  int block, unit;      // k
+  int group;            // k that share an integer scale; for Scheme::kGroup, a scale
+  int head, side;       // bytes
+  int grain;            // of the activations
+};
 
 // Activations stay f32 (grain of the float kinds), or share one int8 scale per row.
 constexpr int kGrainFloat = -1;
 constexpr int kGrainRow = 0;
+
+// By PanelKind. kT5 packs by five and not by planes: its unit of 20 k is 4 x 64 bytes, and `low` is
+// only what its codes unpack to.
+constexpr Form kForms[kPanelKinds] = {
+    {Scheme::kFloat, 0, 0, 0, false, 1, 1, 1, 0, 0, kGrainFloat},
+    {Scheme::kFloat, 0, 0, 0, false, 1, 1, 1, 0, 0, kGrainFloat},
+    {Scheme::kFloat, 0, 0, 0, false, 1, 1, 1, 0, 0, kGrainFloat},
+    {Scheme::kRow, 2, 0, 1, false, 20, 20, 20, 0, 0, kGrainRow},
+    {Scheme::kRow, 2, 0, 1, false, 16, 16, 16, 0, 0, kGrainRow},
+    {Scheme::kBlocks, 2, 0, 1, false, 256, 16, 256, 256, 0, kGrainRow},
+    {Scheme::kGroup, 4, 0, 8, false, 32, 32, 32, 128, 0, 32},
+    {Scheme::kGroup, 4, 0, 0, true, 32, 32, 32, 256, 0, 32},
+    {Scheme::kGroup, 8, 0, 128, false, 32, 32, 32, 128, 0, 32},
+    {Scheme::kSuper, 2, 0, 0, true, 256, 16, 16, 256, 64, 256},
+    {Scheme::kSuper, 2, 1, 4, false, 256, 32, 16, 128, 128, 256},
+    {Scheme::kSuper, 4, 0, 0, true, 256, 32, 32, 256, 128, 256},
+    {Scheme::kSuper, 4, 1, 0, true, 256, 32, 32, 256, 128, 256},
+    {Scheme::kSuper, 4, 2, 32, false, 256, 32, 16, 128, 128, 256},
+};
 
 // A packed matrix [rows, cols]: ceil(rows / 64) panels of panel_bytes each, 64-byte aligned.
 struct Panels {
@@ -52,7 +99,7 @@ struct Panels {
   int64_t rows, cols;
   int64_t panel_bytes;
   const uint8_t* data;
-  const float* row_scales;  // kI2: f32 per row, padded to whole panels; else null
+  const float* row_scales;  // Scheme::kRow: f32 per row, padded to whole panels; else null
   float scale;              // multiplies every product; 1 unless the file has a `.scale` tensor
 };
 

@@ -1,51 +1,26 @@
 #include "quant.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <type_traits>
 #include <vector>
 
 #include "half.h"
+#include "read_panel.h"
 
 namespace nearfar {
 namespace {
 
-// Bytes of codes of 64 rows.
-constexpr int64_t kI2Step = 256;           // 16 k
-constexpr int64_t kQ4Group = 4 * 256;      // 32 k
-constexpr int64_t kInt8Group = 8 * 256;    // 32 k
-constexpr int64_t kInt8Group16 = 4 * 256;  // 16 k
-
-constexpr int64_t kI2BlockBytes = 64 * 4 + 16 * kI2Step;             // 256 k
-constexpr int64_t kQ4Bytes = 64 * 2 + kQ4Group;                      // 32 k
-constexpr int64_t kQ4KBytes = 64 * 2 * 2 + 8 * (64 * 2 + kQ4Group);  // 256 k
-constexpr int64_t kInt8Bytes = 64 * 2 + kInt8Group;                  // 32 k
-constexpr int64_t kInt8KBytes = 64 * 2 + 16 * (64 + kInt8Group16);   // 256 k
-
 int64_t bytes_per_panel(PanelKind kind, int64_t cols) {
-  switch (kind) {
-    case PanelKind::kF32:
-      return cols * 64 * 4;
-    case PanelKind::kF16:
-    case PanelKind::kBF16:
-      return cols * 64 * 2;
-    case PanelKind::kI2:
-      return cols / 16 * kI2Step;
-    case PanelKind::kI2Blocks:
-      return cols / 256 * kI2BlockBytes;
-    case PanelKind::kQ4:
-      return cols / 32 * kQ4Bytes;
-    case PanelKind::kQ4K:
-      return cols / 256 * kQ4KBytes;
-    case PanelKind::kInt8:
-      return cols / 32 * kInt8Bytes;
-    case PanelKind::kInt8K:
-      return cols / 256 * kInt8KBytes;
-  }
-  return 0;
+  const Form& f = form(kind);
+  if (f.scheme == Scheme::kFloat) return cols * 64 * (kind == PanelKind::kF32 ? 4 : 2);
+  if (kind == PanelKind::kT5) return (cols + kT5StepColumns - 1) / kT5StepColumns * kStepBytes;
+  return cols / f.block * block_bytes(f);
 }
 
 uint32_t load_u32(const void* p) {
@@ -66,44 +41,59 @@ void store(uint8_t* p, T v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// Row `row` of a panel takes lane `row` of each step: 4 bytes at step * 256 + row * 4.
+// A row of one block on its way into a panel: codes as the panel holds them, and its scales.
+struct Block {
+  uint8_t code[kSuper];
+  uint8_t scale[kSuper / 16], min[kSuper / 16];  // Scheme::kSuper, one per group; bits of an int8
+  uint32_t d, dmin;  // bits of the scales in the head: f16, or f32 for Scheme::kBlocks
+};
 
-// 16 codes of 0..3 a step. Four neighbouring codes travel as one word: no shift leaves its byte.
-void put_i2(uint8_t* steps, int64_t row, const uint8_t* code, int64_t k) {
-  for (int64_t s = 0; s < k / 16; ++s, code += 16) {
-    const uint32_t word = load_u32(code) | load_u32(code + 4) << 2 | load_u32(code + 8) << 4 |
-                          load_u32(code + 12) << 6;
-    store(steps + s * 256 + row * 4, word);
+// Row `row` of a panel takes lane `row` of each step: 4 bytes at step * 256 + row * 4. Four
+// neighbouring codes travel as one word; masked, no shift leaves its byte.
+uint8_t* put_plane(uint8_t* out, int64_t row, const uint8_t* code, int64_t k, int shift, int bits) {
+  const uint32_t mask = ((1u << bits) - 1) * 0x01010101u;
+  for (const uint8_t* end = code + k; code < end; out += kStepBytes) {
+    uint32_t word = 0;
+    for (int f = 0; f < 8; f += bits, code += 4) word |= (load_u32(code) >> shift & mask) << f;
+    store(out + row * 4, word);
+  }
+  return out;
+}
+
+void put_block(const Form& f, uint8_t* out, int64_t row, const Block& b) {
+  if (f.head == 256 && !f.has_min) {
+    store(out + row * 4, b.d);
+  } else if (f.head > 0) {
+    store(out + row * 2, static_cast<uint16_t>(b.d));
+    if (f.has_min) store(out + 128 + row * 2, static_cast<uint16_t>(b.dmin));
+  }
+  out += f.head;
+  for (int k = 0; k < f.block; k += f.unit) {
+    const int g = k / f.group;
+    if (f.side == 64) {
+      out[row] = static_cast<uint8_t>(b.scale[g] | b.min[g] << 4);
+    } else if (f.side == 128) {
+      out[row] = b.scale[g];
+      out[64 + row] = f.has_min ? b.min[g] : b.scale[g + 1];
+    }
+    out = put_plane(out + f.side, row, b.code + k, f.unit, 0, f.low);
+    if (f.high > 0) out = put_plane(out, row, b.code + k, f.unit, f.low, f.high);
   }
 }
 
-// 32 codes of 0..15.
-void put_q4(uint8_t* steps, int64_t row, const uint8_t* code) {
-  for (int64_t s = 0; s < 4; ++s, code += 8) {
-    store(steps + s * 256 + row * 4, load_u32(code) | load_u32(code + 4) << 4);
+// Trits + 1, 0..2, k of them; the last step is filled up with zeros.
+void put_t5(uint8_t* panel, int64_t panel_bytes, int64_t row, const uint8_t* code, int64_t k) {
+  for (int64_t s = 0; s * kT5StepColumns < k; ++s) {
+    uint8_t* out = panel + t5_lane(panel_bytes, row, s);
+    for (int64_t c = 0; c < 4; ++c) {
+      int byte = 0;
+      for (int64_t f = 4; f >= 0; --f) {
+        const int64_t i = s * kT5StepColumns + 4 * f + c;
+        byte = 3 * byte + (i < k ? code[i] : 0);
+      }
+      out[c] = static_cast<uint8_t>(byte);
+    }
   }
-}
-
-// k signed codes; flipping the top bit adds 128.
-void put_int8(uint8_t* steps, int64_t row, const int8_t* code, int64_t k) {
-  for (int64_t s = 0; s < k / 4; ++s, code += 4) {
-    store(steps + s * 256 + row * 4, load_u32(code) ^ 0x80808080u);
-  }
-}
-
-void get_i2(const uint8_t* steps, int64_t row, int k, float scale, float* out) {
-  for (int i = 0; i < k; ++i) {
-    const int code = (steps[i / 16 * 256 + row * 4 + i % 4] >> (i % 16 / 4 * 2)) & 3;
-    out[i] = scale * static_cast<float>(code - 1);
-  }
-}
-
-int get_q4(const uint8_t* steps, int64_t row, int i) {
-  return (steps[i / 8 * 256 + row * 4 + i % 4] >> (i % 8 / 4 * 4)) & 15;
-}
-
-int get_int8(const uint8_t* steps, int64_t row, int i) {
-  return steps[i / 4 * 256 + row * 4 + i % 4] - 128;
 }
 
 void require_finite(float scale, const RawTensor& w, int64_t row) {
@@ -164,10 +154,10 @@ void settle_zero(TernaryBlock& b) {
   b.d = 0;
 }
 
-// The i32 sums of the i2 kernels hold 352,000 columns.
+// The i32 sums of the ternary kernels hold 352,000 columns.
 constexpr int64_t kMaxTernaryColumns = 1 << 18;
 
-PackedMat pack_ternary(const RawTensor& w, float scale) {
+PackedMat pack_ternary(const RawTensor& w, float scale, bool five_trits) {
   if (w.cols > kMaxTernaryColumns) {
     throw std::invalid_argument("ternary tensor with " + std::to_string(w.cols) +
                                 " columns: the kernels sum at most " +
@@ -177,7 +167,7 @@ PackedMat pack_ternary(const RawTensor& w, float scale) {
   const int64_t block_bytes = block_shape(w.type).bytes;
   std::vector<float> d(static_cast<size_t>(w.rows * n_blocks));
   std::vector<float> row_scale(static_cast<size_t>(w.rows), 0.0f);
-  bool one_scale_a_row = true;
+  bool one_scale_a_row = true, all_trits = true;
   TernaryBlock b;
   for (int64_t i = 0; i < w.rows * n_blocks; ++i) {
     const int64_t n = i / n_blocks;
@@ -185,106 +175,80 @@ PackedMat pack_ternary(const RawTensor& w, float scale) {
     require_finite(b.d, w, n);
     settle_zero(b);
     d[i] = b.d;
+    all_trits = all_trits && *std::max_element(b.code, b.code + kSuper) <= 2;
     if (b.d == 0) continue;
     if (row_scale[n] == 0) row_scale[n] = b.d;
     one_scale_a_row = one_scale_a_row && row_scale[n] == b.d;
   }
 
-  PackedMat m = allocate(w, one_scale_a_row ? PanelKind::kI2 : PanelKind::kI2Blocks, scale);
+  const PanelKind kind = !one_scale_a_row         ? PanelKind::kI2Blocks
+                         : five_trits && all_trits ? PanelKind::kT5
+                                                   : PanelKind::kI2;
+  PackedMat m = allocate(w, kind, scale);
   if (one_scale_a_row) {
     row_scale.resize(static_cast<size_t>(m.n_panels() * kPanelRows), 0.0f);
     m.row_scales = AlignedBuffer(row_scale.size() * sizeof(float));
     std::memcpy(m.row_scales.data(), row_scale.data(), m.row_scales.size());
   }
-  for (int64_t i = 0; i < w.rows * n_blocks; ++i) {
-    const int64_t n = i / n_blocks, j = i % n_blocks, row = n % kPanelRows;
-    decode_ternary(w.type, w.bytes.data() + i * block_bytes, b);
-    settle_zero(b);
-    if (one_scale_a_row) {
-      put_i2(panel_of(m, n) + j * 16 * kI2Step, row, b.code, kSuper);
+  std::vector<uint8_t> code(static_cast<size_t>(w.cols));
+  for (int64_t n = 0; n < w.rows; ++n) {
+    for (int64_t j = 0; j < n_blocks; ++j) {
+      decode_ternary(w.type, w.bytes.data() + (n * n_blocks + j) * block_bytes, b);
+      settle_zero(b);
+      std::memcpy(&code[j * kSuper], b.code, kSuper);
+    }
+    uint8_t* panel = panel_of(m, n);
+    const int64_t row = n % kPanelRows;
+    if (kind == PanelKind::kT5) {
+      put_t5(panel, m.panel_bytes, row, code.data(), w.cols);
+    } else if (kind == PanelKind::kI2) {
+      put_plane(panel, row, code.data(), w.cols, 0, 2);
     } else {
-      uint8_t* out = panel_of(m, n) + j * kI2BlockBytes;
-      store(out + row * 4, d[i]);
-      put_i2(out + 64 * 4, row, b.code, kSuper);
-    }
-  }
-  return m;
-}
-
-PackedMat pack_q4_0(const RawTensor& w, float scale) {
-  PackedMat m = allocate(w, PanelKind::kQ4, scale);
-  const uint8_t* in = w.bytes.data();
-  Q4Block b;
-  for (int64_t n = 0; n < w.rows; ++n) {
-    uint8_t* out = panel_of(m, n);
-    const int64_t row = n % kPanelRows;
-    for (int64_t j = 0; j < w.cols / kGroup; ++j, in += 18, out += kQ4Bytes) {
-      decode_q4_0(in, b);
-      require_finite(b.d, w, n);
-      store(out + row * 2, b.d);
-      put_q4(out + 128, row, b.code);
-    }
-  }
-  return m;
-}
-
-PackedMat pack_q8_0(const RawTensor& w, float scale) {
-  PackedMat m = allocate(w, PanelKind::kInt8, scale);
-  const uint8_t* in = w.bytes.data();
-  Q8Block b;
-  for (int64_t n = 0; n < w.rows; ++n) {
-    uint8_t* out = panel_of(m, n);
-    const int64_t row = n % kPanelRows;
-    for (int64_t j = 0; j < w.cols / kGroup; ++j, in += 34, out += kInt8Bytes) {
-      decode_q8_0(in, b);
-      require_finite(b.d, w, n);
-      store(out + row * 2, b.d);
-      put_int8(out + 128, row, b.code, kGroup);
-    }
-  }
-  return m;
-}
-
-PackedMat pack_q4_k(const RawTensor& w, float scale) {
-  PackedMat m = allocate(w, PanelKind::kQ4K, scale);
-  const uint8_t* in = w.bytes.data();
-  Q4KBlock b;
-  for (int64_t n = 0; n < w.rows; ++n) {
-    uint8_t* out = panel_of(m, n);
-    const int64_t row = n % kPanelRows;
-    for (int64_t j = 0; j < w.cols / kSuper; ++j, in += 144, out += kQ4KBytes) {
-      decode_q4_k(in, b);
-      require_finite(b.d, w, n);
-      require_finite(b.dmin, w, n);
-      store(out + row * 2, b.d);
-      store(out + 128 + row * 2, b.dmin);
-      for (int g = 0; g < 8; ++g) {
-        uint8_t* group = out + 256 + g * (128 + kQ4Group);
-        group[row] = b.scale[g];
-        group[64 + row] = b.min[g];
-        put_q4(group + 128, row, b.code + g * 32);
+      for (int64_t j = 0; j < n_blocks; ++j, panel += m.panel_bytes / n_blocks) {
+        Block block;
+        std::memcpy(block.code, &code[j * kSuper], kSuper);
+        block.d = std::bit_cast<uint32_t>(d[n * n_blocks + j]);
+        put_block(form(kind), panel, row, block);
       }
     }
   }
   return m;
 }
 
-PackedMat pack_q6_k(const RawTensor& w, float scale) {
-  PackedMat m = allocate(w, PanelKind::kInt8K, scale);
+// One block of the file as the panel holds it.
+template <class FileBlock>
+void take(const FileBlock& from, Block& to) {
+  std::memcpy(to.code, from.code, sizeof from.code);
+  to.d = from.d;
+  if constexpr (requires { from.scale; }) std::memcpy(to.scale, from.scale, sizeof from.scale);
+  if constexpr (requires { from.min; }) std::memcpy(to.min, from.min, sizeof from.min);
+  if constexpr (requires { from.dmin; }) to.dmin = from.dmin;
+  if constexpr (requires { from.m; }) to.dmin = from.m;
+}
+
+template <class FileBlock, void (*kDecode)(const uint8_t*, FileBlock&)>
+PackedMat pack_blocks(const RawTensor& w, PanelKind kind, float scale) {
+  const Form& f = form(kind);
+  const BlockShape shape = block_shape(w.type);
+  PackedMat m = allocate(w, kind, scale);
+  const int64_t n_blocks = w.cols / shape.weights, block_bytes = m.panel_bytes / n_blocks;
   const uint8_t* in = w.bytes.data();
-  Q6KBlock b;
+  FileBlock from;
+  Block to;
   for (int64_t n = 0; n < w.rows; ++n) {
     uint8_t* out = panel_of(m, n);
-    const int64_t row = n % kPanelRows;
-    for (int64_t j = 0; j < w.cols / kSuper; ++j, in += 210, out += kInt8KBytes) {
-      decode_q6_k(in, b);
-      require_finite(b.d, w, n);
-      store(out + row * 2, b.d);
-      for (int g = 0; g < 16; ++g) {
-        uint8_t* group = out + 128 + g * (64 + kInt8Group16);
-        store(group + row, b.scale[g]);
-        put_int8(group + 64, row, b.code + g * 16, 16);
+    for (int64_t j = 0; j < n_blocks; ++j, in += shape.bytes, out += block_bytes) {
+      kDecode(in, from);
+      take(from, to);
+      require_finite(static_cast<uint16_t>(to.d), w, n);
+      if (f.has_min) require_finite(static_cast<uint16_t>(to.dmin), w, n);
+      // Signed codes of the file become unsigned ones of the panel.
+      if constexpr (std::is_signed_v<std::remove_reference_t<decltype(from.code[0])>>) {
+        for (int64_t k = 0; k < shape.weights; ++k) {
+          to.code[k] = static_cast<uint8_t>(from.code[k] + f.offset);
+        }
       }
+      put_block(f, out, n % kPanelRows, to);
     }
   }
   return m;
@@ -292,50 +256,14 @@ PackedMat pack_q6_k(const RawTensor& w, float scale) {
 
 }  // namespace
 
-int grain(PanelKind kind) {
-  switch (kind) {
-    case PanelKind::kF32:
-    case PanelKind::kF16:
-    case PanelKind::kBF16:
-      return kGrainFloat;
-    case PanelKind::kI2:
-    case PanelKind::kI2Blocks:
-      return kGrainRow;
-    case PanelKind::kQ4:
-    case PanelKind::kInt8:
-      return 32;
-    case PanelKind::kQ4K:
-    case PanelKind::kInt8K:
-      return 256;
-  }
-  return kGrainFloat;
-}
-
 std::string_view kind_name(PanelKind kind) {
-  switch (kind) {
-    case PanelKind::kF32:
-      return "f32";
-    case PanelKind::kF16:
-      return "f16";
-    case PanelKind::kBF16:
-      return "bf16";
-    case PanelKind::kI2:
-      return "i2";
-    case PanelKind::kI2Blocks:
-      return "i2_blocks";
-    case PanelKind::kQ4:
-      return "q4";
-    case PanelKind::kQ4K:
-      return "q4_k";
-    case PanelKind::kInt8:
-      return "int8";
-    case PanelKind::kInt8K:
-      return "int8_k";
-  }
-  return "?";
+  constexpr std::string_view kNames[kPanelKinds] = {"f32",   "f16",  "bf16", "t5",   "i2",
+                                                    "i2_blocks", "q4",   "q4_1", "int8", "q2_k",
+                                                    "q3_k",  "q4_k", "q5_k", "q6_k"};
+  return kNames[static_cast<int>(kind)];
 }
 
-int PackedMat::grain() const { return nearfar::grain(kind); }
+int PackedMat::grain() const { return form(kind).grain; }
 
 Panels PackedMat::view() const {
   return {kind,        rows,        cols,
@@ -343,7 +271,7 @@ Panels PackedMat::view() const {
           scale};
 }
 
-PackedMat pack(const RawTensor& w, float scale) {
+PackedMat pack(const RawTensor& w, float scale, bool five_trits) {
   require_whole(w);
   if (!std::isfinite(scale)) throw std::invalid_argument("the scale of a matrix is not finite");
   switch (w.type) {
@@ -355,15 +283,23 @@ PackedMat pack(const RawTensor& w, float scale) {
       return pack_float<uint16_t>(w, PanelKind::kBF16, scale);
     case TensorType::kTQ1_0:
     case TensorType::kTQ2_0:
-      return pack_ternary(w, scale);
+      return pack_ternary(w, scale, five_trits);
     case TensorType::kQ4_0:
-      return pack_q4_0(w, scale);
+      return pack_blocks<Q4Block, decode_q4_0>(w, PanelKind::kQ4, scale);
+    case TensorType::kQ4_1:
+      return pack_blocks<Q41Block, decode_q4_1>(w, PanelKind::kQ4_1, scale);
     case TensorType::kQ8_0:
-      return pack_q8_0(w, scale);
+      return pack_blocks<Q8Block, decode_q8_0>(w, PanelKind::kInt8, scale);
+    case TensorType::kQ2_K:
+      return pack_blocks<Q2KBlock, decode_q2_k>(w, PanelKind::kQ2K, scale);
+    case TensorType::kQ3_K:
+      return pack_blocks<Q3KBlock, decode_q3_k>(w, PanelKind::kQ3K, scale);
     case TensorType::kQ4_K:
-      return pack_q4_k(w, scale);
+      return pack_blocks<Q4KBlock, decode_q4_k>(w, PanelKind::kQ4K, scale);
+    case TensorType::kQ5_K:
+      return pack_blocks<Q5KBlock, decode_q5_k>(w, PanelKind::kQ5K, scale);
     case TensorType::kQ6_K:
-      return pack_q6_k(w, scale);
+      return pack_blocks<Q6KBlock, decode_q6_k>(w, PanelKind::kQ6K, scale);
   }
   throw std::invalid_argument("unreachable: block_shape names every type");
 }
@@ -386,7 +322,7 @@ PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, A
   m.cols = cols;
   m.scale = scale;
   m.panel_bytes = bytes_per_panel(kind, cols);
-  const bool has_row_scales = kind == PanelKind::kI2;
+  const bool has_row_scales = form(kind).scheme == Scheme::kRow;
   expect(static_cast<int64_t>(data.size()) == m.n_panels() * m.panel_bytes, "whole panels");
   expect(static_cast<int64_t>(row_scales.size()) ==
              (has_row_scales ? m.n_panels() * kPanelRows * static_cast<int64_t>(sizeof(float)) : 0),
@@ -400,66 +336,32 @@ void unpack_row(const PackedMat& w, int64_t row, std::span<float> out) {
   if (row < 0 || row >= w.rows || static_cast<int64_t>(out.size()) != w.cols) {
     throw std::invalid_argument("unpack_row: row or output size out of range");
   }
-  const uint8_t* p = w.data.data() + row / kPanelRows * w.panel_bytes;
+  const Panels panels = w.view();
+  const uint8_t* panel = w.data.data() + row / kPanelRows * w.panel_bytes;
   const int64_t r = row % kPanelRows;
-  float* y = out.data();
-  for (int64_t k = 0; k < w.cols;) {
-    switch (w.kind) {
-      case PanelKind::kF32:
-        y[k] = load<float>(p + (k * 64 + r) * 4);
-        ++k;
+  const PanelRow p(panels, row);
+  for (int64_t k = 0; k < w.cols; ++k) {
+    switch (form(w.kind).scheme) {
+      case Scheme::kFloat:
+        out[k] = w.kind == PanelKind::kF32 ? load<float>(panel + (k * 64 + r) * 4)
+                 : w.kind == PanelKind::kF16
+                     ? f16_to_f32(load<uint16_t>(panel + (k * 64 + r) * 2))
+                     : bf16_to_f32(load<uint16_t>(panel + (k * 64 + r) * 2));
         break;
-      case PanelKind::kF16:
-        y[k] = f16_to_f32(load<uint16_t>(p + (k * 64 + r) * 2));
-        ++k;
+      case Scheme::kRow:
+        out[k] = panels.row_scales[row] * static_cast<float>(p.code(k));
         break;
-      case PanelKind::kBF16:
-        y[k] = bf16_to_f32(load<uint16_t>(p + (k * 64 + r) * 2));
-        ++k;
+      case Scheme::kBlocks:
+        out[k] = p.d(k) * static_cast<float>(p.code(k));
         break;
-      case PanelKind::kI2:
-        get_i2(p, r, 16, w.view().row_scales[row], y + k);
-        p += kI2Step, k += 16;
+      case Scheme::kGroup:
+        out[k] = p.d(k) * static_cast<float>(p.code(k));
+        if (form(w.kind).has_min) out[k] += p.dmin(k);
         break;
-      case PanelKind::kI2Blocks:
-        get_i2(p + 256, r, 256, load<float>(p + r * 4), y + k);
-        p += kI2BlockBytes, k += 256;
+      case Scheme::kSuper:
+        out[k] = p.d(k) * static_cast<float>(p.scale(k)) * static_cast<float>(p.code(k));
+        if (form(w.kind).has_min) out[k] -= p.dmin(k) * static_cast<float>(p.min(k));
         break;
-      case PanelKind::kQ4: {
-        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
-        for (int i = 0; i < 32; ++i) y[k + i] = d * static_cast<float>(get_q4(p + 128, r, i) - 8);
-        p += kQ4Bytes, k += 32;
-        break;
-      }
-      case PanelKind::kInt8: {
-        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
-        for (int i = 0; i < 32; ++i) y[k + i] = d * static_cast<float>(get_int8(p + 128, r, i));
-        p += kInt8Bytes, k += 32;
-        break;
-      }
-      case PanelKind::kQ4K: {
-        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
-        const float dmin = f16_to_f32(load<uint16_t>(p + 128 + r * 2));
-        for (int i = 0; i < 256; ++i) {
-          const uint8_t* group = p + 256 + i / 32 * (128 + kQ4Group);
-          const float low = dmin * static_cast<float>(group[64 + r]);
-          y[k + i] = d * static_cast<float>(group[r]) *
-                         static_cast<float>(get_q4(group + 128, r, i % 32)) -
-                     low;
-        }
-        p += kQ4KBytes, k += 256;
-        break;
-      }
-      case PanelKind::kInt8K: {
-        const float d = f16_to_f32(load<uint16_t>(p + r * 2));
-        for (int i = 0; i < 256; ++i) {
-          const uint8_t* group = p + 128 + i / 16 * (64 + kInt8Group16);
-          y[k + i] = d * static_cast<float>(load<int8_t>(group + r)) *
-                     static_cast<float>(get_int8(group + 64, r, i % 16));
-        }
-        p += kInt8KBytes, k += 256;
-        break;
-      }
     }
   }
 }

@@ -6,23 +6,33 @@
 //
 //   block | row0: k k+1 k+2 k+3 | row1: k k+1 k+2 k+3 | ... | row15: k k+1 k+2 k+3 |
 //
-// A step is 4 blocks, rows 0..63 of the panel. Steps differ in the k that a byte c = 0..3 holds:
-//   step2, 16 k   sum over f = 0..3 of code[4f + c] << 2f, codes of 2 bits
-//   step4, 8 k    low nibble code[c], high nibble code[4 + c]
-//   step8, 4 k    code[c]
+// A step is 4 blocks, rows 0..63 of the panel: 256 bytes. A plane of b bits is a run of steps of
+// 32 / b k each, whose byte c = 0..3 holds
+//   sum over f = 0 .. 8/b - 1 of code[4 f + c] << (b f)
+// so 1 bit: 32 k a step, 2 bits: 16 k, 4 bits: 8 k, 8 bits: 4 k. Codes of 3, 5 and 6 bits are a
+// plane of their low bits and, behind it, one of the bits above.
 //
 //   kind       a panel, in this order                                            bits a weight
-//   kI2        each 16 k: a step2 of w + 1, w in -1..2                                    2.0
+//   kT5        two halves of 32 rows; in each, per 20 k, 2 blocks:
+//              byte c = sum over f = 0..4 of 3^f (w + 1)[4 f + c], 0..242                 1.6
+//   kI2        each 16 k: 2 bits of w + 1, w in -1..2                                     2.0
 //   kI2Blocks  each 256 k: 64 f32 scales, 16 steps as kI2                                 2.13
-//   kQ4        each 32 k: 64 f16 scales, 4 step4 of w + 8                                 4.5
+//   kQ4        each 32 k: 64 f16 scales, 4 bits of w + 8                                  4.5
+//   kQ4_1      each 32 k: 64 f16 scales, 64 f16 mins, 4 bits                              5.0
+//   kInt8      each 32 k: 64 f16 scales, 8 bits of w + 128                                8.5
+//   kQ2K       each 256 k: 64 f16 d, 64 f16 dmin,
+//              then each 16 k: 64 bytes scale | min << 4, 2 bits                          2.63
+//   kQ3K       each 256 k: 64 f16 d, then each 32 k: 64 i8 scales of the first 16 k,
+//              64 of the second, 2 bits, 1 bit of w + 4                                   3.56
 //   kQ4K       each 256 k: 64 f16 d, 64 f16 dmin,
-//              then each 32 k: 64 u8 scales, 64 u8 mins, 4 step4 of the code              4.63
-//   kInt8      each 32 k: 64 f16 scales, 8 step8 of w + 128                               8.5
-//   kInt8K     each 256 k: 64 f16 d, then each 16 k: 64 i8 scales, 4 step8 of w + 128     8.56
-//   kF32, kF16, kBF16   each k: 64 values                                           32, 16, 16
+//              then each 32 k: 64 u8 scales, 64 u8 mins, 4 bits                           4.63
+//   kQ5K       the same, 4 bits, 1 bit                                                    5.63
+//   kQ6K       as kQ3K: 4 bits, 2 bits of w + 32                                          6.56
+//   kF32, kF16, kBF16   each k: 64 values                                         32, 16, 16
 //
-// Rows pad to 64 with zeros, whose products nobody reads. K needs no padding: every type's block is
-// a multiple of its step.
+// kForms in mat.h says the same in numbers. Rows pad to 64 with zeros, whose products nobody reads.
+// Every type's block is a multiple of its step, but for kT5, whose last step is filled up with
+// weights that meet activations of zero.
 #pragma once
 
 #include <cstdint>
@@ -42,20 +52,22 @@ struct PackedMat {
   int64_t panel_bytes = 0;
   float scale = 1.0f;  // multiplies every product
   AlignedBuffer data;
-  AlignedBuffer row_scales;  // kI2 only: f32 [64 * n_panels()]
+  AlignedBuffer row_scales;  // Scheme::kRow only: f32 [64 * n_panels()]
 
   int64_t n_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
   int grain() const;  // of the activations that this matrix multiplies
   Panels view() const;
 };
 
-int grain(PanelKind kind);
+constexpr const Form& form(PanelKind kind) { return kForms[static_cast<int>(kind)]; }
 std::string_view kind_name(PanelKind kind);
 
 // Repacks a tensor. `scale` multiplies every product (the `.scale` tensors of some files).
+// `five_trits` allows kT5: fewest bytes, for matrices that come from memory; out of a cache kI2 is
+// faster. Ternary rows take it if they have one scale each and no code 3 (+2).
 // Throws std::invalid_argument when sizes do not match or a scale is not finite. A ternary block
 // with d = 0 counts as all zero, whatever its codes.
-PackedMat pack(const RawTensor& w, float scale = 1.0f);
+PackedMat pack(const RawTensor& w, float scale = 1.0f, bool five_trits = false);
 
 // A matrix on bytes that `pack` made before and somebody kept: `row_scales` is empty for kinds that
 // have none.  Throws std::invalid_argument on sizes other than those of the kind; what the bytes

@@ -34,9 +34,10 @@ struct Options {
   bool cpu_time = false;
 };
 
-constexpr TensorType kTypes[] = {TensorType::kTQ2_0, TensorType::kQ4_0, TensorType::kQ4_K,
-                                 TensorType::kQ8_0,  TensorType::kQ6_K, TensorType::kF16,
-                                 TensorType::kBF16,  TensorType::kF32};
+constexpr TensorType kTypes[] = {
+    TensorType::kTQ1_0, TensorType::kTQ2_0, TensorType::kQ2_K, TensorType::kQ3_K, TensorType::kQ4_0,
+    TensorType::kQ4_1,  TensorType::kQ4_K,  TensorType::kQ5_K, TensorType::kQ6_K, TensorType::kQ8_0,
+    TensorType::kF16,   TensorType::kBF16,  TensorType::kF32};
 
 double now_s(const Options& o) {
   timespec t{};
@@ -52,16 +53,18 @@ PackedMat make_matrix(TensorType type, int64_t cols, size_t bytes) {
   const bool is_float = block_shape(type).weights == 1;
   if (!is_float) {
     const BlockShape block = block_shape(type);
-    const bool scale_first = block.weights == 32 || type == TensorType::kQ4_K;
-    const size_t size = static_cast<size_t>(block.bytes),
-                 n_scale = type == TensorType::kQ4_K ? 4 : 2;
+    const bool scale_first =
+        block.weights == 32 || type == TensorType::kQ4_K || type == TensorType::kQ5_K;
+    const bool has_min = type == TensorType::kQ4_1 || type == TensorType::kQ2_K ||
+                         type == TensorType::kQ4_K || type == TensorType::kQ5_K;
+    const size_t size = static_cast<size_t>(block.bytes), n_scale = has_min ? 4 : 2;
     for (size_t i = 0; i < raw.size(); ++i) {
       const size_t at = i % size;
       const bool is_scale = scale_first ? at < n_scale : at >= size - n_scale;
       raw[i] = is_scale ? 0 : static_cast<uint8_t>(rng());
     }
   }
-  const PackedMat one = pack({type, kPanelRows, cols, raw});
+  const PackedMat one = pack({type, kPanelRows, cols, raw}, 1.0f, true);
   const auto n =
       static_cast<int64_t>(std::max<size_t>(1, bytes / static_cast<size_t>(one.panel_bytes)));
   PackedMat m;

@@ -18,6 +18,8 @@ int64_t values_per_sum(int grain) {
   return grain == kGrainRow ? kSumRow : grain == 32 ? kSum32 : kSum256;
 }
 
+constexpr int64_t kReadBeyond = 16;  // q behind a row that kernels read: kT5 steps are of 20 k
+
 int64_t pad(int64_t n) { return (n + 63) / 64 * 64; }
 
 // A group whose largest magnitude is below this counts as zeros: 127 / max stays finite.
@@ -75,7 +77,7 @@ void QuantRows::reset(int64_t m, int64_t cols, int grain) {
     if (x_.size() < bytes) x_ = AlignedBuffer(bytes);
     return;
   }
-  rows_.q_stride = pad(cols);
+  rows_.q_stride = pad(cols + kReadBeyond);
   rows_.n_scales = grain == kGrainRow ? 1 : cols / grain;
   rows_.n_sums = cols / values_per_sum(grain);
   const auto bytes = static_cast<size_t>(m * rows_.q_stride);
@@ -107,6 +109,7 @@ void QuantRows::quantize_row(std::span<const float> x, int64_t i) {
     return;
   }
   auto* q = reinterpret_cast<int8_t*>(q_.data()) + i * rows_.q_stride;
+  std::memset(q + rows_.cols, 0, kReadBeyond);
   const int64_t group = rows_.grain == kGrainRow ? rows_.cols : rows_.grain;
   for (int64_t g = 0; g < rows_.n_scales; ++g) {
     float scale = quantize_group(x.data() + g * group, group, q + g * group);

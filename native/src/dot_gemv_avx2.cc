@@ -422,9 +422,19 @@ void matmul(const Panels& w, const Rows& x, int64_t first, int64_t last, float* 
 
 }  // namespace
 
-Matmul* const kMatmul[kPanelKinds] = {
-    matmul<Float<float>>, matmul<Float<F16>>, matmul<Float<BF16>>, nullptr,      matmul<I2>,
-    matmul<I2Blocks>,     matmul<Q4>,         nullptr,             matmul<Int8>, nullptr,
-    nullptr,              matmul<Q4K>,        nullptr,             nullptr};
+Matmul* const kMatmul[kPanelKinds] = {matmul<Float<float>>,
+                                      matmul<Float<F16>>,
+                                      matmul<Float<BF16>>,
+                                      nullptr,
+                                      matmul<I2>,
+                                      matmul<I2Blocks>,
+                                      matmul<Q4>,
+                                      nullptr,
+                                      matmul<Int8>,
+                                      nullptr,
+                                      nullptr,
+                                      matmul<Q4K>,
+                                      nullptr,
+                                      nullptr};
 
 }  // namespace nearfar::avx2

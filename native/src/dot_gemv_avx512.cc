@@ -27,10 +27,10 @@
 namespace nearfar::avx512 {
 namespace {
 
-constexpr int kBlocks = 4;          // of 16 rows in a panel
-constexpr int64_t kStep = 256;      // bytes of 4 blocks
-constexpr int64_t kChunk = 128;     // rows of x that share an unpacked stretch
-constexpr int64_t kStretch = 320;   // k of it: 20 KiB, and a multiple of 16 and 20
+constexpr int kBlocks = 4;         // of 16 rows in a panel
+constexpr int64_t kStep = 256;     // bytes of 4 blocks
+constexpr int64_t kChunk = 128;    // rows of x that share an unpacked stretch
+constexpr int64_t kStretch = 320;  // k of it: 20 KiB, and a multiple of 16 and 20
 constexpr int64_t kSuper = 256;
 
 inline __m512i load(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -100,8 +100,8 @@ template <int kLow, int kHigh, int kUnit, int kIndex = 0>
 inline void unpack_codes(const __m512i* low, const __m512i* high, uint8_t* codes) {
   if constexpr (kIndex < kUnit / 4) {
     constexpr int kPerLow = 8 / kLow, kMask = (1 << kLow) - 1;
-    __m512i code = _mm512_and_si512(
-        shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]), bytes(kMask));
+    __m512i code =
+        _mm512_and_si512(shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]), bytes(kMask));
     if constexpr (kHigh > 0) {
       constexpr int kPerHigh = 8 / kHigh, kHighMask = ((1 << kHigh) - 1) << kLow;
       const __m512i top = shift_down<kIndex % kPerHigh * kHigh - kLow>(high[kIndex / kPerHigh]);
@@ -187,8 +187,7 @@ inline void finish_rows(const Call& c, const int32_t* sums) {
     const __m512i offset = _mm512_set1_epi32(c.sum_q(token));
     const __m512 s_x = _mm512_set1_ps(c.scales(token)[0]);
     for (int b = 0; b < kBlocks; ++b) {
-      const __m512i trits =
-          _mm512_sub_epi32(_mm512_load_si512(sums + token * 64 + 16 * b), offset);
+      const __m512i trits = _mm512_sub_epi32(_mm512_load_si512(sums + token * 64 + 16 * b), offset);
       const __m512 scale = _mm512_mul_ps(_mm512_load_ps(c.w.row_scales + c.n + 16 * b), s_x);
       c.store(token, b, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(trits)));
     }
@@ -383,8 +382,8 @@ struct Stretch {
   void unpack_side(const uint8_t* p, int g) {
     for (int b = 0; b < kBlocks; ++b) {
       if constexpr (kForm.side == 64) {
-        const __m512i both = _mm512_cvtepu8_epi32(
-            _mm_load_si128(reinterpret_cast<const __m128i*>(p + 16 * b)));
+        const __m512i both =
+            _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p + 16 * b)));
         _mm512_store_ps(&scale[g][16 * b],
                         _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15))));
         _mm512_store_ps(&min[g][16 * b], _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4)));
@@ -430,8 +429,8 @@ inline void add_groups(const Call& c, const Stretch<kKind>& w, int64_t first, in
         for (int m = 0; m < M; ++m) {
           const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j + g]);
           const auto sum_x = static_cast<float>(c.sums(first + m)[j + g]);
-          total[b][m] = _mm512_fmadd_ps(_mm512_mul_ps(min_w, s_x), _mm512_set1_ps(sum_x),
-                                        total[b][m]);
+          total[b][m] =
+              _mm512_fmadd_ps(_mm512_mul_ps(min_w, s_x), _mm512_set1_ps(sum_x), total[b][m]);
         }
       }
     }
@@ -451,14 +450,14 @@ inline void add_super(const Call& c, const Stretch<kKind>& w, int64_t first, int
   for (int g = 0; g < kGroups; ++g) {
     Tile<M> sum;
     for (int m = 0; m < M; ++m) {
-      const __m512i start = kForm.offset == 0 ? zero()
-                                              : _mm512_set1_epi32(-kForm.offset *
-                                                                  group_sum<kForm.group>(
-                                                                      c.sums(first + m), j, g));
+      const __m512i start =
+          kForm.offset == 0
+              ? zero()
+              : _mm512_set1_epi32(-kForm.offset * group_sum<kForm.group>(c.sums(first + m), j, g));
       for (int b = 0; b < kBlocks; ++b) sum[b][m] = start;
     }
-    dot<M>(w.codes + g * kForm.group * 64, c.q(first) + j * kSuper + g * kForm.group,
-           c.x.q_stride, kForm.group / 4, sum);
+    dot<M>(w.codes + g * kForm.group * 64, c.q(first) + j * kSuper + g * kForm.group, c.x.q_stride,
+           kForm.group / 4, sum);
     for (int b = 0; b < kBlocks; ++b) {
       const __m512 scale = _mm512_load_ps(&w.scale[g][16 * b]);
       for (int m = 0; m < M; ++m) {
@@ -478,11 +477,10 @@ inline void add_super(const Call& c, const Stretch<kKind>& w, int64_t first, int
       __m512 mins[kBlocks];
       for (int b = 0; b < kBlocks; ++b) mins[b] = _mm512_setzero_ps();
       for (int g = 0; g < kGroups; ++g) {
-        const auto sum_x =
-            static_cast<float>(group_sum<kForm.group>(c.sums(first + m), j, g));
+        const auto sum_x = static_cast<float>(group_sum<kForm.group>(c.sums(first + m), j, g));
         for (int b = 0; b < kBlocks; ++b) {
-          mins[b] = _mm512_fmadd_ps(_mm512_load_ps(&w.min[g][16 * b]), _mm512_set1_ps(sum_x),
-                                    mins[b]);
+          mins[b] =
+              _mm512_fmadd_ps(_mm512_load_ps(&w.min[g][16 * b]), _mm512_set1_ps(sum_x), mins[b]);
         }
       }
       const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j]);
@@ -524,7 +522,8 @@ struct Grouped {
       });
     }
     for (int64_t token = 0; token < c.m; ++token) {
-      for (int b = 0; b < kBlocks; ++b) c.store(token, b, _mm512_load_ps(totals + token * 64 + 16 * b));
+      for (int b = 0; b < kBlocks; ++b)
+        c.store(token, b, _mm512_load_ps(totals + token * 64 + 16 * b));
     }
   }
 };

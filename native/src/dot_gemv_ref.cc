@@ -82,11 +82,10 @@ void matmul_codes(const Panels& w, const Rows& x, int64_t first, int64_t last, f
     const PanelRow row(w, n);
     for (int64_t i = 0; i < x.m; ++i) {
       const Activations xi(x, i);
-      const float product =
-          f.scheme == Scheme::kRow      ? row_product(row, xi, w.cols, w.row_scales[n])
-          : f.scheme == Scheme::kBlocks ? blocks_product(row, xi, w.cols)
-          : f.scheme == Scheme::kGroup  ? group_product(row, xi, w.cols, f.has_min)
-                                        : super_product(row, xi, w.cols, f);
+      const float product = f.scheme == Scheme::kRow ? row_product(row, xi, w.cols, w.row_scales[n])
+                            : f.scheme == Scheme::kBlocks ? blocks_product(row, xi, w.cols)
+                            : f.scheme == Scheme::kGroup ? group_product(row, xi, w.cols, f.has_min)
+                                                         : super_product(row, xi, w.cols, f);
       y[i * ldy + n] = product * w.scale;
     }
   }
@@ -120,7 +119,8 @@ void matmul_float(const Panels& w, const Rows& x, int64_t first, int64_t last, f
     for (int64_t i = 0; i < x.m; ++i) {
       const float* xi = x.x + i * x.x_stride;
       float sum = 0;
-      for (int64_t k = 0; k < w.cols; ++k) sum = fmaf(kLoad(p + k * kPanelRows * kBytes), xi[k], sum);
+      for (int64_t k = 0; k < w.cols; ++k)
+        sum = fmaf(kLoad(p + k * kPanelRows * kBytes), xi[k], sum);
       y[i * ldy + n] = sum * w.scale;
     }
   }
@@ -128,11 +128,19 @@ void matmul_float(const Panels& w, const Rows& x, int64_t first, int64_t last, f
 
 }  // namespace
 
-Matmul* const kMatmul[kPanelKinds] = {
-    matmul_float<4, load_f32>, matmul_float<2, load_f16>, matmul_float<2, load_bf16>,
-    matmul_codes,              matmul_codes,              matmul_codes,
-    matmul_codes,              matmul_codes,              matmul_codes,
-    matmul_codes,              matmul_codes,              matmul_codes,
-    matmul_codes,              matmul_codes};
+Matmul* const kMatmul[kPanelKinds] = {matmul_float<4, load_f32>,
+                                      matmul_float<2, load_f16>,
+                                      matmul_float<2, load_bf16>,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes,
+                                      matmul_codes};
 
 }  // namespace nearfar::ref

@@ -61,13 +61,13 @@ enum class Scheme : uint8_t {
 // lowest bits of the codes and the plane of the `high` bits above them (quant.h draws a plane).
 struct Form {
   Scheme scheme;
-  int low, high;        // bits of a code
-  int offset;           // a weight is its scale times (code - offset)
-  bool has_min;         // and less its min
-  int block, unit;      // k
-  int group;            // k that share an integer scale; for Scheme::kGroup, a scale
-  int head, side;       // bytes
-  int grain;            // of the activations
+  int low, high;    // bits of a code
+  int offset;       // a weight is its scale times (code - offset)
+  bool has_min;     // and less its min
+  int block, unit;  // k
+  int group;        // k that share an integer scale; for Scheme::kGroup, a scale
+  int head, side;   // bytes
+  int grain;        // of the activations
 };
 
 // Activations stay f32 (grain of the float kinds), or share one int8 scale per row.
@@ -111,7 +111,7 @@ struct Rows {
   int64_t m, cols;
   int grain;
   const float* x;       // [m, x_stride]
-  const int8_t* q;      // [m, q_stride]
+  const int8_t* q;      // [m, q_stride]; 16 zeros lie behind each row
   const float* scales;  // [m, n_scales]
   const int32_t* sums;  // [m, n_sums]
   int64_t x_stride, q_stride, n_scales, n_sums;

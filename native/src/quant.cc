@@ -6,8 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "half.h"
@@ -181,7 +181,7 @@ PackedMat pack_ternary(const RawTensor& w, float scale, bool five_trits) {
     one_scale_a_row = one_scale_a_row && row_scale[n] == b.d;
   }
 
-  const PanelKind kind = !one_scale_a_row         ? PanelKind::kI2Blocks
+  const PanelKind kind = !one_scale_a_row          ? PanelKind::kI2Blocks
                          : five_trits && all_trits ? PanelKind::kT5
                                                    : PanelKind::kI2;
   PackedMat m = allocate(w, kind, scale);
@@ -257,9 +257,9 @@ PackedMat pack_blocks(const RawTensor& w, PanelKind kind, float scale) {
 }  // namespace
 
 std::string_view kind_name(PanelKind kind) {
-  constexpr std::string_view kNames[kPanelKinds] = {"f32",   "f16",  "bf16", "t5",   "i2",
+  constexpr std::string_view kNames[kPanelKinds] = {"f32",       "f16",  "bf16", "t5",   "i2",
                                                     "i2_blocks", "q4",   "q4_1", "int8", "q2_k",
-                                                    "q3_k",  "q4_k", "q5_k", "q6_k"};
+                                                    "q3_k",      "q4_k", "q5_k", "q6_k"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -312,9 +312,10 @@ PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, A
   constexpr int64_t kMost = int64_t{1} << 40;  // rows * cols * 4 bytes stay within int64
   expect(static_cast<int>(kind) < kPanelKinds, "a known kind");
   expect(rows >= 1 && cols >= 1 && cols < kMost && rows < kMost / cols, "rows and columns");
-  const int block = grain(kind) == kGrainFloat ? 1 : grain(kind) == 32 ? 32 : 256;
+  const int grain = form(kind).grain;
+  const int block = grain == kGrainFloat ? 1 : grain == 32 ? 32 : 256;
   expect(cols % block == 0, "rows of whole blocks");
-  expect(grain(kind) != kGrainRow || cols <= kMaxTernaryColumns, "columns that an i32 can sum");
+  expect(grain != kGrainRow || cols <= kMaxTernaryColumns, "columns that an i32 can sum");
   expect(std::isfinite(scale), "a finite scale");
   PackedMat m;
   m.kind = kind;

@@ -13,9 +13,10 @@
 
 namespace nearfar::tests {
 
-inline constexpr TensorType kTypes[] = {TensorType::kF32,  TensorType::kF16,   TensorType::kBF16,
-                                        TensorType::kQ4_0, TensorType::kQ8_0,  TensorType::kQ4_K,
-                                        TensorType::kQ6_K, TensorType::kTQ1_0, TensorType::kTQ2_0};
+inline constexpr TensorType kTypes[] = {
+    TensorType::kF32,  TensorType::kF16,   TensorType::kBF16, TensorType::kQ4_0, TensorType::kQ4_1,
+    TensorType::kQ8_0, TensorType::kQ2_K,  TensorType::kQ3_K, TensorType::kQ4_K, TensorType::kQ5_K,
+    TensorType::kQ6_K, TensorType::kTQ1_0, TensorType::kTQ2_0};
 
 struct MadeTensor {
   TensorType type;

@@ -48,11 +48,21 @@ std::vector<float> rounded(const QuantRows& x) {
   return out;
 }
 
+// The panel kinds that a ternary type may take; the others have one each.
+struct Ternary {
+  bool one_scale_a_row, five_trits;
+};
+std::vector<Ternary> ternary_kinds(TensorType type) {
+  if (type == TensorType::kTQ1_0) return {{true, true}, {true, false}, {false, false}};
+  if (type == TensorType::kTQ2_0) return {{true, false}, {false, false}};
+  return {{true, false}};
+}
+
 TEST_CASE("the scalar kernels multiply what the file holds") {
   for (TensorType type : kTypes) {
-    for (bool one_scale_a_row : {true, false}) {
-      const MadeTensor t = make_tensor(type, 70, columns(type).back(), 3, one_scale_a_row);
-      const PackedMat w = pack(t.raw(), 0.75f);
+    for (Ternary how : ternary_kinds(type)) {
+      const MadeTensor t = make_tensor(type, 70, columns(type).back(), 3, how.one_scale_a_row);
+      const PackedMat w = pack(t.raw(), 0.75f, how.five_trits);
       constexpr int64_t kM = 2;
       QuantRows x;
       quantize_rows(random_rows(kM * t.cols, 4), kM, t.cols, w.grain(), x);
@@ -82,9 +92,9 @@ TEST_CASE("every ISA gives the bits of ref, for every type, shape and number of 
     for (TensorType type : kTypes) {
       for (int64_t n : {1, 3, 17, 63, 64, 65, 130}) {
         for (int64_t k : columns(type)) {
-          for (bool one_scale_a_row : {true, false}) {
-            const MadeTensor t = make_tensor(type, n, k, 11, one_scale_a_row);
-            const PackedMat w = pack(t.raw(), 1.25f);
+          for (Ternary how : ternary_kinds(type)) {
+            const MadeTensor t = make_tensor(type, n, k, 11, how.one_scale_a_row);
+            const PackedMat w = pack(t.raw(), 1.25f, how.five_trits);
             const std::vector<float> x = random_rows(9 * k, 12);
             const std::vector<float> truth = product(kernels("ref"), w, x, 9);
             for (int64_t m = 1; m <= 9; ++m) {
@@ -103,7 +113,7 @@ TEST_CASE("a row's bits do not depend on the other rows, nor on how panels are h
   for (std::string_view isa : isas_available()) {
     for (TensorType type : kTypes) {
       const int64_t k = columns(type).back(), n = 200, m = 9;
-      const PackedMat w = pack(make_tensor(type, n, k, 21, type != TensorType::kTQ1_0).raw());
+      const PackedMat w = pack(make_tensor(type, n, k, 21).raw(), 1.0f, true);
       const std::vector<float> x = random_rows(m * k, 22);
       const std::vector<float> whole = product(kernels(isa), w, x, m);
       for (int64_t i = 0; i < m; ++i) {
@@ -142,6 +152,7 @@ TEST_CASE("a kernel writes its panels' rows and nothing else") {
 // min at 63).
 MadeTensor constant_tensor(TensorType type, int64_t n, int64_t k, int code, int scale) {
   MadeTensor t = make_tensor(type, n, k, 1);
+  const auto bits = [code](int shift, int mask) { return (code >> shift & mask) * (0xff / mask); };
   const auto size = static_cast<size_t>(block_shape(type).bytes);
   for (size_t i = 0; i < t.bytes.size(); i += size) {
     uint8_t* b = &t.bytes[i];
@@ -155,11 +166,26 @@ MadeTensor constant_tensor(TensorType type, int64_t n, int64_t k, int code, int 
       case TensorType::kQ8_0:
         std::memset(b + 2, code, 32);
         break;
+      case TensorType::kQ4_1:
+        std::memset(b + 4, code * 0x11, 16);
+        break;
+      case TensorType::kQ2_K:
+        std::memset(b, 0xf0 | scale, 16);
+        std::memset(b + 16, bits(0, 3), 64);
+        break;
+      case TensorType::kQ3_K:
+        std::memset(b, bits(2, 1), 32);
+        std::memset(b + 32, bits(0, 3), 64);
+        std::memset(b + 96, ((scale + 32) & 15) * 0x11, 8);
+        std::memset(b + 104, (scale + 32) / 16 * 0x55, 4);
+        break;
+      case TensorType::kQ5_K:
       case TensorType::kQ4_K:
         std::memset(b + 4, scale == 63 ? 0xff : scale, 4);  // 63 with its top bits, or below 16
         std::memset(b + 8, 0xff, 4);
         std::memset(b + 12, scale == 63 ? 0xff : 0xf0 | scale, 4);
-        std::memset(b + 16, code * 0x11, 128);
+        std::memset(b + 16, bits(4, 1), 32);
+        std::memset(b + size - 128, bits(0, 15), 128);
         break;
       case TensorType::kQ6_K:
         std::memset(b, (code & 15) * 0x11, 128);
@@ -188,6 +214,17 @@ TEST_CASE("sums at the extremes of codes and activations are exact") {
       {TensorType::kTQ2_0, 3, 0, 2},
       {TensorType::kQ4_0, 0, 0, -8},
       {TensorType::kQ4_0, 15, 0, 7},
+      {TensorType::kQ4_1, 0, 0, 1},
+      {TensorType::kQ4_1, 15, 0, 16},
+      {TensorType::kQ2_K, 0, 15, -15},
+      {TensorType::kQ2_K, 3, 15, 3 * 15 - 15},
+      {TensorType::kQ2_K, 3, 0, -15},
+      {TensorType::kQ3_K, 0, 31, -4 * 31},
+      {TensorType::kQ3_K, 7, 31, 3 * 31},
+      {TensorType::kQ3_K, 0, -32, 4 * 32},
+      {TensorType::kQ3_K, 7, -32, -3 * 32},
+      {TensorType::kQ5_K, 0, 63, -63},
+      {TensorType::kQ5_K, 31, 63, 31 * 63 - 63},
       {TensorType::kQ8_0, -128, 0, -128},
       {TensorType::kQ8_0, 127, 0, 127},
       {TensorType::kQ4_K, 0, 63, -63},
@@ -202,7 +239,7 @@ TEST_CASE("sums at the extremes of codes and activations are exact") {
   for (std::string_view isa : isas_available()) {
     for (const Extreme& e : extremes) {
       for (int64_t k : {int64_t{256}, int64_t{6912}, int64_t{27648}}) {
-        const PackedMat w = pack(constant_tensor(e.type, kN, k, e.code, e.scale).raw());
+        const PackedMat w = pack(constant_tensor(e.type, kN, k, e.code, e.scale).raw(), 1.0f, true);
         for (Signs signs : {Signs::kPlus, Signs::kMinus, Signs::kAlternating}) {
           // max|x| = 127: the scale is 1 and q = x. Rows 0 and 1 are equal: both tile shapes run.
           std::vector<float> x(2 * k);
@@ -227,11 +264,10 @@ TEST_CASE("sums at the extremes of codes and activations are exact") {
 TEST_CASE("sums with every sign matched to its weight are exact") {
   constexpr int64_t kN = 65, kK = 6912;
   for (std::string_view isa : isas_available()) {
-    for (TensorType type : {TensorType::kTQ1_0, TensorType::kTQ2_0, TensorType::kQ4_0,
-                            TensorType::kQ8_0, TensorType::kQ4_K, TensorType::kQ6_K}) {
+    for (TensorType type : std::span(kTypes).subspan(3)) {
       MadeTensor t = make_tensor(type, kN, kK, 41);
-      set_scales(t, 1.0f, type == TensorType::kQ4_K ? 1.0f : 0.0f);
-      const PackedMat w = pack(t.raw());
+      set_scales(t, 1.0f, 1.0f);
+      const PackedMat w = pack(t.raw(), 1.0f, true);
       std::vector<float> row(kK), x(kK);
       for (int64_t n : {0, 40, 64}) {
         dequantize_row(t.raw(), n, row);

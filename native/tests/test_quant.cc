@@ -97,9 +97,11 @@ TEST_CASE("a packed matrix holds the values of the file") {
       for (int64_t cols : columns(type)) {
         for (bool one_scale_a_row : {true, false}) {
           const MadeTensor t = make_tensor(type, rows, cols, 7, one_scale_a_row);
-          const PackedMat m = pack(t.raw());
-          REQUIRE(m.data.size() == static_cast<size_t>(m.n_panels() * m.panel_bytes));
-          REQUIRE_MESSAGE(unpack(m) == dequantize(t), t.name());
+          for (bool five_trits : {false, true}) {
+            const PackedMat m = pack(t.raw(), 1.0f, five_trits);
+            REQUIRE(m.data.size() == static_cast<size_t>(m.n_panels() * m.panel_bytes));
+            REQUIRE_MESSAGE(unpack(m) == dequantize(t), t.name());
+          }
         }
       }
     }
@@ -137,6 +139,13 @@ TEST_CASE("a packed matrix stands on kept bytes as on its own") {
         std::invalid_argument);
     CHECK_THROWS_AS(AlignedBuffer({made->data.data() + 1, 63}, made), std::invalid_argument);
   }
+}
+
+TEST_CASE("five trits a byte, where they are allowed, every row has one scale and no code is 3") {
+  const auto kind = [](const MadeTensor& t) { return pack(t.raw(), 1.0f, true).kind; };
+  CHECK(kind(make_tensor(TensorType::kTQ1_0, 5, 512, 1, true)) == PanelKind::kT5);
+  CHECK(kind(make_tensor(TensorType::kTQ1_0, 5, 512, 1, false)) == PanelKind::kI2Blocks);
+  CHECK(kind(make_tensor(TensorType::kTQ2_0, 5, 512, 1, true)) == PanelKind::kI2);  // has codes 3
 }
 
 TEST_CASE("ternary rows with one scale take i2 panels, others i2_blocks") {

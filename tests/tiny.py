@@ -18,7 +18,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "bitnet")
 FLOAT_TYPES = ("F32", "F16", "BF16")
 QUANTIZED_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
 WEIGHT_TYPES = FLOAT_TYPES + QUANTIZED_TYPES
-NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "TQ1_0", "TQ2_0")  # those with a kernel
+NATIVE_TYPES = WEIGHT_TYPES
 END, USER = "<|e|>", "<|u|>"
 MERGES = ("t h", "th e", "i n", "a n", "Ġ t", "Ġt he", "o n", "e r", "Ġ a", "an d")
 

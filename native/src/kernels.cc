@@ -9,7 +9,7 @@ namespace nearfar {
 namespace {
 
 Kernels table(const char* isa, const Ops& ops, Matmul* const (&own)[kPanelKinds]) {
-  Kernels k{isa, &ops, {}};
+  Kernels k{isa, &ops, {}, own[static_cast<int>(PanelKind::kT5)] != nullptr};
   for (int i = 0; i < kPanelKinds; ++i) k.matmul[i] = own[i] != nullptr ? own[i] : ref::kMatmul[i];
   return k;
 }

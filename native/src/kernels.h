@@ -17,6 +17,7 @@ struct Kernels {
   const char* isa;              // "ref", "avx2", "avx512"
   const Ops* ops;               // what lies between the products
   Matmul* matmul[kPanelKinds];  // by PanelKind
+  bool five_trits;              // has a kernel of its own for kT5
 };
 
 // The table named `isa`; "" is the best that this CPU has. Throws std::invalid_argument on an

@@ -14,7 +14,8 @@ constexpr int64_t kChunkRows = 128;  // rows that scratch is made for; longer in
 constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes at a time
 constexpr int64_t kAloneBelow =
     64 << 10;  // bytes of panels times rows that a second thread does not speed up
-constexpr int64_t kRowsChunk = 16 << 10;  // numbers of rows that one thread takes at a time
+constexpr int64_t kCacheBytes = 16 << 20;  // of weights that may stay in a cache between two tokens
+constexpr int64_t kRowsChunk = 16 << 10;   // numbers of rows that one thread takes at a time
 constexpr const char* kBusy =
     "another thread is at work in this model: one thread at a time, or one model for each";
 
@@ -24,6 +25,10 @@ std::string shape_text(int64_t rows, int64_t cols) {
 
 std::string range_text(int first, int last) {
   return "[" + std::to_string(first) + ", " + std::to_string(last) + ")";
+}
+
+bool is_ternary(TensorType type) {
+  return type == TensorType::kTQ1_0 || type == TensorType::kTQ2_0;
 }
 
 bool is_set(const uint8_t* cancel) {
@@ -144,11 +149,18 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
   frequencies_ = rope_frequencies(spec.rope_base, spec.head_dim,
                                   reader.optional("rope_freqs.weight", spec.head_dim / 2));
 
+  // Out of memory the fewest bytes win, out of a cache the 2-bit codes: they need less arithmetic.
+  int64_t ternary_weights = 0;
+  for (const auto& [to, raw] : to_pack) {
+    if (is_ternary(raw.type)) ternary_weights += raw.rows * raw.cols;
+  }
+  const bool five_trits = kernels_.five_trits && ternary_weights / 4 > kCacheBytes;
+
   pool_.run(static_cast<int64_t>(to_pack.size()), [&](int64_t i, int) {
     auto& [to, raw] = to_pack[i];
     const std::vector<float> scale = reader.optional(to->name + ".scale", 1);
     try {
-      to->weight = pack(raw, scale.empty() ? 1.0f : scale[0]);
+      to->weight = pack(raw, scale.empty() ? 1.0f : scale[0], five_trits);
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument(to->name + ".weight: " + error.what());
     }

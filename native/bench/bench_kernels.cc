@@ -34,10 +34,24 @@ struct Options {
   bool cpu_time = false;
 };
 
-constexpr TensorType kTypes[] = {
-    TensorType::kTQ1_0, TensorType::kTQ2_0, TensorType::kQ2_K, TensorType::kQ3_K, TensorType::kQ4_0,
-    TensorType::kQ4_1,  TensorType::kQ4_K,  TensorType::kQ5_K, TensorType::kQ6_K, TensorType::kQ8_0,
-    TensorType::kF16,   TensorType::kBF16,  TensorType::kF32};
+struct Kind {
+  TensorType type;
+  PanelKind ternary = PanelKind::kI2;  // what random trits become; random TQ2_0 holds code 3
+};
+constexpr Kind kKinds[] = {{TensorType::kTQ1_0, PanelKind::kT5},
+                           {TensorType::kTQ1_0, PanelKind::kL3},
+                           {TensorType::kTQ2_0},
+                           {TensorType::kQ2_K},
+                           {TensorType::kQ3_K},
+                           {TensorType::kQ4_0},
+                           {TensorType::kQ4_1},
+                           {TensorType::kQ4_K},
+                           {TensorType::kQ5_K},
+                           {TensorType::kQ6_K},
+                           {TensorType::kQ8_0},
+                           {TensorType::kF16},
+                           {TensorType::kBF16},
+                           {TensorType::kF32}};
 
 double now_s(const Options& o) {
   timespec t{};
@@ -47,7 +61,8 @@ double now_s(const Options& o) {
 
 // Panels of about `bytes` in all: one panel of random codes and zero scales, over and over. Speed
 // does not depend on the values; zeros keep every sum finite.
-PackedMat make_matrix(TensorType type, int64_t cols, size_t bytes) {
+PackedMat make_matrix(const Kind& kind, int64_t cols, size_t bytes) {
+  const TensorType type = kind.type;
   std::mt19937 rng(1);
   std::vector<uint8_t> raw(static_cast<size_t>(kPanelRows * row_bytes(type, cols)));
   const bool is_float = block_shape(type).weights == 1;
@@ -64,7 +79,7 @@ PackedMat make_matrix(TensorType type, int64_t cols, size_t bytes) {
       raw[i] = is_scale ? 0 : static_cast<uint8_t>(rng());
     }
   }
-  const PackedMat one = pack({type, kPanelRows, cols, raw}, 1.0f, true);
+  const PackedMat one = pack({type, kPanelRows, cols, raw}, 1.0f, kind.ternary);
   const auto n =
       static_cast<int64_t>(std::max<size_t>(1, bytes / static_cast<size_t>(one.panel_bytes)));
   PackedMat m;
@@ -127,11 +142,12 @@ void bench(const Options& o) {
     const double limit = read_bandwidth(o.threads, std::max(level.bytes, size_t{1} << 20), passes);
     std::printf("{\"read\": \"%s\", \"threads\": %d, \"mb\": %.1f, \"gb_s\": %.1f}\n", level.name,
                 o.threads, static_cast<double>(level.bytes) / 1e6, limit);
-    for (TensorType type : kTypes) {
-      const PackedMat w = make_matrix(type, o.cols, level.bytes);
+    for (const Kind& kind : kKinds) {
+      const PackedMat w = make_matrix(kind, o.cols, level.bytes);
       if (!o.kind.empty() && o.kind != kind_name(w.kind)) continue;
       for (std::string_view isa : isas_available()) {
         if (o.isa.empty() ? isa == "ref" : o.isa != isa) continue;
+        if (w.kind == PanelKind::kL3 && kernels(isa).lut_tables == nullptr) continue;
         for (int64_t m : o.rows) {
           const double s = measure(o, kernels(isa), w, m, pool);
           const double gb_s = static_cast<double>(w.data.size()) / s / 1e9;

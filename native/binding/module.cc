@@ -67,15 +67,15 @@ struct PyModel {
 void make_model(PyModel* self, const ModelSpec& spec,
                 const std::map<std::string, TensorArg>& matrices,
                 const std::map<std::string, In<float, 1>>& vectors, int first, int last,
-                int threads, const std::string& isa) {
+                int threads, const std::string& isa, bool lut) {
   Tensors tensors;
   for (const auto& [name, tensor] : matrices) tensors.matrices[name] = view(tensor);
   for (const auto& [name, values] : vectors) tensors.vectors[name] = {values.data(), values.size()};
   std::unique_ptr<Model> model;
   {
     const nb::gil_scoped_release released;
-    model =
-        std::make_unique<Model>(spec, tensors, ModelOptions{first, last, threads, kernels(isa)});
+    model = std::make_unique<Model>(spec, tensors,
+                                    ModelOptions{first, last, threads, kernels(isa), lut});
   }
   new (self) PyModel{std::get<3>(matrices.at("token_embd.weight")), std::move(model)};
 }
@@ -150,10 +150,11 @@ NB_MODULE(_core, m) {
 
   nb::class_<PyModel>(m, "Model", "Layers [first, last) of a model, packed for `isa`.")
       .def("__init__", &make_model, "spec"_a, "matrices"_a, "vectors"_a, "first"_a, "last"_a,
-           "threads"_a, "isa"_a = "",
+           "threads"_a, "isa"_a = "", "lut"_a = false,
            "matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the "
            "gains of the heads as \"final\" and \"exit.{layer}\".  Only the bytes of the embedding "
-           "are referred to later.")
+           "are referred to later.  lut: ternary matrices multiply by lookup, near the exact "
+           "product.")
       .def_prop_ro("isa", [](const PyModel& self) { return std::string(self.model->isa()); })
       .def_prop_ro("n_threads", [](const PyModel& self) { return self.model->n_threads(); })
       .def(
@@ -209,11 +210,12 @@ NB_MODULE(_core, m) {
       .def(
           "__init__",
           [](Matrix* self, uint32_t type, int64_t rows, int64_t cols, const Bytes& bytes,
-             const std::string& isa) {
+             const std::string& isa, bool lut) {
             const Kernels& k = kernels(isa);
-            new (self) Matrix{pack(view({type, rows, cols, bytes})), k};
+            const PanelKind ternary = lut ? PanelKind::kL3 : PanelKind::kI2;
+            new (self) Matrix{pack(view({type, rows, cols, bytes}), 1.0f, ternary), k};
           },
-          "type"_a, "rows"_a, "cols"_a, "bytes"_a, "isa"_a = "")
+          "type"_a, "rows"_a, "cols"_a, "bytes"_a, "isa"_a = "", "lut"_a = false)
       .def_prop_ro("kind",
                    [](const Matrix& self) { return std::string(kind_name(self.weight.kind)); })
       .def_prop_ro("n_bytes", [](const Matrix& self) { return self.weight.data.size(); })

@@ -64,9 +64,9 @@ class KVCache:
 class Model:
     """Layers [first, last) of a model, packed for `isa`."""
 
-    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], first: int, last: int, threads: int, isa: str = '') -> None:
+    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], first: int, last: int, threads: int, isa: str = '', lut: bool = False) -> None:
         """
-        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}".  Only the bytes of the embedding are referred to later.
+        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}".  Only the bytes of the embedding are referred to later.  lut: ternary matrices multiply by lookup, near the exact product.
         """
 
     @property
@@ -98,7 +98,7 @@ class Model:
 class Matrix:
     """One packed matrix, for tests and benchmarks of the kernels."""
 
-    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '') -> None: ...
+    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '', lut: bool = False) -> None: ...
 
     @property
     def kind(self) -> str: ...

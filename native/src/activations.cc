@@ -14,8 +14,10 @@ namespace {
 
 constexpr int64_t kSumRow = 256, kSum32 = 32, kSum256 = 16;  // values per sum, by grain
 
+bool one_scale(int grain) { return grain == kGrainRow || grain == kGrainTables; }
+
 int64_t values_per_sum(int grain) {
-  return grain == kGrainRow ? kSumRow : grain == 32 ? kSum32 : kSum256;
+  return one_scale(grain) ? kSumRow : grain == 32 ? kSum32 : kSum256;
 }
 
 constexpr int64_t kReadBeyond = 16;  // q behind a row that kernels read: kT5 steps are of 20 k
@@ -58,11 +60,11 @@ float quantize_group(const float* x, int64_t n, int8_t* q) {
 }  // namespace
 
 void QuantRows::reset(int64_t m, int64_t cols, int grain) {
-  if (grain != kGrainFloat && grain != kGrainRow && grain != 32 && grain != 256) {
+  if (grain != kGrainFloat && !one_scale(grain) && grain != 32 && grain != 256) {
     throw std::invalid_argument("activation grain " + std::to_string(grain) +
-                                ": expected -1, 0, 32 or 256");
+                                ": expected -2, -1, 0, 32 or 256");
   }
-  const int64_t step = grain == kGrainFloat ? 1 : grain == kGrainRow ? 256 : grain;
+  const int64_t step = grain == kGrainFloat ? 1 : one_scale(grain) ? 256 : grain;
   if (m < 0 || cols <= 0 || cols % step != 0) {
     throw std::invalid_argument("activations [" + std::to_string(m) + ", " + std::to_string(cols) +
                                 "]: expected a multiple of " + std::to_string(step) + " columns");
@@ -78,7 +80,7 @@ void QuantRows::reset(int64_t m, int64_t cols, int grain) {
     return;
   }
   rows_.q_stride = pad(cols + kReadBeyond);
-  rows_.n_scales = grain == kGrainRow ? 1 : cols / grain;
+  rows_.n_scales = one_scale(grain) ? 1 : cols / grain;
   rows_.n_sums = cols / values_per_sum(grain);
   const auto bytes = static_cast<size_t>(m * rows_.q_stride);
   if (q_.size() < bytes) q_ = AlignedBuffer(bytes);
@@ -86,6 +88,11 @@ void QuantRows::reset(int64_t m, int64_t cols, int grain) {
   const auto n_sums = static_cast<size_t>(m * rows_.n_sums);
   if (scales_.size() < n_scales) scales_.resize(n_scales);
   if (sums_.size() < n_sums) sums_.resize(n_sums);
+  if (grain != kGrainTables) return;
+  rows_.tables_stride = lut_units(cols) * kLutUnitTables;
+  const auto n_tables = static_cast<size_t>(m * rows_.tables_stride);
+  if (tables_.size() < n_tables) tables_ = AlignedBuffer(n_tables);
+  if (table_scales_.size() < static_cast<size_t>(m)) table_scales_.resize(m);
 }
 
 Rows QuantRows::view() const {
@@ -94,10 +101,12 @@ Rows QuantRows::view() const {
   r.q = reinterpret_cast<const int8_t*>(q_.data());
   r.scales = scales_.data();
   r.sums = sums_.data();
+  r.tables = tables_.data();
+  r.table_scales = table_scales_.data();
   return r;
 }
 
-void QuantRows::quantize_row(std::span<const float> x, int64_t i) {
+void QuantRows::quantize_row(std::span<const float> x, int64_t i, LutTables* lut_tables) {
   if (i < 0 || i >= rows_.m || static_cast<int64_t>(x.size()) != rows_.cols) {
     throw std::invalid_argument("activation row " + std::to_string(i) + " of " +
                                 std::to_string(x.size()) + " values: expected one of " +
@@ -110,7 +119,7 @@ void QuantRows::quantize_row(std::span<const float> x, int64_t i) {
   }
   auto* q = reinterpret_cast<int8_t*>(q_.data()) + i * rows_.q_stride;
   std::memset(q + rows_.cols, 0, kReadBeyond);
-  const int64_t group = rows_.grain == kGrainRow ? rows_.cols : rows_.grain;
+  const int64_t group = one_scale(rows_.grain) ? rows_.cols : rows_.grain;
   for (int64_t g = 0; g < rows_.n_scales; ++g) {
     float scale = quantize_group(x.data() + g * group, group, q + g * group);
     if (rows_.grain == 32 && scale < 65504.0f) scale = f16_to_f32(f32_to_f16(scale));
@@ -122,6 +131,25 @@ void QuantRows::quantize_row(std::span<const float> x, int64_t i) {
     for (int64_t k = 0; k < run; ++k) sum += q[j * run + k];
     sums_[i * rows_.n_sums + j] = sum;
   }
+  if (rows_.grain != kGrainTables) return;
+  const float step = lut_tables(q, rows_.cols, tables_.data() + i * rows_.tables_stride);
+  table_scales_[i] = scales_[i] * step;
+}
+
+Rows some_rows(const Rows& x, int64_t first, int64_t m) {
+  Rows r = x;
+  r.m = m;
+  if (x.x != nullptr) r.x += first * x.x_stride;
+  if (x.q != nullptr) {
+    r.q += first * x.q_stride;
+    r.scales += first * x.n_scales;
+    r.sums += first * x.n_sums;
+  }
+  if (x.tables != nullptr) {
+    r.tables += first * x.tables_stride;
+    r.table_scales += first;
+  }
+  return r;
 }
 
 void quantize_rows(std::span<const float> x, int64_t m, int64_t cols, int grain, QuantRows& out) {

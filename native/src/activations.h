@@ -6,12 +6,15 @@
 // With grain 32 s is rounded to f16 (below 65504), as ggml stores it, which makes the products of
 // both engines equal. All in f32: the bits of nearfar.quant.fake_quantize_activations, on every
 // ISA.
+//
+// For matrices that multiply by lookup the same pass also makes the row's tables (lut_gemv.h).
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "lut_gemv.h"
 #include "mat.h"
 #include "quant.h"
 
@@ -21,7 +24,7 @@ namespace nearfar {
 class QuantRows {
  public:
   // Room for m rows; what they hold is undefined until quantize_row. Throws std::invalid_argument
-  // on an unknown grain or cols that is no multiple of it (grain 0: of 256).
+  // on an unknown grain or cols that is no multiple of it (grain 0 and tables: of 256).
   void reset(int64_t m, int64_t cols, int grain);
   Rows view() const;
   int64_t m() const { return rows_.m; }
@@ -30,14 +33,18 @@ class QuantRows {
 
   // x[cols] becomes row i; rows may be written by several threads. Throws std::invalid_argument
   // when x holds a value that is not finite (int8 grains; f32 rows are copied as they are).
-  void quantize_row(std::span<const float> x, int64_t i);
+  // `lut_tables`: the fastest of this CPU, or the scalar one; all make the same tables.
+  void quantize_row(std::span<const float> x, int64_t i, LutTables* lut_tables = ref::lut_tables);
 
  private:
   Rows rows_{};
-  AlignedBuffer x_, q_;
-  std::vector<float> scales_;
+  AlignedBuffer x_, q_, tables_;
+  std::vector<float> scales_, table_scales_;
   std::vector<int32_t> sums_;
 };
+
+// The rows [first, first + m) of x.
+Rows some_rows(const Rows& x, int64_t first, int64_t m);
 
 // x [m, cols] -> out
 void quantize_rows(std::span<const float> x, int64_t m, int64_t cols, int grain, QuantRows& out);

@@ -4,13 +4,22 @@
 #include <string>
 
 #include "dot_gemv.h"
+#include "lut_gemv.h"
 
 namespace nearfar {
 namespace {
 
-Kernels table(const char* isa, const Ops& ops, Matmul* const (&own)[kPanelKinds]) {
-  Kernels k{isa, &ops, {}, own[static_cast<int>(PanelKind::kT5)] != nullptr};
+struct Lookups {
+  Matmul* matmul = nullptr;
+  LutTables* tables = nullptr;
+};
+
+Kernels table(const char* isa, const Ops& ops, Matmul* const (&own)[kPanelKinds],
+              const Lookups& lookups = {}) {
+  Kernels k{isa, &ops, {}, own[static_cast<int>(PanelKind::kT5)] != nullptr, lookups.tables};
   for (int i = 0; i < kPanelKinds; ++i) k.matmul[i] = own[i] != nullptr ? own[i] : ref::kMatmul[i];
+  k.matmul[static_cast<int>(PanelKind::kL3)] =
+      lookups.matmul != nullptr ? lookups.matmul : ref::matmul_l3;
   return k;
 }
 
@@ -30,17 +39,19 @@ bool has_avx2() {
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+         __builtin_cpu_supports("gfni");
 }
 #endif
 
 // Worst first.
 std::span<const Level> levels() {
   static const Level kLevels[] = {
-      {table("ref", ref::kOps, ref::kMatmul), always},
+      {table("ref", ref::kOps, ref::kMatmul, {ref::matmul_l3, ref::lut_tables}), always},
 #if defined(__x86_64__)
       {table("avx2", avx2::kOps, avx2::kMatmul), has_avx2},
-      {table("avx512", avx512::kOps, avx512::kMatmul), has_avx512},
+      {table("avx512", avx512::kOps, avx512::kMatmul, {avx512::matmul_l3, avx512::lut_tables}),
+       has_avx512},
 #endif
   };
   return kLevels;
@@ -72,25 +83,30 @@ const Kernels& kernels(std::string_view isa) {
                               "\": this CPU and build have " + joined(isas_available()));
 }
 
-void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
+void matmul(const Kernels& k, const PackedMat& w, const Rows& x, int64_t first, int64_t last,
             std::span<float> y, int64_t ldy) {
-  if (x.cols() != w.cols || x.grain() != w.grain()) {
+  if (x.cols != w.cols || x.grain != w.grain()) {
     throw std::invalid_argument(
-        "activations of " + std::to_string(x.cols()) + " columns, grain " +
-        std::to_string(x.grain()) + ": the " + std::string(kind_name(w.kind)) + " matrix expects " +
-        std::to_string(w.cols) + " columns, grain " + std::to_string(w.grain()));
+        "activations of " + std::to_string(x.cols) + " columns, grain " + std::to_string(x.grain) +
+        ": the " + std::string(kind_name(w.kind)) + " matrix expects " + std::to_string(w.cols) +
+        " columns, grain " + std::to_string(w.grain()));
   }
   if (first < 0 || first > last || last > w.n_panels()) {
     throw std::invalid_argument("panels [" + std::to_string(first) + ", " + std::to_string(last) +
                                 "): the matrix has " + std::to_string(w.n_panels()));
   }
-  if (x.m() == 0 || first == last) return;
-  if (ldy < w.rows || static_cast<int64_t>(y.size()) < (x.m() - 1) * ldy + w.rows) {
+  if (x.m == 0 || first == last) return;
+  if (ldy < w.rows || static_cast<int64_t>(y.size()) < (x.m - 1) * ldy + w.rows) {
     throw std::invalid_argument("output of " + std::to_string(y.size()) + " values, row stride " +
-                                std::to_string(ldy) + ": expected [" + std::to_string(x.m()) +
-                                ", " + std::to_string(w.rows) + "]");
+                                std::to_string(ldy) + ": expected [" + std::to_string(x.m) + ", " +
+                                std::to_string(w.rows) + "]");
   }
-  k.matmul[static_cast<int>(w.kind)](w.view(), x.view(), first, last, y.data(), ldy);
+  k.matmul[static_cast<int>(w.kind)](w.view(), x, first, last, y.data(), ldy);
+}
+
+void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
+            std::span<float> y, int64_t ldy) {
+  matmul(k, w, x.view(), first, last, y, ldy);
 }
 
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, std::span<float> y) {

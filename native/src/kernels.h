@@ -18,6 +18,7 @@ struct Kernels {
   const Ops* ops;               // what lies between the products
   Matmul* matmul[kPanelKinds];  // by PanelKind
   bool five_trits;              // has a kernel of its own for kT5
+  LutTables* lut_tables;        // null: has no kernel of its own for kL3
 };
 
 // The table named `isa`; "" is the best that this CPU has. Throws std::invalid_argument on an
@@ -28,8 +29,10 @@ const Kernels& kernels(std::string_view isa = "");
 std::vector<std::string_view> isas_available();
 
 // y[i, n] for all rows i of x and the rows n of panels [first, last): the unit of work of a thread.
-// y is the whole output, [x.m(), w.rows], row stride ldy. Throws std::invalid_argument when shapes,
+// y is the whole output, [x.m, w.rows], row stride ldy. Throws std::invalid_argument when shapes,
 // grain or the panel range do not fit.
+void matmul(const Kernels& k, const PackedMat& w, const Rows& x, int64_t first, int64_t last,
+            std::span<float> y, int64_t ldy);
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
             std::span<float> y, int64_t ldy);
 

@@ -42,8 +42,9 @@ enum class PanelKind : uint8_t {
   kQ4K,       // Q4_K: 4-bit codes, integer scale and min per 32, f16 d and dmin per 256
   kQ5K,       // Q5_K: 5-bit codes, the rest as Q4_K
   kQ6K,       // Q6_K: 6-bit codes, the rest as Q3_K
+  kL3,        // TQ1_0, TQ2_0 by lookup: three trits a code, one f32 scale a row (lut_gemv.h)
 };
-constexpr int kPanelKinds = 14;
+constexpr int kPanelKinds = 15;
 
 constexpr int64_t kPanelRows = 64;  // rows of a panel: four 16-row blocks, an i32 lane is a row
 
@@ -73,9 +74,10 @@ struct Form {
 // Activations stay f32 (grain of the float kinds), or share one int8 scale per row.
 constexpr int kGrainFloat = -1;
 constexpr int kGrainRow = 0;
+constexpr int kGrainTables = -2;  // as kGrainRow, and of its int8 the tables that kL3 looks into
 
-// By PanelKind. kT5 packs by five and not by planes: its unit of 20 k is 4 x 64 bytes, and `low` is
-// only what its codes unpack to.
+// By PanelKind. kT5 and kL3 pack trits together and not by planes: their units are 4 x 64 and
+// 20 x 64 bytes, and `low` is only what their codes unpack to.
 constexpr Form kForms[kPanelKinds] = {
     {Scheme::kFloat, 0, 0, 0, false, 1, 1, 1, 0, 0, kGrainFloat},
     {Scheme::kFloat, 0, 0, 0, false, 1, 1, 1, 0, 0, kGrainFloat},
@@ -91,6 +93,7 @@ constexpr Form kForms[kPanelKinds] = {
     {Scheme::kSuper, 4, 0, 0, true, 256, 32, 32, 256, 128, 256},
     {Scheme::kSuper, 4, 1, 0, true, 256, 32, 32, 256, 128, 256},
     {Scheme::kSuper, 4, 2, 32, false, 256, 32, 16, 128, 128, 256},
+    {Scheme::kRow, 2, 0, 1, false, 96, 96, 96, 0, 0, kGrainTables},
 };
 
 // A packed matrix [rows, cols]: ceil(rows / 64) panels of panel_bytes each, 64-byte aligned.
@@ -106,7 +109,7 @@ struct Panels {
 // Activations [m, cols] in the form that one grain asks for.
 //   grain kGrainFloat: x only. Else: q and scales with x ≈ q * scale, |q| <= 127, and sums of q.
 //   grain 0: one scale a row, sums per 256;  32: scale and sum per 32;
-//   256: scale per 256, sums per 16.
+//   256: scale per 256, sums per 16;  kGrainTables: as 0, and the tables of lut_gemv.h.
 struct Rows {
   int64_t m, cols;
   int grain;
@@ -115,6 +118,9 @@ struct Rows {
   const float* scales;  // [m, n_scales]
   const int32_t* sums;  // [m, n_sums]
   int64_t x_stride, q_stride, n_scales, n_sums;
+  const uint8_t* tables;      // [m, tables_stride]
+  const float* table_scales;  // [m]: scales * step
+  int64_t tables_stride;
 };
 
 // y[i, n] = scale * sum_k W[n, k] * x[i, k] for all i < x.m and the rows n of panels [first, last).

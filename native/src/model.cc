@@ -15,7 +15,10 @@ constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes a
 constexpr int64_t kAloneBelow =
     64 << 10;  // bytes of panels times rows that a second thread does not speed up
 constexpr int64_t kCacheBytes = 16 << 20;  // of weights that may stay in a cache between two tokens
-constexpr int64_t kRowsChunk = 16 << 10;   // numbers of rows that one thread takes at a time
+// Rows whose tables stay in L2 while all panels pass by: 32 of 6912 numbers are 1.2 MB.
+constexpr int64_t kLookupRows = 32;
+constexpr int64_t kLookupPanels = 2;      // at least, of a chunk: they share reads of the tables
+constexpr int64_t kRowsChunk = 16 << 10;  // numbers of rows that one thread takes at a time
 constexpr const char* kBusy =
     "another thread is at work in this model: one thread at a time, or one model for each";
 
@@ -90,11 +93,21 @@ class Reader {
   const Tensors& tensors_;
 };
 
-constexpr std::array kGrains = {kGrainFloat, kGrainRow, 32, 256};
+constexpr std::array kGrains = {kGrainFloat, kGrainRow, kGrainTables, 32, 256};
 
 size_t grain_slot(int grain) {
   return std::find(kGrains.begin(), kGrains.end(), grain) - kGrains.begin();
 }
+
+// How a product is handed out to threads: panels and rows of a chunk. The panels of some rows come
+// one after the other, so that what these rows are made of stays near.
+struct Cut {
+  int64_t panels, rows;
+  int64_t across(int64_t n_panels) const { return (n_panels + panels - 1) / panels; }
+  int64_t chunks(int64_t n_panels, int64_t n_rows) const {
+    return across(n_panels) * ((n_rows + rows - 1) / rows);
+  }
+};
 
 }  // namespace
 
@@ -105,6 +118,10 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
       kernels_(options.kernels),
       ops_(*kernels_.ops),
       pool_(options.n_threads) {
+  if (options.lut && kernels_.lut_tables == nullptr) {
+    throw std::invalid_argument(std::string("the ") + kernels_.isa +
+                                " kernels have no lookups: open the model with lut \"off\"");
+  }
   const Reader reader(tensors);
   const int64_t d = spec.d_model, d_q = spec.n_heads * spec.head_dim;
   const int64_t d_kv = spec.n_kv_heads * spec.head_dim;
@@ -154,13 +171,16 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
   for (const auto& [to, raw] : to_pack) {
     if (is_ternary(raw.type)) ternary_weights += raw.rows * raw.cols;
   }
-  const bool five_trits = kernels_.five_trits && ternary_weights / 4 > kCacheBytes;
+  const PanelKind ternary = options.lut ? PanelKind::kL3
+                            : kernels_.five_trits && ternary_weights / 4 > kCacheBytes
+                                ? PanelKind::kT5
+                                : PanelKind::kI2;
 
   pool_.run(static_cast<int64_t>(to_pack.size()), [&](int64_t i, int) {
     auto& [to, raw] = to_pack[i];
     const std::vector<float> scale = reader.optional(to->name + ".scale", 1);
     try {
-      to->weight = pack(raw, scale.empty() ? 1.0f : scale[0], five_trits);
+      to->weight = pack(raw, scale.empty() ? 1.0f : scale[0], ternary);
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument(to->name + ".weight: " + error.what());
     }
@@ -344,7 +364,7 @@ void Model::quantize(std::span<const Product> products, int64_t rows, MakeRow ma
     const std::span<const float> x(make_row(i, scratch_.row[worker].data()), cols);
     try {
       for (size_t slot = 0; slot < needed.size(); ++slot) {
-        if (needed[slot]) scratch_.inputs[slot].quantize_row(x, i);
+        if (needed[slot]) scratch_.inputs[slot].quantize_row(x, i, kernels_.lut_tables);
       }
     } catch (const std::invalid_argument& error) {
       throw EngineFailure("input of " + products[0].w.name + ": " + error.what());
@@ -353,30 +373,37 @@ void Model::quantize(std::span<const Product> products, int64_t rows, MakeRow ma
 }
 
 void Model::multiply(std::span<const Product> products, int64_t rows) {
-  // Chunks of whole panels, product after product.
-  const auto per_chunk = [&](const PackedMat& w) {
-    return std::max<int64_t>(1, kChunkBytes / (w.panel_bytes * rows));
+  // Chunks of whole panels and, by lookup, of some rows, product after product.
+  const auto cut = [&](const PackedMat& w) {
+    const int64_t panels = std::max<int64_t>(1, kChunkBytes / (w.panel_bytes * rows));
+    if (w.kind != PanelKind::kL3) return Cut{panels, rows};
+    return Cut{std::max(kLookupPanels, panels), std::min(kLookupRows, rows)};
   };
   int64_t n_chunks = 0, n_bytes = 0;
   for (const Product& p : products) {
-    n_chunks += (p.w.weight.n_panels() + per_chunk(p.w.weight) - 1) / per_chunk(p.w.weight);
+    n_chunks += cut(p.w.weight).chunks(p.w.weight.n_panels(), rows);
     n_bytes += p.w.weight.n_panels() * p.w.weight.panel_bytes;
   }
   const auto work = [&](int64_t chunk, int) {
     for (const Product& p : products) {
       const PackedMat& w = p.w.weight;
-      const int64_t step = per_chunk(w), n = (w.n_panels() + step - 1) / step;
+      const Cut step = cut(w);
+      const int64_t n = step.chunks(w.n_panels(), rows);
       if (chunk >= n) {
         chunk -= n;
         continue;
       }
-      const int64_t first = chunk * step, last = std::min(w.n_panels(), first + step);
-      matmul(kernels_, w, scratch_.inputs[grain_slot(w.grain())], first, last,
-             {p.y, static_cast<size_t>(rows * w.rows)}, w.rows);
+      const int64_t across = step.across(w.n_panels());
+      const int64_t first = chunk % across * step.panels;
+      const int64_t last = std::min(w.n_panels(), first + step.panels);
+      const int64_t row = chunk / across * step.rows, m = std::min(rows - row, step.rows);
+      float* y = p.y + row * w.rows;
+      matmul(kernels_, w, some_rows(scratch_.inputs[grain_slot(w.grain())].view(), row, m), first,
+             last, {y, static_cast<size_t>(m * w.rows)}, w.rows);
       if (p.w.bias.empty()) return;
       const int64_t begin = first * kPanelRows, end = std::min(w.rows, last * kPanelRows);
-      for (int64_t i = 0; i < rows; ++i) {
-        ops_.add(p.w.bias.data() + begin, end - begin, p.y + i * w.rows + begin);
+      for (int64_t i = 0; i < m; ++i) {
+        ops_.add(p.w.bias.data() + begin, end - begin, y + i * w.rows + begin);
       }
       return;
     }

@@ -64,13 +64,14 @@ struct ModelOptions {
   int first, last;  // the layers [first, last)
   int n_threads;
   const Kernels& kernels;
+  bool lut = false;  // ternary matrices multiply by lookup, near the exact product (lut_gemv.h)
 };
 
 class Model {
  public:
   // Packs the layers of `options` and, if there is a gain for any head, the head's matrix
   // (`output.weight`, or the embedding).  Throws std::invalid_argument that names a tensor which is
-  // missing or has another shape.
+  // missing or has another shape, and for `lut` with kernels that have no lookups.
   Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& options);
 
   const ModelSpec& spec() const { return spec_; }
@@ -116,7 +117,7 @@ class Model {
     std::vector<float> q, k, v, o, gate, up, y;  // [kChunkRows, ...]
     std::vector<float> cos, sin;                 // [kChunkRows, head_dim / 2]
     std::vector<std::vector<float>> row;         // a row for each thread
-    std::array<QuantRows, 4> inputs;             // the input of a product, by grain
+    std::array<QuantRows, 5> inputs;             // the input of a product, by grain
     std::vector<AttentionScratch> attention;     // for each thread
   };
 

@@ -19,6 +19,7 @@ namespace {
 int64_t bytes_per_panel(PanelKind kind, int64_t cols) {
   const Form& f = form(kind);
   if (f.scheme == Scheme::kFloat) return cols * 64 * (kind == PanelKind::kF32 ? 4 : 2);
+  if (kind == PanelKind::kL3) return kLutHead + lut_units(cols) * kLutUnitBytes;
   if (kind == PanelKind::kT5) return (cols + kT5StepColumns - 1) / kT5StepColumns * kStepBytes;
   return cols / f.block * block_bytes(f);
 }
@@ -96,6 +97,33 @@ void put_t5(uint8_t* panel, int64_t panel_bytes, int64_t row, const uint8_t* cod
   }
 }
 
+// Trits + 1 as signed codes of three; the last unit is filled up with zeros. See lut_gemv.h.
+void put_l3(uint8_t* panel, int64_t row, const uint8_t* code, int64_t k) {
+  int32_t sum_of_signs = 0;
+  uint8_t* block = panel + kLutHead + row / 16 * kLutBlock;
+  for (int64_t u = 0; u < lut_units(k); ++u, block += kLutUnitBytes) {
+    for (int64_t c = 0; c < 4; ++c) {
+      uint8_t magnitude[8], signs = 0;
+      for (int64_t j = 0; j < 8; ++j) {
+        int group = 0;
+        for (int64_t i = kLutGroup - 1; i >= 0; --i) {
+          const int64_t at = u * kLutUnit + j * kLutLookup + c * kLutGroup + i;
+          group = 3 * group + (at < k ? code[at] - 1 : 0);
+        }
+        magnitude[j] = static_cast<uint8_t>(group < 0 ? -group : group);
+        signs |= static_cast<uint8_t>((group < 0 ? 1 : 0) << j);
+        sum_of_signs += group < 0 ? -1 : 1;
+      }
+      const int64_t lane = row % 16 * 4 + c;
+      for (int64_t v = 0; v < 4; ++v) {
+        block[v * 64 + lane] = static_cast<uint8_t>(magnitude[2 * v] | magnitude[2 * v + 1] << 4);
+      }
+      block[4 * 64 + lane] = signs;
+    }
+  }
+  store(panel + row * 4, 128 * sum_of_signs);
+}
+
 void require_finite(float scale, const RawTensor& w, int64_t row) {
   if (!std::isfinite(scale)) {
     throw std::invalid_argument(std::string(type_name(w.type)) + " tensor: row " +
@@ -157,7 +185,7 @@ void settle_zero(TernaryBlock& b) {
 // The i32 sums of the ternary kernels hold 352,000 columns.
 constexpr int64_t kMaxTernaryColumns = 1 << 18;
 
-PackedMat pack_ternary(const RawTensor& w, float scale, bool five_trits) {
+PackedMat pack_ternary(const RawTensor& w, float scale, PanelKind wanted) {
   if (w.cols > kMaxTernaryColumns) {
     throw std::invalid_argument("ternary tensor with " + std::to_string(w.cols) +
                                 " columns: the kernels sum at most " +
@@ -181,9 +209,9 @@ PackedMat pack_ternary(const RawTensor& w, float scale, bool five_trits) {
     one_scale_a_row = one_scale_a_row && row_scale[n] == b.d;
   }
 
-  const PanelKind kind = !one_scale_a_row          ? PanelKind::kI2Blocks
-                         : five_trits && all_trits ? PanelKind::kT5
-                                                   : PanelKind::kI2;
+  const PanelKind kind = !one_scale_a_row ? PanelKind::kI2Blocks
+                         : all_trits      ? wanted
+                                          : PanelKind::kI2;
   PackedMat m = allocate(w, kind, scale);
   if (one_scale_a_row) {
     row_scale.resize(static_cast<size_t>(m.n_panels() * kPanelRows), 0.0f);
@@ -201,6 +229,8 @@ PackedMat pack_ternary(const RawTensor& w, float scale, bool five_trits) {
     const int64_t row = n % kPanelRows;
     if (kind == PanelKind::kT5) {
       put_t5(panel, m.panel_bytes, row, code.data(), w.cols);
+    } else if (kind == PanelKind::kL3) {
+      put_l3(panel, row, code.data(), w.cols);
     } else if (kind == PanelKind::kI2) {
       put_plane(panel, row, code.data(), w.cols, 0, 2);
     } else {
@@ -259,7 +289,7 @@ PackedMat pack_blocks(const RawTensor& w, PanelKind kind, float scale) {
 std::string_view kind_name(PanelKind kind) {
   constexpr std::string_view kNames[kPanelKinds] = {"f32",       "f16",  "bf16", "t5",   "i2",
                                                     "i2_blocks", "q4",   "q4_1", "int8", "q2_k",
-                                                    "q3_k",      "q4_k", "q5_k", "q6_k"};
+                                                    "q3_k",      "q4_k", "q5_k", "q6_k", "l3"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -271,7 +301,7 @@ Panels PackedMat::view() const {
           scale};
 }
 
-PackedMat pack(const RawTensor& w, float scale, bool five_trits) {
+PackedMat pack(const RawTensor& w, float scale, PanelKind ternary) {
   require_whole(w);
   if (!std::isfinite(scale)) throw std::invalid_argument("the scale of a matrix is not finite");
   switch (w.type) {
@@ -283,7 +313,7 @@ PackedMat pack(const RawTensor& w, float scale, bool five_trits) {
       return pack_float<uint16_t>(w, PanelKind::kBF16, scale);
     case TensorType::kTQ1_0:
     case TensorType::kTQ2_0:
-      return pack_ternary(w, scale, five_trits);
+      return pack_ternary(w, scale, ternary);
     case TensorType::kQ4_0:
       return pack_blocks<Q4Block, decode_q4_0>(w, PanelKind::kQ4, scale);
     case TensorType::kQ4_1:

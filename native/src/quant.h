@@ -16,6 +16,7 @@
 //   kT5        two halves of 32 rows; in each, per 20 k, 2 blocks:
 //              byte c = sum over f = 0..4 of 3^f (w + 1)[4 f + c], 0..242                 1.6
 //   kI2        each 16 k: 2 bits of w + 1, w in -1..2                                     2.0
+//   kL3        signed codes of three trits, drawn in lut_gemv.h                           1.67
 //   kI2Blocks  each 256 k: 64 f32 scales, 16 steps as kI2                                 2.13
 //   kQ4        each 32 k: 64 f16 scales, 4 bits of w + 8                                  4.5
 //   kQ4_1      each 32 k: 64 f16 scales, 64 f16 mins, 4 bits                              5.0
@@ -63,11 +64,11 @@ constexpr const Form& form(PanelKind kind) { return kForms[static_cast<int>(kind
 std::string_view kind_name(PanelKind kind);
 
 // Repacks a tensor. `scale` multiplies every product (the `.scale` tensors of some files).
-// `five_trits` allows kT5: fewest bytes, for matrices that come from memory; out of a cache kI2 is
-// faster. Ternary rows take it if they have one scale each and no code 3 (+2).
+// `ternary` is taken where all rows have one scale each and no code 3 (+2): kT5 has fewest bytes,
+// for matrices that come from memory, out of a cache kI2 is faster, kL3 is not exact.
 // Throws std::invalid_argument when sizes do not match or a scale is not finite. A ternary block
 // with d = 0 counts as all zero, whatever its codes.
-PackedMat pack(const RawTensor& w, float scale = 1.0f, bool five_trits = false);
+PackedMat pack(const RawTensor& w, float scale = 1.0f, PanelKind ternary = PanelKind::kI2);
 
 // A matrix on bytes that `pack` made before and somebody kept: `row_scales` is empty for kinds that
 // have none.  Throws std::invalid_argument on sizes other than those of the kind; what the bytes

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "half.h"
+#include "lut_gemv.h"
 #include "quant.h"
 
 namespace nearfar {
@@ -30,12 +31,23 @@ inline int plane_code(const uint8_t* plane, int64_t row, int64_t i, int bits) {
   return byte >> (i % per_step / 4 * bits) & ((1 << bits) - 1);
 }
 
+// The trit of weight k in a panel of kL3.
+inline int l3_trit(const uint8_t* panel, int64_t row, int64_t k) {
+  const uint8_t* block = panel + kLutHead + k / kLutUnit * kLutUnitBytes + row / 16 * kLutBlock;
+  const int64_t j = k % kLutUnit / kLutLookup;
+  const int64_t lane = row % 16 * 4 + k % kLutLookup / kLutGroup;
+  const int code = block[j / 2 * 64 + lane] >> (j % 2 * 4) & 15;
+  const int trit = lut_trit(code, static_cast<int>(k % kLutGroup));
+  return (block[4 * 64 + lane] >> j & 1) != 0 ? -trit : trit;
+}
+
 // One row of one panel.
 class PanelRow {
  public:
   PanelRow(const Panels& w, int64_t row)
       : form_(kForms[static_cast<int>(w.kind)]),
         is_t5_(w.kind == PanelKind::kT5),
+        is_l3_(w.kind == PanelKind::kL3),
         panel_bytes_(w.panel_bytes),
         panel_(w.data + row / kPanelRows * w.panel_bytes),
         row_(row % kPanelRows) {}
@@ -47,6 +59,7 @@ class PanelRow {
       for (int64_t f = k % kT5StepColumns / 4; f > 0; --f) byte /= 3;
       return byte % 3 - form_.offset;
     }
+    if (is_l3_) return l3_trit(panel_, row_, k);
     const int64_t i = k % form_.unit;
     const uint8_t* plane = side(k) + form_.side;
     int code = plane_code(plane, row_, i, form_.low);
@@ -86,7 +99,7 @@ class PanelRow {
   }
 
   const Form& form_;
-  bool is_t5_;
+  bool is_t5_, is_l3_;
   int64_t panel_bytes_;
   const uint8_t* panel_;
   int64_t row_;

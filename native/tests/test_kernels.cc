@@ -50,19 +50,21 @@ std::vector<float> rounded(const QuantRows& x) {
 
 // The panel kinds that a ternary type may take; the others have one each.
 struct Ternary {
-  bool one_scale_a_row, five_trits;
+  bool one_scale_a_row;
+  PanelKind ternary;
 };
 std::vector<Ternary> ternary_kinds(TensorType type) {
-  if (type == TensorType::kTQ1_0) return {{true, true}, {true, false}, {false, false}};
-  if (type == TensorType::kTQ2_0) return {{true, false}, {false, false}};
-  return {{true, false}};
+  if (type == TensorType::kTQ1_0)
+    return {{true, PanelKind::kT5}, {true, PanelKind::kI2}, {false, PanelKind::kI2}};
+  if (type == TensorType::kTQ2_0) return {{true, PanelKind::kI2}, {false, PanelKind::kI2}};
+  return {{true, PanelKind::kI2}};
 }
 
 TEST_CASE("the scalar kernels multiply what the file holds") {
   for (TensorType type : kTypes) {
     for (Ternary how : ternary_kinds(type)) {
       const MadeTensor t = make_tensor(type, 70, columns(type).back(), 3, how.one_scale_a_row);
-      const PackedMat w = pack(t.raw(), 0.75f, how.five_trits);
+      const PackedMat w = pack(t.raw(), 0.75f, how.ternary);
       constexpr int64_t kM = 2;
       QuantRows x;
       quantize_rows(random_rows(kM * t.cols, 4), kM, t.cols, w.grain(), x);
@@ -94,7 +96,7 @@ TEST_CASE("every ISA gives the bits of ref, for every type, shape and number of 
         for (int64_t k : columns(type)) {
           for (Ternary how : ternary_kinds(type)) {
             const MadeTensor t = make_tensor(type, n, k, 11, how.one_scale_a_row);
-            const PackedMat w = pack(t.raw(), 1.25f, how.five_trits);
+            const PackedMat w = pack(t.raw(), 1.25f, how.ternary);
             const std::vector<float> x = random_rows(9 * k, 12);
             const std::vector<float> truth = product(kernels("ref"), w, x, 9);
             for (int64_t m = 1; m <= 9; ++m) {
@@ -113,7 +115,7 @@ TEST_CASE("a row's bits do not depend on the other rows, nor on how panels are h
   for (std::string_view isa : isas_available()) {
     for (TensorType type : kTypes) {
       const int64_t k = columns(type).back(), n = 200, m = 9;
-      const PackedMat w = pack(make_tensor(type, n, k, 21).raw(), 1.0f, true);
+      const PackedMat w = pack(make_tensor(type, n, k, 21).raw(), 1.0f, PanelKind::kT5);
       const std::vector<float> x = random_rows(m * k, 22);
       const std::vector<float> whole = product(kernels(isa), w, x, m);
       for (int64_t i = 0; i < m; ++i) {
@@ -239,7 +241,8 @@ TEST_CASE("sums at the extremes of codes and activations are exact") {
   for (std::string_view isa : isas_available()) {
     for (const Extreme& e : extremes) {
       for (int64_t k : {int64_t{256}, int64_t{6912}, int64_t{27648}}) {
-        const PackedMat w = pack(constant_tensor(e.type, kN, k, e.code, e.scale).raw(), 1.0f, true);
+        const PackedMat w =
+            pack(constant_tensor(e.type, kN, k, e.code, e.scale).raw(), 1.0f, PanelKind::kT5);
         for (Signs signs : {Signs::kPlus, Signs::kMinus, Signs::kAlternating}) {
           // max|x| = 127: the scale is 1 and q = x. Rows 0 and 1 are equal: both tile shapes run.
           std::vector<float> x(2 * k);
@@ -267,7 +270,7 @@ TEST_CASE("sums with every sign matched to its weight are exact") {
     for (TensorType type : std::span(kTypes).subspan(3)) {
       MadeTensor t = make_tensor(type, kN, kK, 41);
       set_scales(t, 1.0f, 1.0f);
-      const PackedMat w = pack(t.raw(), 1.0f, true);
+      const PackedMat w = pack(t.raw(), 1.0f, PanelKind::kT5);
       std::vector<float> row(kK), x(kK);
       for (int64_t n : {0, 40, 64}) {
         dequantize_row(t.raw(), n, row);

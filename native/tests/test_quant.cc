@@ -98,7 +98,7 @@ TEST_CASE("a packed matrix holds the values of the file") {
         for (bool one_scale_a_row : {true, false}) {
           const MadeTensor t = make_tensor(type, rows, cols, 7, one_scale_a_row);
           for (bool five_trits : {false, true}) {
-            const PackedMat m = pack(t.raw(), 1.0f, five_trits);
+            const PackedMat m = pack(t.raw(), 1.0f, five_trits ? PanelKind::kT5 : PanelKind::kI2);
             REQUIRE(m.data.size() == static_cast<size_t>(m.n_panels() * m.panel_bytes));
             REQUIRE_MESSAGE(unpack(m) == dequantize(t), t.name());
           }
@@ -142,7 +142,7 @@ TEST_CASE("a packed matrix stands on kept bytes as on its own") {
 }
 
 TEST_CASE("five trits a byte, where they are allowed, every row has one scale and no code is 3") {
-  const auto kind = [](const MadeTensor& t) { return pack(t.raw(), 1.0f, true).kind; };
+  const auto kind = [](const MadeTensor& t) { return pack(t.raw(), 1.0f, PanelKind::kT5).kind; };
   CHECK(kind(make_tensor(TensorType::kTQ1_0, 5, 512, 1, true)) == PanelKind::kT5);
   CHECK(kind(make_tensor(TensorType::kTQ1_0, 5, 512, 1, false)) == PanelKind::kI2Blocks);
   CHECK(kind(make_tensor(TensorType::kTQ2_0, 5, 512, 1, true)) == PanelKind::kI2);  // has codes 3

@@ -57,6 +57,13 @@ class Constraint:
             self._check()
             raise SchemaError(f"token {token} does not continue the answer")  # only if it was not masked
 
+    def fork(self) -> Constraint:
+        """An independent parser in the same state: drafts may run ahead in it."""
+        other = object.__new__(Constraint)
+        other._vocabulary, other._matcher = self._vocabulary, self._matcher.deep_copy()
+        other._bits = np.zeros_like(self._bits)
+        return other
+
     @property
     def is_done(self) -> bool:
         """The answer is complete: nothing but the end may follow."""

@@ -28,12 +28,16 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One decision: which token, which head made it ("full" or "exit.{layer}"), how sure, in how many ms."""
+    """One decision: which token, which head made it ("full" or "exit.{layer}"), how sure, in how many ms.
+
+    `n_drafted`: tokens that were drafted in this step (nearfar.speculate).
+    """
 
     id: int
     source: str
     conf: float
     ms: float
+    n_drafted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Engine:
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """Compute the pending rows of `s`, append one token and return it; a step that fails appends nothing."""
+        assert not s.ahead, "rows that nearfar.speculate has run ahead: rewind first"
         started = time.perf_counter()
         h = self.lower.embed(s.pending())  # [T, D]
         n_new, reached = len(h), 0

@@ -30,6 +30,7 @@ from nearfar.lower import open_lower
 from nearfar.options import EngineOptions
 from nearfar.sampling import Sampling
 from nearfar.sequence import Sequence
+from nearfar.speculate import MAX_DRAFTS, Speculative
 from nearfar.stop import StopMatcher
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
 from nearfar.weights import Weights
@@ -45,7 +46,8 @@ class TokenEvent:
     """One token of the answer.
 
     `text` is what may be shown now: whole characters, nothing of a stop string, so it may be "" or belong to earlier
-    tokens too.  `source` is the head that decided ("exit.2", "full"), `conf` how sure it was (0..1), `ms` the time.
+    tokens too.  `source` is the head that decided ("exit.2", "full"; "draft.2": full depth, as exit 2 had
+    foreseen), `conf` how sure it was (0..1), `ms` the time.
     """
 
     index: int
@@ -58,7 +60,10 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts and times of one answer.  `first_token_ms` runs from the call; `tokens_per_s` counts the others."""
+    """Counts and times of one answer.  `first_token_ms` runs from the call; `tokens_per_s` counts the others.
+
+    With `speculate`, `n_drafted` tokens were drafted, and those of a source "draft.{layer}" were right.
+    """
 
     n_prompt: int
     n_cached: int  # prompt tokens whose keys and values were still there from the previous call
@@ -66,6 +71,7 @@ class Stats:
     first_token_ms: float
     tokens_per_s: float
     by_source: dict[str, int]
+    n_drafted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,7 @@ class LLM:
         stop_ids: Collection[int] = (),
         schema: Mapping[str, Any] | None = None,
         exits: bool = True,
+        speculate: bool | int = False,
         cancel: Cancel | None = None,
     ) -> Completion:
         """The whole answer at once; arguments as in `stream`."""
@@ -166,6 +173,7 @@ class LLM:
             stop_ids=stop_ids,
             schema=schema,
             exits=exits,
+            speculate=speculate,
             cancel=cancel,
         )
         for _ in stream:
@@ -182,6 +190,7 @@ class LLM:
         stop_ids: Collection[int] = (),
         schema: Mapping[str, Any] | None = None,
         exits: bool = True,
+        speculate: bool | int = False,
         cancel: Cancel | None = None,
     ) -> Stream:
         """Tokens as they are made.
@@ -190,6 +199,8 @@ class LLM:
         `stop`: strings that end the answer and are not part of it; `stop_ids`: ids that do, beside the model's own.
         `schema`: a JSON schema that the answer must satisfy (extra `[schema]`).
         `exits=False` computes every token at full depth.
+        `speculate`: the same tokens as `exits=False`, several for each pass through the upper layers, because the
+        lowest exit drafts them; True, or how many drafts a pass at most (1..7).  The exits then decide nothing.
         Raises UsageError (nothing to compute), ContextError (prompt longer than the context), SchemaError.
         """
         if max_tokens < 1:
@@ -201,6 +212,8 @@ class LLM:
             raise ContextError(
                 f"the prompt has {len(ids)} tokens; the context holds {self.max_len}, the answer included"
             )
+        ends = frozenset(stop_ids) | self.tokenizer.eog_ids
+        self._stepper(speculate, ends)  # says no before anything is computed
         return Stream(
             self,
             ids,
@@ -208,9 +221,10 @@ class LLM:
             max_tokens=max_tokens,
             sampling=sampling,
             stops=StopMatcher(stop),
-            stop_ids=frozenset(stop_ids) | self.tokenizer.eog_ids,
+            stop_ids=ends,
             constraint=None if schema is None else self._constraint(schema),
-            exits=exits,
+            exits=exits and not speculate,
+            speculate=speculate,
             cancel=cancel,
         )
 
@@ -263,6 +277,13 @@ class LLM:
             self._vocabulary = Vocabulary(self.tokenizer)
         return Constraint(self._vocabulary, schema)
 
+    def _stepper(self, speculate: bool | int, ends: frozenset[int]) -> Stepper:
+        if not speculate or isinstance(self.stepper, _Closed):
+            return self.stepper
+        if not isinstance(self.stepper, Engine):
+            raise UsageError(f"speculate: the {self.backend.split()[0]} backend has no exits that could draft")
+        return Speculative(self.stepper, MAX_DRAFTS if speculate is True else speculate, ends)
+
     def _take_sequence(self, sampling: Sampling, exits: bool) -> Sequence:
         """The warm sequence if its cache was made the same way, else a new one; two streams never share one."""
         warm, self._warm = self._warm, None
@@ -287,8 +308,10 @@ class Stream(Iterator[TokenEvent]):
         stop_ids: frozenset[int],
         constraint: Constraint | None,
         exits: bool,
+        speculate: bool | int,
         cancel: Cancel | None,
     ) -> None:
+        self._speculate = speculate
         self._llm, self._stops, self._stop_ids, self._constraint = llm, stops, stop_ids, constraint
         self._n_prompt, self._max_tokens, self._cancel = len(ids), max_tokens, cancel
         self._detokenizer = Detokenizer(llm.tokenizer, continues=continues)
@@ -297,6 +320,7 @@ class Stream(Iterator[TokenEvent]):
         self._finish: FinishReason | None = None
         self._started = time.perf_counter()
         self._first_s = self._last_s = 0.0
+        self._n_drafted = 0
         self._sequence: Sequence | None = llm._take_sequence(sampling, exits)
         self._n_cached = self._sequence.continue_with(ids)
 
@@ -305,7 +329,8 @@ class Stream(Iterator[TokenEvent]):
         if s is None:
             raise StopIteration
         try:
-            token = self._llm.stepper.step(s, self._constraint, self._cancel)
+            stepper = self._llm._stepper(self._speculate, self._stop_ids)
+            token = stepper.step(s, self._constraint, self._cancel)
         except Cancelled:
             self._end("cancelled")
             self._tail = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
@@ -315,6 +340,7 @@ class Stream(Iterator[TokenEvent]):
             raise
         self._last_s = time.perf_counter() - self._started
         self._first_s = self._first_s or self._last_s
+        self._n_drafted += token.n_drafted
 
         text = "" if token.id in self._stop_ids else self._stops.push(self._detokenizer.push(token.id))
         finish = self._finish_reason(token.id, s)
@@ -345,6 +371,7 @@ class Stream(Iterator[TokenEvent]):
             first_token_ms=1000 * self._first_s,
             tokens_per_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else 0.0,
             by_source=sources,
+            n_drafted=self._n_drafted,
         )
         text = "".join(event.text for event in self._events) + self._tail
         return Completion(text, [e.id for e in self._events], self._finish or "cancelled", list(self._events), stats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 
@@ -14,6 +15,22 @@ from nearfar.sampling import Sampling
 Array = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A position that full depth has run before its turn: its logits [V], and the id that the next row comes from."""
+
+    logits: Array
+    draft: int | None
+
+
+@dataclass(slots=True)
+class Pause:
+    """Steps that nearfar.speculate goes without drafts: `left`, after `n_unsure` passes without a sure first draft."""
+
+    left: int = 0
+    n_unsure: int = 0
+
+
 @dataclass(slots=True)
 class Sequence:
     """Owns the state of one generation.  `n_run` ids have passed the first layers; the rest is pending."""
@@ -24,6 +41,9 @@ class Sequence:
     use_exits: bool = True
     n_run: int = 0
     owed: dict[int, Array] = field(default_factory=dict)  # first layer of a stage -> rows [n, D] it has not run
+    ahead: deque[Ahead] = field(default_factory=deque)  # nearfar.speculate: good while the drafts are right
+
+    pause: Pause = field(default_factory=Pause)
 
     def pending(self) -> NDArray[np.int32]:
         """The ids that no layer has seen, i32 [T]."""
@@ -41,6 +61,7 @@ class Sequence:
 
     def rewind(self, n: int) -> None:
         """Keep the first `n` run positions, with the rows that their upper layers still wait for."""
+        self.ahead.clear()
         self.kv.truncate(n)
         self.n_run = min(self.n_run, n, self.kv.length(0))
         for layer, rows in list(self.owed.items()):

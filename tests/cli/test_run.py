@@ -42,6 +42,16 @@ def test_without_exits_every_token_is_computed_at_full_depth(nearfar: Nearfar, m
     assert set(facts["stats"]["by_source"]) == {"full"}
 
 
+def test_drafts_change_no_token(nearfar: Nearfar, model: Path) -> None:
+    full, drafted = (
+        json.loads(nearfar("run", "--model", model, flag, "--json", README_REQUEST).out)
+        for flag in ("--no-exits", "--speculate")
+    )
+    assert [token["id"] for token in drafted["tokens"]] == [token["id"] for token in full["tokens"]]
+    assert set(drafted["stats"]["by_source"]) <= {"draft.2", "full"}
+    assert "n_drafted" in drafted["stats"]
+
+
 @pytest.mark.parametrize("way", ["stdin", "file"])
 def test_each_line_is_a_request(nearfar: Nearfar, model: Path, tmp_path: Path, way: str) -> None:
     text = "turn on the fan\n\n  turn off the tv  \r\nopen the blinds"

@@ -29,6 +29,14 @@ def test_a_token_without_text_has_no_mark() -> None:
     assert marks(events("ab", "", "c")) == ("abc", "2·4")
 
 
+def test_a_foreseen_token_has_the_mark_of_its_exit() -> None:
+    drafts = [TokenEvent(0, 0, "abc", "draft.2", 1, 1), TokenEvent(1, 1, "d", "full", 1, 1)]
+    assert marks(drafts) == ("abcd", "2··f")
+    assert (
+        Paint([2], 6, on=False).decided(stats(draft_2=3, full=1)) == "draft 2: 3 · full depth (6 layers): 1 of 4 tokens"
+    )
+
+
 def test_an_exit_of_two_digits_keeps_the_columns() -> None:
     text, below = marks([TokenEvent(0, 0, "abc", "exit.12", 1, 1), TokenEvent(1, 1, "d", "exit.12", 1, 1)])
     assert (text, below) == ("abcd", "12·1")

@@ -12,8 +12,10 @@ from nearfar.cli.request import makes_home_calls
 from nearfar.cli.verbs import (
     SHIPPED,
     Verbs,
+    add_depth_options,
     add_engine_options,
     add_sampling_options,
+    depth_of,
     new_parser,
     open_model,
     sampling_of,
@@ -36,7 +38,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("text", nargs="?", help="the question (default: stdin)")
     parser.add_argument("--schema", required=True, metavar="FILE", help="a JSON schema")
     parser.add_argument("--model", default=SHIPPED, help="path of a GGUF file (default: the shipped model)")
-    parser.add_argument("--no-exits", action="store_true", help="compute every token at full depth")
+    add_depth_options(parser)
     add_sampling_options(parser, max_tokens=512)
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             question(llm, text, schema),
             None,
             schema=schema,
-            exits=not args.no_exits,
+            **depth_of(args),
             max_tokens=args.max_tokens,
             sampling=sampling_of(args),
         )

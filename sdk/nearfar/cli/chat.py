@@ -12,8 +12,10 @@ from nearfar.cli.terminal import Paint
 from nearfar.cli.verbs import (
     SHIPPED,
     Verbs,
+    add_depth_options,
     add_engine_options,
     add_sampling_options,
+    depth_of,
     new_parser,
     open_model,
     sampling_of,
@@ -38,7 +40,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("model", nargs="?", default=SHIPPED, help="path of a GGUF file (default: the shipped model)")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--template", metavar="NAME", help="a chat form for a file that carries none")
-    parser.add_argument("--no-exits", action="store_true", help="compute every token at full depth")
+    add_depth_options(parser)
     add_sampling_options(parser, max_tokens=512)
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -81,7 +83,7 @@ def answer_turn(llm: LLM, args: argparse.Namespace, messages: list[Message], pai
         stream = llm.stream_chat(
             messages,
             template=args.template,
-            exits=not args.no_exits,
+            **depth_of(args),
             max_tokens=args.max_tokens,
             sampling=sampling_of(args),
             cancel=cancel,

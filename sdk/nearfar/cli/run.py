@@ -14,8 +14,10 @@ from nearfar.cli.request import facts, handle, makes_home_calls, print_outcome, 
 from nearfar.cli.verbs import (
     SHIPPED,
     Verbs,
+    add_depth_options,
     add_engine_options,
     add_sampling_options,
+    depth_of,
     new_parser,
     open_model,
     sampling_of,
@@ -45,7 +47,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("--raw", action="store_true", help="complete the text as it is: no home, no chat form")
     parser.add_argument("--home", metavar="FILE", help="a home of your own, as JSON (docs/cli.md draws it)")
     parser.add_argument("--schema", action="store_true", help="allow only calls of the home's table, token by token")
-    parser.add_argument("--no-exits", action="store_true", help="compute every token at full depth")
+    add_depth_options(parser)
     add_sampling_options(parser, max_tokens=128)
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -93,7 +95,7 @@ def serve_one(llm: LLM, args: argparse.Namespace, state: HomeState, request: str
     """Answer one request on stdout; whether its call passed the check."""
     paint = paint_for(llm)
     options: dict[str, Any] = {
-        "exits": not args.no_exits,
+        **depth_of(args),
         "max_tokens": args.max_tokens,
         "sampling": sampling_of(args),
         "constrained": args.schema,
@@ -119,7 +121,7 @@ def complete(llm: LLM, args: argparse.Namespace) -> int:
         llm,
         prompt if args.raw else in_chat_form(llm, prompt),
         None if args.json else paint,
-        exits=not args.no_exits,
+        **depth_of(args),
         max_tokens=args.max_tokens,
         sampling=sampling_of(args),
     )

@@ -20,7 +20,8 @@ class Paint:
 
     def __init__(self, exits: Sequence[int], n_layers: int, on: bool) -> None:
         self.n_layers, self.on = n_layers, on
-        self._colour = {f"exit.{e}": _EXIT_COLOURS[i % len(_EXIT_COLOURS)] for i, e in enumerate(exits)}
+        colours = [(e, _EXIT_COLOURS[i % len(_EXIT_COLOURS)]) for i, e in enumerate(exits)]
+        self._colour = {f"{kind}.{e}": colour for kind in ("exit", "draft") for e, colour in colours}
         self._colour["full"] = _FULL_COLOUR
 
     def token(self, event: TokenEvent) -> str:
@@ -56,12 +57,14 @@ def speed(stats: Stats) -> str:
 def marks(events: Iterable[TokenEvent]) -> tuple[str, str]:
     """The text and, under each token's first character, its exit's layer or f for full depth.
 
+    With drafts the layer is that of the exit that had foreseen the token.
+
     A token without text of its own (the middle of a character, a control token) has no column and no mark.
     """
     text, below = "", ""
     for event in events:
         shown = printable(event.text).replace("\n", "⏎")
-        mark = "f" if event.source == "full" else event.source.removeprefix("exit.")
+        mark = "f" if event.source == "full" else event.source.rpartition(".")[2]
         text += shown
         below += mark[: len(shown)].ljust(len(shown), "·")
     return text, below

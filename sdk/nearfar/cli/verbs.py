@@ -52,6 +52,21 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_depth_options(parser: argparse.ArgumentParser) -> None:
+    """Which layers decide, and how."""
+    parser.add_argument("--no-exits", action="store_true", help="compute every token at full depth")
+    parser.add_argument(
+        "--speculate",
+        action="store_true",
+        help="as --no-exits, with drafts by the lowest exit, checked together",
+    )
+
+
+def depth_of(args: argparse.Namespace) -> dict[str, bool]:
+    """Those options as the arguments of `LLM.stream`."""
+    return {"exits": not args.no_exits, "speculate": args.speculate}
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int = 256) -> None:
     parser.add_argument(
         "--max-tokens",

@@ -1,0 +1,131 @@
+"""Self-speculation on one device: an early exit drafts, full depth checks the drafts in one pass.
+
+    ids -> layers [0, e) -> exit head -> draft -> layers [0, e) -> exit head -> draft ...      a few times
+    all those rows -> layers [e, L) -> final head -> logits of every position                  once
+
+Each step takes one row of those logits and decides exactly as `engine.step` does at full depth.  If the token is the
+draft, the next row was computed from it and is good; if not, what was drafted behind it is dropped.  A row's bits do
+not depend on how many rows share a call, so every token is the one that full depth takes alone, whatever the sampling,
+the schema or the drafts: drafts decide about time only.  Where weights come from memory, several rows cost little more
+than one.  Speculative decoding: 2211.17192; with a model's own early exits: LayerSkip, 2404.16710.
+
+No layer runs a row twice, and nothing is owed: the exits draft here, they do not decide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.cancel import Cancel
+from nearfar.config import ExitConfig
+from nearfar.constraint import Constraint
+from nearfar.engine import Engine, Token
+from nearfar.errors import UsageError
+from nearfar.exit import confidence, max_softmax
+from nearfar.sampling import Sampling, sample
+from nearfar.sequence import Ahead, Sequence
+
+Array = NDArray[np.float32]
+
+MAX_ROWS = 8  # of a checking pass: what the kernels multiply for little more than one
+MAX_DRAFTS = MAX_ROWS - 1
+
+# Drafting ends where all drafts so far are right with less than this probability: below it another draft (a third of
+# the layers and a head, for nano) costs more than the token that it may save.
+LEAST_SURE = 0.4
+
+# Where not even a first draft is that sure, the exit's head was computed for nothing.  If that happens twice, thrice, ...
+# in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for the asking.
+LONGEST_PAUSE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Speculative:
+    """A `Stepper` that gives the tokens of `engine` without exits, several for each pass through the upper layers.
+
+    `n_drafts`: at most so many a pass, 1..MAX_DRAFTS.  `ends`: ids that end an answer, so they are not drafted.
+    Raises UsageError for a model without exits.
+    """
+
+    engine: Engine
+    n_drafts: int = MAX_DRAFTS
+    ends: Collection[int] = ()
+    least_sure: float = LEAST_SURE
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n_drafts <= MAX_DRAFTS:
+            raise UsageError(f"speculate={self.n_drafts}: expected 1..{MAX_DRAFTS} drafts, True or False")
+        if not self.engine.lower.config.exits:
+            raise UsageError("speculate: this model has no early exits (nearfar.exit_layers) that could draft")
+
+    @property
+    def exit(self) -> ExitConfig:
+        """The exit that drafts: the lowest, whose drafts are the cheapest."""
+        return self.engine.lower.config.exits[0]
+
+    def new_sequence(self, sampling: Sampling, use_exits: bool = False) -> Sequence:
+        return self.engine.new_sequence(sampling, use_exits)
+
+    def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
+        """As `Engine.step`; `source` is "draft.{layer}" where the exit had foreseen the token, else "full"."""
+        assert not s.owed, "a sequence that left at exits"
+        started, n_drafted = time.perf_counter(), 0
+        try:
+            if cancel is not None:
+                cancel.check()
+            if not s.ahead:
+                n_drafted = self._look_ahead(s, constraint, cancel)
+            row = s.ahead.popleft()
+            logits = row.logits if constraint is None else constraint.mask(row.logits)  # [V]
+            token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
+            if constraint is not None:
+                constraint.accept(token)
+        except BaseException:
+            s.rewind(s.n_run)
+            raise
+        foreseen = token == row.draft
+        s.n_run = len(s.ids)
+        s.ids.append(token)
+        if not foreseen:
+            s.rewind(s.n_run)
+        source = f"draft.{self.exit.layer}" if foreseen else "full"
+        return Token(token, source, max_softmax(logits), 1000 * (time.perf_counter() - started), n_drafted)
+
+    def _look_ahead(self, s: Sequence, constraint: Constraint | None, cancel: Cancel | None) -> int:
+        """Draft, then run the upper layers over the pending rows and the drafts; how many were drafted."""
+        lower, e = self.engine.lower, self.exit.layer
+        room = min(self.n_drafts, MAX_ROWS - len(s.ids) + s.n_run, self.engine.max_len - len(s.ids))
+        if s.pause.left or room < 1:
+            s.pause.left = max(0, s.pause.left - 1)
+            h = lower.forward(lower.embed(s.pending()), s.kv, 0, lower.config.n_layers, cancel)
+            s.ahead.append(Ahead(lower.logits(h[-1:])[0], None))
+            return 0
+        rows = [lower.forward(lower.embed(s.pending()), s.kv, 0, e, cancel)]  # [T, D]
+        ids, drafts, sure = list(s.ids), list[int](), 1.0
+        grammar = None if constraint is None else constraint.fork()
+        while len(drafts) < room:
+            logits = lower.logits(rows[-1][-1:], f"exit.{e}")[0]  # [V]
+            if grammar is not None:
+                logits = grammar.mask(logits)
+            sure *= confidence(logits, self.exit)
+            token = sample(logits, s.sampling, position=len(ids), recent=ids)  # with the noise of the real choice
+            if sure < self.least_sure or token in self.ends:
+                break
+            drafts.append(token)
+            ids.append(token)
+            rows.append(lower.forward(lower.embed(np.array([token], np.int32)), s.kv, 0, e, cancel))
+            if grammar is not None:
+                grammar.accept(token)
+                if grammar.is_done:
+                    break
+        s.pause.n_unsure = 0 if drafts else s.pause.n_unsure + 1
+        s.pause.left = min(1 << s.pause.n_unsure >> 2, LONGEST_PAUSE)
+        h = lower.forward(np.concatenate(rows), s.kv, e, lower.config.n_layers, cancel)  # [T + drafts, D]
+        logits = lower.logits(h[-len(drafts) - 1 :])  # [drafts + 1, V]
+        s.ahead.extend(Ahead(z, draft) for z, draft in zip(logits, [*drafts, None], strict=True))
+        return len(drafts)

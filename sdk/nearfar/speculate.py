@@ -39,8 +39,8 @@ MAX_DRAFTS = MAX_ROWS - 1
 # the layers and a head, for nano) costs more than the token that it may save.
 LEAST_SURE = 0.4
 
-# Where not even a first draft is that sure, the exit's head was computed for nothing.  If that happens twice, thrice, ...
-# in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for the asking.
+# Where not even a first draft is that sure, the exit's head was computed for nothing.  When that happened 2, 3, 4, ...
+# times in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for asking.
 LONGEST_PAUSE = 8
 
 

@@ -103,6 +103,9 @@ NB_MODULE(_core, m) {
   m.def(
       "isa", [](const std::string& name) { return std::string(kernels(name).isa); }, "name"_a = "",
       "The kernel set that `name` selects (\"\": the best).  ValueError if the CPU lacks it.");
+  m.def(
+      "has_lookups", [](const std::string& isa) { return kernels(isa).lut_tables != nullptr; },
+      "isa"_a = "", "Whether a kernel set multiplies by lookup.");
   m.def("default_threads", &default_threads, "Physical cores that this process may use.");
   m.def(
       "read_bandwidth",

@@ -27,6 +27,9 @@ def isa(name: str = '') -> str:
     The kernel set that `name` selects ("": the best).  ValueError if the CPU lacks it.
     """
 
+def has_lookups(isa: str = '') -> bool:
+    """Whether a kernel set multiplies by lookup."""
+
 def default_threads() -> int:
     """Physical cores that this process may use."""
 

@@ -27,7 +27,7 @@ from nearfar.errors import Cancelled, ContextError, TokenizerError, UnsupportedE
 from nearfar.forms import Part
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import open_lower
-from nearfar.options import EngineOptions
+from nearfar.options import EngineOptions, Lut
 from nearfar.sampling import Sampling
 from nearfar.sequence import Sequence
 from nearfar.speculate import MAX_DRAFTS, Speculative
@@ -112,21 +112,26 @@ class LLM:
         threads: int | None = None,
         n_ctx: int | None = None,
         kv_dtype: KVDtype = "f16",
+        lut: Lut = "off",
     ) -> LLM:
         """Open a GGUF file.
 
         `backend`: "native" (the C++ engine), "numpy" (the readable reference), "llama" (llama-cpp-python), or None
         for the best one: ours, or llama-cpp-python for an architecture or tensor type that ours does not run.
         `n_ctx`: positions to keep at most (default: what the model was trained for).
+        `lut`: "fast" multiplies ternary matrices by table lookup: faster, near the exact answer and not equal to it.
         Raises FileError, UnsupportedError, MissingExtraError.
         """
         backend, path = backend or env.backend(), Path(path)
+        options = EngineOptions(threads=threads, lut=lut)
         if backend == "llama":
+            if lut != "off":
+                raise UsageError(f"lut={lut!r} belongs to nearfar's own engine: leave it out, or backend 'llama'")
             return _open_llama(path, n_ctx, threads, why="asked for")
         try:
-            return cls._open_own(path, backend, EngineOptions(threads=threads), n_ctx, kv_dtype)
+            return cls._open_own(path, backend, options, n_ctx, kv_dtype)
         except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
-            if backend is not None or not _has_llama():
+            if backend is not None or lut != "off" or not _has_llama():
                 raise
             reason = error
         try:

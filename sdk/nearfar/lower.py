@@ -71,7 +71,7 @@ class Lower(Protocol):
 def open_lower(weights: Weights, backend: str | None = None, options: EngineOptions | None = None) -> Lower:
     """The engine for these weights: "native", "numpy", or the better one that is there (`backend=None`).
 
-    NEARFAR_BACKEND and NEARFAR_THREADS stand in for what is None; the reference has no use for `options`.
+    NEARFAR_BACKEND and NEARFAR_THREADS stand in for what is None; the reference has one thread.
     """
     options = options or EngineOptions()
     if options.threads is None:
@@ -98,4 +98,4 @@ def _open(weights: Weights, backend: str | None, options: EngineOptions) -> Lowe
             return NativeLower(weights, options)
     from nearfar.lower_numpy import NumpyLower
 
-    return NumpyLower(weights)
+    return NumpyLower(weights, options)

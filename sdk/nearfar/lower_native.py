@@ -118,6 +118,7 @@ class NativeLower:
                 self.last,
                 self.options.threads or _core.default_threads(),
                 isa,
+                self.options.lut == "fast",
             )
 
     @property
@@ -170,6 +171,11 @@ def selected_isa() -> str:
 def isas_available() -> list[str]:
     """Kernel sets that this CPU and build have, worst first."""
     return _core.isas_available()
+
+
+def has_lookups() -> bool:
+    """Whether the kernels in use multiply by lookup: what `lut="fast"` needs."""
+    return _core.has_lookups(selected_isa())
 
 
 def default_threads() -> int:

@@ -3,7 +3,8 @@
     h [T, D]  ->  for each layer:  h += wo(attention(rope(qkv(norm(h)))));  h += down(act(gate(norm(h))) * up(norm(h)))
 
 One numeric rule covers all weight types: `y = fake_quantize(x) @ dequantize(W).T`, where the grain of the
-activations (one scale a row, 256, 32, or none) belongs to the weight type (`quant.ACTIVATION_GRAIN`).
+activations (one scale a row, 256, 32, or none) belongs to the weight type (`quant.ACTIVATION_GRAIN`).  With `lut`,
+ternary matrices with one scale a row multiply by lookup instead (`quant.lookup_product`).
 Sources: RMSNorm 1910.07467 eq. 4, RoPE 2104.09864 eq. 34, GQA 2305.13245, SwiGLU 2002.05202,
 BitNet b1.58 2402.17764 (ternary weights, int8 rows), squared ReLU 2109.08668.
 """
@@ -18,7 +19,15 @@ from nearfar.config import ModelConfig
 from nearfar.errors import ContextError, UsageError
 from nearfar.kv_cache import KVCache, KVDtype
 from nearfar.lower import KV
-from nearfar.quant import ACTIVATION_GRAIN, fake_quantize_activations
+from nearfar.options import EngineOptions
+from nearfar.quant import (
+    ACTIVATION_GRAIN,
+    TERNARY,
+    fake_quantize_activations,
+    lookup_product,
+    one_scale_a_row,
+    unpack_ternary,
+)
 from nearfar.weights import Weights
 
 Array = NDArray[np.float32]
@@ -87,10 +96,12 @@ class NumpyLower:
 
     name = "numpy"
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, options: EngineOptions | None = None) -> None:
         self.weights = weights
         self.config = weights.config
         self._matrices: dict[str, Array] = {}
+        self._by_lookup = options is not None and options.lut == "fast"
+        self._trits: dict[str, tuple[NDArray[np.int8], Array] | None] = {}
 
     def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KVCache:
         return KVCache(self.config, max_len, dtype)
@@ -147,7 +158,10 @@ class NumpyLower:
     def _linear(self, x: Array, name: str) -> Array:
         """x [T, K] times the matrix `name` [N, K] -> [T, N], with its bias and scale where the file has them."""
         kind, _, _ = self.weights.raw(f"{name}.weight")
-        y = fake_quantize_activations(x, ACTIVATION_GRAIN[kind]) @ self._matrix(f"{name}.weight").T
+        if (trits := self._lookup(f"{name}.weight")) is not None:
+            y = lookup_product(x, *trits)
+        else:
+            y = fake_quantize_activations(x, ACTIVATION_GRAIN[kind]) @ self._matrix(f"{name}.weight").T
         scale, bias = self._optional(f"{name}.scale"), self._optional(f"{name}.bias")
         if scale is not None:
             y = y * scale
@@ -160,6 +174,15 @@ class NumpyLower:
         if name not in self._matrices:
             self._matrices[name] = self.weights.f32(name)
         return self._matrices[name]
+
+    def _lookup(self, name: str) -> tuple[NDArray[np.int8], Array] | None:
+        """Trits and row scales of a matrix that multiplies by lookup."""
+        kind, (rows, cols), raw = self.weights.raw(name)
+        if not self._by_lookup or kind not in TERNARY:
+            return None
+        if name not in self._trits:
+            self._trits[name] = one_scale_a_row(*unpack_ternary(raw, kind, (rows, cols)))
+        return self._trits[name]
 
     def _optional(self, name: str) -> Array | None:
         return self._matrix(name) if self.weights.has(name) else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from nearfar.errors import UsageError
 
 MAX_THREADS = 256
+
+Lut = Literal["off", "fast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +17,15 @@ class EngineOptions:
     """Choices that belong to the device's engine, not to the model.
 
     `threads`: None takes the physical cores that this process may use.
+    `lut`: "fast" multiplies ternary matrices by table lookup, faster and near the exact product instead of equal to it
+    (`nearfar.quant.lookup_product`); `nearfar eval MODEL --text FILE --lut fast` shows what that does to a model.
     """
 
     threads: int | None = None
+    lut: Lut = "off"
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise UsageError(f"threads={self.threads}: expected 1..{MAX_THREADS}")
+        if self.lut not in get_args(Lut):
+            raise UsageError(f"lut={self.lut!r}: expected one of {', '.join(get_args(Lut))}")

@@ -73,6 +73,13 @@ def fake_quantize_activations(x: F32, grain: int | None) -> F32:
     """
     if grain is None:
         return x
+    q, scale = quantize_activations(x, grain)
+    rounded: F32 = q * scale
+    return rounded.reshape(x.shape)
+
+
+def quantize_activations(x: F32, grain: int) -> tuple[F32, F32]:
+    """x [..., K] -> q [..., G, grain], whole numbers in -127..127, and scales [..., G, 1]; see above."""
     groups = x.reshape(*x.shape[:-1], -1, grain or x.shape[-1])  # [..., G, grain]
     top = np.max(np.abs(groups), axis=-1, keepdims=True)
     if not np.isfinite(top).all():
@@ -84,8 +91,36 @@ def fake_quantize_activations(x: F32, grain: int | None) -> F32:
     if grain == F16_SCALE_GRAIN:
         with np.errstate(over="ignore", under="ignore"):
             scale = np.where(scale < 65504, scale.astype(np.float16), scale).astype(np.float32)
-    rounded: F32 = q * scale
-    return rounded.reshape(x.shape)
+    return q, scale
+
+
+LUT_GROUP = 3  # trits of a lookup
+
+
+def lookup_product(x: F32, trits: NDArray[np.int8], row_scales: F32) -> F32:
+    """x [T, K] times a matrix of trits [N, K] and one scale a row [N] -> [T, N], by table lookup (`lut="fast"`).
+
+    Per row of x: the int8 numbers q and scale s of `quantize_activations`, then f = min(1, 127 / max(|q0| + |q1| +
+    |q2|)) over all groups of three neighbours.  Each group adds rint(f * (t0 q0 + t1 q1 + t2 q2)), 8 bits that a table
+    holds for every pattern of trits; the total is worth row_scale * s / f.
+    So each group with a trit is off by at most half a unit (and 2^-15, for f is rounded), a product by
+    |row_scale| * s / f * 0.50004 * ceil(K / 3).  Symmetrized tables are those of LUT Tensor Core (arXiv 2408.06003).
+    """
+    rows, scale = quantize_activations(x, 0)  # [T, 1, K], [T, 1, 1]
+    pad = (0, -x.shape[-1] % LUT_GROUP)
+    q = np.pad(rows[:, 0], ((0, 0), pad)).reshape(len(x), -1, LUT_GROUP).astype(np.float64)  # [T, G, 3]
+    t = np.pad(trits, ((0, 0), pad)).reshape(len(trits), -1, LUT_GROUP)  # [N, G, 3]
+    most = np.abs(q).sum(axis=-1).max(axis=-1).astype(np.float32)  # [T]
+    fits = most <= 127
+    with np.errstate(divide="ignore"):
+        f = np.where(fits, np.float32(1), np.float32(127) / most)
+    step = np.where(fits, np.float32(1), most / np.float32(127))
+    y = np.empty((len(x), len(trits)), dtype=np.float32)
+    for i in range(len(x)):
+        sums = np.einsum("ngi,gi->ng", t, q[i])  # exact in f64, and so is the product with f
+        total = np.rint(np.float64(f[i]) * sums).sum(axis=-1).astype(np.float32)
+        y[i] = row_scales * (scale[i, 0, 0] * step[i]) * total
+    return y
 
 
 def n_bytes(kind: TensorType, shape: tuple[int, ...]) -> int:
@@ -299,6 +334,20 @@ def unpack_ternary(raw: U8, kind: TensorType, shape: tuple[int, int]) -> tuple[N
     for i in range(0, len(blocks), _CHUNK):
         trits[i : i + _CHUNK] = codes(blocks[i : i + _CHUNK]).view(np.int8) - np.int8(1)
     return trits.reshape(shape), _f16(blocks, at).reshape(shape[0], -1)
+
+
+def one_scale_a_row(trits: NDArray[np.int8], scales: F32) -> tuple[NDArray[np.int8], F32] | None:
+    """What `unpack_ternary` gave -> trits and the scale of each row [N], or None: scales differ in a row, or a +2.
+
+    A block of zeros says nothing about the scale, and one of scale 0 counts as zeros.
+    """
+    blocks = trits.reshape(*scales.shape, -1)  # [N, B, 256]
+    live = blocks.any(axis=-1) & (scales != 0)  # [N, B]
+    row = scales[np.arange(len(scales)), live.argmax(axis=-1)] * live.any(axis=-1)  # [N]
+    blocks = np.where(live[..., None], blocks, np.int8(0))
+    if blocks.max(initial=0) > 1 or (live & (scales != row[:, None])).any():
+        return None
+    return blocks.reshape(trits.shape), row
 
 
 def pack_ternary(trits: NDArray[np.int8], scale: float, kind: TensorType) -> U8:

@@ -40,7 +40,7 @@ MAX_DRAFTS = MAX_ROWS - 1
 LEAST_SURE = 0.4
 
 # Where not even a first draft is that sure, the exit's head was computed for nothing.  When that happened 2, 3, 4, ...
-# times in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for it.
+# times in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for asking.
 LONGEST_PAUSE = 8
 
 

@@ -69,7 +69,7 @@ def cpu_name() -> str:
 def engine_facts() -> dict[str, Any]:
     """The compiled engine's own account, or why it is not there."""
     try:
-        from nearfar.lower_native import default_threads, isas_available, read_bandwidth, selected_isa
+        from nearfar.lower_native import default_threads, has_lookups, isas_available, read_bandwidth, selected_isa
     except ImportError as error:
         return {"native": False, "why": str(error)}
     threads = env.threads() or default_threads()
@@ -77,6 +77,7 @@ def engine_facts() -> dict[str, Any]:
         "native": True,
         "isa": selected_isa(),
         "isas": isas_available(),
+        "lookups": has_lookups(),
         "threads": threads,
         "kernels": kernels_of(shipped_path()),
         "read_gb_per_s": {n: round(read_bandwidth(n), 1) for n in sorted({1, threads})},
@@ -159,6 +160,8 @@ def engine_lines(engine: dict[str, Any]) -> list[str]:
     held = [f"{k['matrices']} as {kind} ({k['bytes'] / 1e6:.2f} MB)" for kind, k in engine["kernels"].items()]
     if held:
         lines.append(f"          nano's matrices: {', '.join(held)}, each with a kernel of that set")
+    lookups = "has lookups (--lut fast)" if engine["lookups"] else "has no lookups: --lut fast is refused"
+    lines.append(f"          this set {lookups}")
     speeds = [f"{gbs:.1f} GB/s with {n} thread{'s' * (n > 1)}" for n, gbs in engine["read_gb_per_s"].items()]
     return [*lines, f"memory    reads {', '.join(speeds)}"]
 

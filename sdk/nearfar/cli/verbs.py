@@ -47,6 +47,7 @@ def new_parser(verbs: Verbs, name: str, summary: str, *examples: str, detail: st
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("native", "numpy", "llama"), help="force the engine (default: the best)")
     parser.add_argument("--threads", type=whole(1, 256), metavar="N", help="threads of the engine")
+    parser.add_argument("--lut", choices=("off", "fast"), default="off", help="ternary matrices by lookup: not exact")
     parser.add_argument(
         "--n-ctx", type=whole(1, 1 << 24), metavar="N", help="positions of the cache (default: the model's)"
     )
@@ -128,7 +129,7 @@ def open_model(args: argparse.Namespace, model: str) -> LLM:
     """`nano` is the shipped model, anything else the path of a GGUF file."""
     from nearfar.llm import LLM
 
-    return LLM.open(model_path(model), backend=args.backend, threads=args.threads, n_ctx=args.n_ctx)
+    return LLM.open(model_path(model), backend=args.backend, threads=args.threads, n_ctx=args.n_ctx, lut=args.lut)
 
 
 def model_path(model: str) -> Path:

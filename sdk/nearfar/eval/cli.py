@@ -25,6 +25,7 @@ TASKS = ("hwu64", "snips", "clinc150", "sgd", "home")
 EXITS = "exits"
 EXIT_ROWS = 100  # rows of each task that the figures about exits are taken from
 SPEED_ROWS = 20  # rows of each task that are timed with and without exits
+TEXT_TOKENS = 8192
 CALIBRATION_ROWS = 600  # answers of each data set
 
 
@@ -43,7 +44,9 @@ def _add_eval(verbs: Verbs) -> None:
         "nearfar eval nano --data data/ --tasks home,exits --limit 100",
         "nearfar eval nano --data data/ --save answers.jsonl",
         "nearfar eval --data data/ --table answers.jsonl",
-        detail="Greedy answers; every figure with a 95 % interval and its baseline on the same rows.",
+        "nearfar eval model.gguf --text story.txt --lut fast",
+        detail="Greedy answers; every figure with a 95 % interval and its baseline on the same rows. With --text "
+        "only the perplexity of a text, and with --lut fast what lookups add to it: from 0.5 % on, they are not for it.",
     )
     parser.add_argument("model", nargs="?", help="nano, or the path of a GGUF file")
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
@@ -57,6 +60,10 @@ def _add_eval(verbs: Verbs) -> None:
     parser.add_argument("--no-baselines", action="store_true", help="print stored baselines instead of fitting them")
     parser.add_argument("--save", metavar="FILE", help="store the answers (JSON lines)")
     parser.add_argument("--table", metavar="FILE", help="make the table from stored answers, without a model")
+    parser.add_argument("--text", metavar="FILE", help="perplexity of this text (UTF-8, plain or .xz) and nothing else")
+    parser.add_argument(
+        "--tokens", type=whole(2, 1 << 30), default=TEXT_TOKENS, metavar="N", help="of the text (default %(default)s)"
+    )
     add_engine_options(parser)
     parser.set_defaults(run=run_eval)
 
@@ -104,6 +111,8 @@ def run_eval(args: argparse.Namespace) -> int:
     from nearfar.eval.corpora import data_folder
     from nearfar.eval.tasks import load_predictions
 
+    if args.text is not None:
+        return run_text(args)
     if (args.model is None) == (args.table is None):
         raise UsageError("expected a model, or --table with stored answers, and not both")
     started = time.perf_counter()
@@ -122,6 +131,39 @@ def run_eval(args: argparse.Namespace) -> int:
     sections = [s for task in tasks if (s := section(task, predictions, folder, fit=not args.no_baselines))]
     facts["seconds"] = round(time.perf_counter() - started, 1)
     _print(sections + about_exits, facts, args.json)
+    return 0
+
+
+def run_text(args: argparse.Namespace) -> int:
+    """`nearfar eval MODEL --text FILE`: perplexity; with `--lut fast` of both ways to multiply, and the verdict."""
+    from nearfar.eval.perplexity import LutGate, lut_gate, perplexity, read_text, text_ids
+    from nearfar.lower import open_lower
+    from nearfar.options import EngineOptions
+    from nearfar.tokenizer import tokenizer_from_metadata
+    from nearfar.weights import Weights
+
+    if args.model is None:
+        raise UsageError("--text needs a model: nano, or the path of a GGUF file")
+    if args.backend == "llama":
+        raise UsageError("--text runs in nearfar's own engine: expected --backend native or numpy")
+    with Weights.open(model_path(args.model)) as weights:
+        tokenizer = tokenizer_from_metadata(weights.file.metadata)
+        ids = text_ids(tokenizer, read_text(Path(args.text)), args.tokens)
+        exact = open_lower(weights, args.backend, EngineOptions(threads=args.threads))
+        facts: dict[str, Any] = {"model": args.model, "text": args.text, "backend": exact.name, "tokens": len(ids)}
+        if args.lut == "fast":
+            fast = open_lower(weights, args.backend, EngineOptions(threads=args.threads, lut="fast"))
+            gate = lut_gate(exact, fast, ids)
+        else:
+            figure = perplexity(exact, ids)
+            gate = LutGate(len(ids), figure, figure)
+    facts["perplexity"] = round(gate.exact, 4)
+    lines = [f"perplexity {gate.exact:.3f} over {gate.n_tokens} tokens, engine {exact.name}"]
+    if args.lut == "fast":
+        facts |= {"perplexity_lut_fast": round(gate.fast, 4), "rise": round(gate.rise, 6), "passed": gate.passed}
+        verdict = "may run with --lut fast" if gate.passed else "is to run without --lut fast"
+        lines.append(f"by lookup  {gate.fast:.3f}, {100 * gate.rise:+.3f} %: this model {verdict}")
+    print(json.dumps(facts, ensure_ascii=False) if args.json else "\n".join(lines))
     return 0
 
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "bandwidth.h"
+#include "checksum.h"
 #include "errors.h"
 #include "kernels.h"
 #include "model.h"
@@ -34,6 +35,10 @@ using RowsIn = In<float, 2>;
 using RowsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using Bytes = In<uint8_t, 1>;
 using Flag = nb::ndarray<const uint8_t, nb::shape<1>, nb::c_contig, nb::device::cpu>;
+using BytesOut = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+// kind, rows, cols, scale, data, row scales
+using PanelArg = std::tuple<std::string, int64_t, int64_t, float, Bytes, Bytes>;
+using PackedOut = std::tuple<std::string, BytesOut, BytesOut, uint64_t, uint64_t>;
 using TensorArg = std::tuple<uint32_t, int64_t, int64_t, Bytes>;  // type, rows, cols, bytes
 
 RowsView view(const RowsIn& h) {
@@ -58,17 +63,52 @@ RowsOut make_rows(size_t rows, size_t cols, Work work) {
                  nb::capsule(raw, [](void* p) noexcept { delete[] static_cast<float*>(p); }));
 }
 
-// The engine's model beside what it needs of Python: the embedding's bytes stay where they are.
+KeptPanels view(const PanelArg& p) {
+  const auto& [kind, rows, cols, scale, data, row_scales] = p;
+  return {kind_named(kind),
+          rows,
+          cols,
+          scale,
+          {data.data(), data.size()},
+          {row_scales.data(), row_scales.size()}};
+}
+
+// A read-only numpy view of bytes that `owner` keeps alive.
+BytesOut view_of(const AlignedBuffer& bytes, const nb::capsule& owner) {
+  return BytesOut(bytes.data(), {bytes.size()}, owner);
+}
+
+// One tensor packed, with the checksums of data and row scales.
+PackedOut pack_tensor(const TensorArg& tensor, float scale, const std::string& ternary) {
+  auto w = std::make_unique<PackedMat>();
+  uint64_t sums[2];
+  {
+    const nb::gil_scoped_release released;
+    *w = pack(view(tensor), scale, kind_named(ternary));
+    sums[0] = checksum({w->data.data(), w->data.size()});
+    sums[1] = checksum({w->row_scales.data(), w->row_scales.size()});
+  }
+  PackedMat* raw = w.release();
+  const nb::capsule owner(raw, [](void* p) noexcept { delete static_cast<PackedMat*>(p); });
+  return {std::string(kind_name(raw->kind)), view_of(raw->data, owner),
+          view_of(raw->row_scales, owner), sums[0], sums[1]};
+}
+
+// The engine's model beside what it needs of Python: the bytes of embedding and panels stay where
+// they are.
 struct PyModel {
   Bytes embedding;
+  std::map<std::string, PanelArg> panels;
   std::unique_ptr<Model> model;
 };
 
 void make_model(PyModel* self, const ModelSpec& spec,
                 const std::map<std::string, TensorArg>& matrices,
-                const std::map<std::string, In<float, 1>>& vectors, int first, int last,
-                int threads, const std::string& isa, bool lut) {
+                const std::map<std::string, In<float, 1>>& vectors,
+                const std::map<std::string, PanelArg>& panels, int first, int last, int threads,
+                const std::string& isa, bool lut) {
   Tensors tensors;
+  for (const auto& [name, kept] : panels) tensors.panels[name] = view(kept);
   for (const auto& [name, tensor] : matrices) tensors.matrices[name] = view(tensor);
   for (const auto& [name, values] : vectors) tensors.vectors[name] = {values.data(), values.size()};
   std::unique_ptr<Model> model;
@@ -77,7 +117,7 @@ void make_model(PyModel* self, const ModelSpec& spec,
     model = std::make_unique<Model>(spec, tensors,
                                     ModelOptions{first, last, threads, kernels(isa), lut});
   }
-  new (self) PyModel{std::get<3>(matrices.at("token_embd.weight")), std::move(model)};
+  new (self) PyModel{std::get<3>(matrices.at("token_embd.weight")), panels, std::move(model)};
 }
 
 // One packed matrix, for tests and benchmarks of the kernels.
@@ -116,6 +156,27 @@ NB_MODULE(_core, m) {
       "threads"_a, "n_bytes"_a, "n_passes"_a = 5,
       "GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.");
 
+  m.attr("PANEL_VERSION") = kPanelVersion;
+  m.def(
+      "ternary_kind",
+      [](const std::string& isa, bool lut, int64_t n_weights) {
+        return std::string(kind_name(ternary_kind(kernels(isa), lut, n_weights)));
+      },
+      "isa"_a, "lut"_a, "n_weights"_a,
+      "The panels of ternary matrices in a model with as many ternary weights.");
+  m.def("pack", &pack_tensor, "tensor"_a, "scale"_a, "ternary"_a,
+        "(type, rows, cols, bytes) -> kind, panels u8, row scales u8, the checksums of both.");
+  m.def(
+      "checksums",
+      [](const std::vector<Bytes>& parts, int threads) {
+        std::vector<std::span<const uint8_t>> spans;
+        for (const Bytes& part : parts) spans.emplace_back(part.data(), part.size());
+        const nb::gil_scoped_release released;
+        ThreadPool pool(threads);
+        return checksums(spans, pool);
+      },
+      "parts"_a, "threads"_a, "One checksum for each of `parts`, at the speed of memory.");
+
   nb::class_<ModelSpec>(m, "ModelSpec", "Sizes and variants of one model; immutable.")
       .def(
           "__init__",
@@ -152,12 +213,14 @@ NB_MODULE(_core, m) {
       .def_prop_ro("max_len", [](const KvCache& kv) { return kv.shape().max_len; });
 
   nb::class_<PyModel>(m, "Model", "Layers [first, last) of a model, packed for `isa`.")
-      .def("__init__", &make_model, "spec"_a, "matrices"_a, "vectors"_a, "first"_a, "last"_a,
-           "threads"_a, "isa"_a = "", "lut"_a = false,
-           "matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the "
-           "gains of the heads as \"final\" and \"exit.{layer}\".  Only the bytes of the embedding "
-           "are referred to later.  lut: ternary matrices multiply by lookup, near the exact "
-           "product.")
+      .def(
+          "__init__", &make_model, "spec"_a, "matrices"_a, "vectors"_a, "panels"_a, "first"_a,
+          "last"_a, "threads"_a, "isa"_a = "", "lut"_a = false,
+          "matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the "
+          "gains of the heads as \"final\" and \"exit.{layer}\"; panels: GGUF name -> (kind, rows, "
+          "cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the "
+          "embedding and of the panels are referred to later.  lut: ternary matrices multiply by "
+          "lookup, near the exact product.")
       .def_prop_ro("isa", [](const PyModel& self) { return std::string(self.model->isa()); })
       .def_prop_ro("n_threads", [](const PyModel& self) { return self.model->n_threads(); })
       .def(

@@ -2,7 +2,6 @@
 
 #include <new>
 #include <stdexcept>
-#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -31,8 +30,8 @@ AlignedBuffer::AlignedBuffer(size_t size) : size_(size) {
 #endif
 }
 
-AlignedBuffer::AlignedBuffer(std::span<const uint8_t> bytes, std::shared_ptr<const void> keeper)
-    : keeper_(std::move(keeper)), data_(const_cast<uint8_t*>(bytes.data())), size_(bytes.size()) {
+AlignedBuffer::AlignedBuffer(std::span<const uint8_t> bytes)
+    : data_(const_cast<uint8_t*>(bytes.data())), size_(bytes.size()) {
   if (reinterpret_cast<uintptr_t>(data_) % kCacheLine != 0) {
     throw std::invalid_argument("borrowed bytes: expected them to begin at a multiple of 64");
   }

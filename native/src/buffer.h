@@ -14,9 +14,9 @@ class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t size);
-  // Stands on `bytes`, which live as long as `keeper` does.  Throws std::invalid_argument unless
-  // they begin at a multiple of 64.
-  AlignedBuffer(std::span<const uint8_t> bytes, std::shared_ptr<const void> keeper);
+  // Stands on `bytes`, which must outlive it.  Throws std::invalid_argument unless they begin at a
+  // multiple of 64.
+  explicit AlignedBuffer(std::span<const uint8_t> bytes);
 
   uint8_t* data() { return data_; }  // of borrowed bytes, nothing may be written
   const uint8_t* data() const { return data_; }
@@ -28,7 +28,6 @@ class AlignedBuffer {
     void operator()(uint8_t* p) const;
   };
   std::unique_ptr<uint8_t[], Free> owned_;
-  std::shared_ptr<const void> keeper_;
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };

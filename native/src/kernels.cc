@@ -9,6 +9,8 @@
 namespace nearfar {
 namespace {
 
+constexpr int64_t kCacheBytes = 16 << 20;  // of weights that may stay in a cache between two tokens
+
 struct Lookups {
   Matmul* matmul = nullptr;
   LutTables* tables = nullptr;
@@ -81,6 +83,11 @@ const Kernels& kernels(std::string_view isa) {
   if (best) return best->kernels;
   throw std::invalid_argument("no kernels for isa \"" + std::string(isa) +
                               "\": this CPU and build have " + joined(isas_available()));
+}
+
+PanelKind ternary_kind(const Kernels& k, bool lut, int64_t n_weights) {
+  if (lut) return PanelKind::kL3;
+  return k.five_trits && n_weights / 4 > kCacheBytes ? PanelKind::kT5 : PanelKind::kI2;
 }
 
 void matmul(const Kernels& k, const PackedMat& w, const Rows& x, int64_t first, int64_t last,

@@ -28,6 +28,10 @@ const Kernels& kernels(std::string_view isa = "");
 // Names that kernels() takes here, worst first.
 std::vector<std::string_view> isas_available();
 
+// The panels of ternary matrices for these kernels; `n_weights` counts those of the whole model.
+// Out of memory the fewest bytes win, out of a cache the 2-bit codes: they need less arithmetic.
+PanelKind ternary_kind(const Kernels& k, bool lut, int64_t n_weights);
+
 // y[i, n] for all rows i of x and the rows n of panels [first, last): the unit of work of a thread.
 // y is the whole output, [x.m, w.rows], row stride ldy. Throws std::invalid_argument when shapes,
 // grain or the panel range do not fit.

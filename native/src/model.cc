@@ -14,7 +14,6 @@ constexpr int64_t kChunkRows = 128;  // rows that scratch is made for; longer in
 constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes at a time
 constexpr int64_t kAloneBelow =
     64 << 10;  // bytes of panels times rows that a second thread does not speed up
-constexpr int64_t kCacheBytes = 16 << 20;  // of weights that may stay in a cache between two tokens
 // Rows whose tables stay in L2 while all panels pass by: 32 of 6912 numbers are 1.2 MB.
 constexpr int64_t kLookupRows = 32;
 constexpr int64_t kLookupPanels = 2;      // at least, of a chunk: they share reads of the tables
@@ -85,6 +84,18 @@ class Reader {
                                   " numbers: expected " + std::to_string(n));
     }
     return {v.begin(), v.end()};
+  }
+
+  // What was packed before of the matrix `raw`, or null.
+  const KeptPanels* panels(const std::string& name, const RawTensor& raw, float scale) const {
+    const auto found = tensors_.panels.find(name);
+    if (found == tensors_.panels.end()) return nullptr;
+    const KeptPanels& kept = found->second;
+    if (kept.rows != raw.rows || kept.cols != raw.cols || kept.scale != scale) {
+      throw std::invalid_argument(name + ": the panels of " + shape_text(kept.rows, kept.cols) +
+                                  " are those of another matrix");
+    }
+    return &kept;
   }
 
   bool has_matrix(const std::string& name) const { return tensors_.matrices.contains(name); }
@@ -166,23 +177,22 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
   frequencies_ = rope_frequencies(spec.rope_base, spec.head_dim,
                                   reader.optional("rope_freqs.weight", spec.head_dim / 2));
 
-  // Out of memory the fewest bytes win, out of a cache the 2-bit codes: they need less arithmetic.
   int64_t ternary_weights = 0;
   for (const auto& [to, raw] : to_pack) {
     if (is_ternary(raw.type)) ternary_weights += raw.rows * raw.cols;
   }
-  const PanelKind ternary = options.lut ? PanelKind::kL3
-                            : kernels_.five_trits && ternary_weights / 4 > kCacheBytes
-                                ? PanelKind::kT5
-                                : PanelKind::kI2;
+  const PanelKind ternary = ternary_kind(kernels_, options.lut, ternary_weights);
 
   pool_.run(static_cast<int64_t>(to_pack.size()), [&](int64_t i, int) {
     auto& [to, raw] = to_pack[i];
-    const std::vector<float> scale = reader.optional(to->name + ".scale", 1);
+    const std::string name = to->name + ".weight";
+    const std::vector<float> scales = reader.optional(to->name + ".scale", 1);
+    const float scale = scales.empty() ? 1.0f : scales[0];
+    const KeptPanels* kept = reader.panels(name, raw, scale);
     try {
-      to->weight = pack(raw, scale.empty() ? 1.0f : scale[0], ternary);
+      to->weight = kept != nullptr ? packed_from(*kept) : pack(raw, scale, ternary);
     } catch (const std::invalid_argument& error) {
-      throw std::invalid_argument(to->name + ".weight: " + error.what());
+      throw std::invalid_argument(name + ": " + error.what());
     }
   });
 

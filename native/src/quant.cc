@@ -293,6 +293,13 @@ std::string_view kind_name(PanelKind kind) {
   return kNames[static_cast<int>(kind)];
 }
 
+PanelKind kind_named(std::string_view name) {
+  for (int i = 0; i < kPanelKinds; ++i) {
+    if (kind_name(static_cast<PanelKind>(i)) == name) return static_cast<PanelKind>(i);
+  }
+  throw std::invalid_argument("a packed matrix: expected a known kind");
+}
+
 int PackedMat::grain() const { return form(kind).grain; }
 
 Panels PackedMat::view() const {
@@ -334,13 +341,12 @@ PackedMat pack(const RawTensor& w, float scale, PanelKind ternary) {
   throw std::invalid_argument("unreachable: block_shape names every type");
 }
 
-PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, AlignedBuffer data,
-                      AlignedBuffer row_scales) {
+PackedMat packed_from(const KeptPanels& kept) {
   const auto expect = [](bool fine, const char* what) {
     if (!fine) throw std::invalid_argument(std::string("a packed matrix: expected ") + what);
   };
+  const auto& [kind, rows, cols, scale, data, row_scales] = kept;
   constexpr int64_t kMost = int64_t{1} << 40;  // rows * cols * 4 bytes stay within int64
-  expect(static_cast<int>(kind) < kPanelKinds, "a known kind");
   expect(rows >= 1 && cols >= 1 && cols < kMost && rows < kMost / cols, "rows and columns");
   const int grain = form(kind).grain;
   const int block = grain == kGrainFloat ? 1 : grain == 32 ? 32 : 256;
@@ -353,13 +359,11 @@ PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, A
   m.cols = cols;
   m.scale = scale;
   m.panel_bytes = bytes_per_panel(kind, cols);
-  const bool has_row_scales = form(kind).scheme == Scheme::kRow;
-  expect(static_cast<int64_t>(data.size()) == m.n_panels() * m.panel_bytes, "whole panels");
-  expect(static_cast<int64_t>(row_scales.size()) ==
-             (has_row_scales ? m.n_panels() * kPanelRows * static_cast<int64_t>(sizeof(float)) : 0),
-         "a scale for each row of its panels");
-  m.data = std::move(data);
-  m.row_scales = std::move(row_scales);
+  const size_t n_scales = form(kind).scheme == Scheme::kRow ? m.n_panels() * kPanelRows : 0;
+  expect(data.size() == static_cast<size_t>(m.n_panels() * m.panel_bytes), "whole panels");
+  expect(row_scales.size() == n_scales * sizeof(float), "a scale for each row of its panels");
+  m.data = AlignedBuffer(data);
+  if (n_scales > 0) m.row_scales = AlignedBuffer(row_scales);
   return m;
 }
 

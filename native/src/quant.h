@@ -62,6 +62,7 @@ struct PackedMat {
 
 constexpr const Form& form(PanelKind kind) { return kForms[static_cast<int>(kind)]; }
 std::string_view kind_name(PanelKind kind);
+PanelKind kind_named(std::string_view name);  // throws std::invalid_argument on any other name
 
 // Repacks a tensor. `scale` multiplies every product (the `.scale` tensors of some files).
 // `ternary` is taken where all rows have one scale each and no code 3 (+2): kT5 has fewest bytes,
@@ -70,11 +71,21 @@ std::string_view kind_name(PanelKind kind);
 // with d = 0 counts as all zero, whatever its codes.
 PackedMat pack(const RawTensor& w, float scale = 1.0f, PanelKind ternary = PanelKind::kI2);
 
-// A matrix on bytes that `pack` made before and somebody kept: `row_scales` is empty for kinds that
-// have none.  Throws std::invalid_argument on sizes other than those of the kind; what the bytes
-// say is not looked at, and no value in them leads a kernel outside of them.
-PackedMat packed_from(PanelKind kind, int64_t rows, int64_t cols, float scale, AlignedBuffer data,
-                      AlignedBuffer row_scales);
+// Raise it with any change of what `pack` writes: panels that were kept are then packed again.
+constexpr int kPanelVersion = 1;
+
+// What `pack` made before, kept by somebody: in a file, say.
+struct KeptPanels {
+  PanelKind kind;
+  int64_t rows, cols;
+  float scale;
+  std::span<const uint8_t> data, row_scales;  // row_scales is empty for kinds that have none
+};
+
+// The matrix on those bytes, which must outlive it.  Throws std::invalid_argument on sizes other
+// than those of the kind, or bytes that do not begin at a multiple of 64.  What the bytes say is
+// not looked at: no value in them leads a kernel outside of them.
+PackedMat packed_from(const KeptPanels& kept);
 
 // out[cols] = row `row` of a packed matrix, without its `scale`: what the panels say. For tests and
 // tools.

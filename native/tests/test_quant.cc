@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
 
 #include "activations.h"
 #include "made_tensor.h"
@@ -111,34 +110,37 @@ TEST_CASE("a packed matrix holds the values of the file") {
 TEST_CASE("a packed matrix stands on kept bytes as on its own") {
   for (TensorType type : kTypes) {
     const MadeTensor t = make_tensor(type, 65, columns(type)[1], 7);
-    const auto made = std::make_shared<const PackedMat>(pack(t.raw(), 0.5f));
-    const auto borrow = [&](const AlignedBuffer& b) {
-      return AlignedBuffer({b.data(), b.size()}, made);
-    };
-    const auto again = [&](int64_t rows, int64_t cols) {
-      return packed_from(made->kind, rows, cols, 0.5f, borrow(made->data),
-                         borrow(made->row_scales));
-    };
-    const PackedMat m = again(t.rows, t.cols);
-    CHECK(m.data.data() == made->data.data());
+    const PackedMat made = pack(t.raw(), 0.5f);
+    const KeptPanels kept = {kind_named(kind_name(made.kind)),
+                             t.rows,
+                             t.cols,
+                             0.5f,
+                             {made.data.data(), made.data.size()},
+                             {made.row_scales.data(), made.row_scales.size()}};
+    const PackedMat m = packed_from(kept);
+    CHECK(m.data.data() == made.data.data());
     CHECK(m.view().scale == 0.5f);
     CHECK_MESSAGE(unpack(m) == dequantize(t), t.name());
     // Sizes that are not those of the bytes.
-    CHECK_THROWS_AS(again(t.rows - 1, t.cols), std::invalid_argument);
-    CHECK_THROWS_AS(again(t.rows, t.cols + 256), std::invalid_argument);
-    CHECK_THROWS_AS(again(t.rows, 0), std::invalid_argument);
-    CHECK_THROWS_AS(again(int64_t{1} << 40, int64_t{1} << 40), std::invalid_argument);
-    if (block_shape(type).weights > 1) {
-      CHECK_THROWS_AS(again(t.rows, t.cols + 1), std::invalid_argument);
-    }
-    CHECK_THROWS_AS(packed_from(static_cast<PanelKind>(kPanelKinds), t.rows, t.cols, 0.5f,
-                                borrow(made->data), borrow(made->row_scales)),
-                    std::invalid_argument);
-    CHECK_THROWS_AS(
-        packed_from(made->kind, t.rows, t.cols, NAN, borrow(made->data), borrow(made->row_scales)),
-        std::invalid_argument);
-    CHECK_THROWS_AS(AlignedBuffer({made->data.data() + 1, 63}, made), std::invalid_argument);
+    const auto refused = [&](auto change) {
+      KeptPanels changed = kept;
+      change(changed);
+      CHECK_THROWS_AS(packed_from(changed), std::invalid_argument);
+    };
+    refused([](KeptPanels& k) { k.rows -= 1; });
+    refused([](KeptPanels& k) { k.rows += 64; });
+    refused([](KeptPanels& k) { k.cols += 256; });
+    refused([](KeptPanels& k) { k.cols = 0; });
+    refused([](KeptPanels& k) { k.rows = k.cols = int64_t{1} << 40; });
+    refused([](KeptPanels& k) { k.scale = NAN; });
+    refused([](KeptPanels& k) { k.data = k.data.subspan(1); });
+    refused([](KeptPanels& k) { k.data = k.data.first(k.data.size() - 64); });
+    refused([](KeptPanels& k) {
+      k.row_scales = k.row_scales.empty() ? k.data.first(64) : k.row_scales.first(64);
+    });
+    if (block_shape(type).weights > 1) refused([](KeptPanels& k) { k.cols += 1; });
   }
+  CHECK_THROWS_AS(kind_named("i3"), std::invalid_argument);
 }
 
 TEST_CASE("five trits a byte, where they are allowed, every row has one scale and no code is 3") {

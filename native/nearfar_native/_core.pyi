@@ -1,6 +1,6 @@
 """The C++ engine of nearfar.  Use it through nearfar.lower_native."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import numpy
@@ -38,6 +38,17 @@ def read_bandwidth(threads: int, n_bytes: int, n_passes: int = 5) -> float:
     GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.
     """
 
+def panel_layout(isa: str = '') -> str:
+    """All that the bytes of panels depend on beside their tensor."""
+
+def pack(tensor: tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], scale: float, isa: str = '') -> tuple[str, Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], int, int]:
+    """
+    (type, rows, cols, bytes) -> kind, panels u8, row scales u8, the checksums of both.
+    """
+
+def checksums(parts: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], threads: int) -> list[int]:
+    """One checksum for each of `parts`, at the speed of memory."""
+
 class ModelSpec:
     """Sizes and variants of one model; immutable."""
 
@@ -67,9 +78,9 @@ class KVCache:
 class Model:
     """Layers [first, last) of a model, packed for `isa`."""
 
-    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], first: int, last: int, threads: int, isa: str = '', lut: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '') -> None:
         """
-        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}".  Only the bytes of the embedding are referred to later.  lut: ternary matrices multiply by lookup, near the exact product.
+        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}"; panels: GGUF name -> (kind, rows, cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the embedding and of the panels are referred to later.
         """
 
     @property
@@ -101,7 +112,7 @@ class Model:
 class Matrix:
     """One packed matrix, for tests and benchmarks of the kernels."""
 
-    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '', lut: bool = False) -> None: ...
+    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '') -> None: ...
 
     @property
     def kind(self) -> str: ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from nearfar.errors import ConfigError
 
@@ -11,6 +13,8 @@ VARIABLES = {
     "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 4 checksums per layer; where an unexpected error was",
     "NEARFAR_ISA": "force the kernels: ref, avx2, avx512 (default: the best that the CPU has)",
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
+    "NEARFAR_CACHE": "where packed matrices stay: auto (default: beside the model), off, or a folder",
+    "XDG_CACHE_HOME": "the user's cache folder (default: ~/.cache), used where beside the model cannot be written",
     "NEARFAR_BACKEND": "force the engine: native, numpy, llama (default: native if built)",
     "NEARFAR_DATA": "folder of the corpora for `nearfar train` and `nearfar eval`",
     "NO_COLOR": "any value: no colours in the terminal (no-color.org)",
@@ -51,6 +55,23 @@ def isa() -> str | None:
 def threads() -> int | None:
     """The number of engine threads to use, or None to choose."""
     return _whole("NEARFAR_THREADS", 1, 256)
+
+
+def cache() -> str | None:
+    """Where packed matrices stay, or None for the default."""
+    return os.environ.get("NEARFAR_CACHE") or None
+
+
+def user_cache_dir() -> Path:
+    """The folder for what can be made again."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "nearfar"
+    home = Path(os.path.expanduser("~"))
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "nearfar"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "nearfar" / "cache"
+    return home / ".cache" / "nearfar"
 
 
 def backend() -> str | None:

@@ -11,6 +11,7 @@ Strings are a u64 length and bytes; `ne[0]` runs fastest; offsets count from the
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import mmap
 import os
@@ -18,6 +19,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -219,6 +221,7 @@ class GGUFFile:
         self.tensors = tensors
         self._spans = spans  # of each key's value, its type included
         self._bytes: NDArray[np.uint8] | None = None
+        self._mtime_ns = 0
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
@@ -227,10 +230,31 @@ class GGUFFile:
         Raises FileError (missing, unreadable, not a plain file, empty) or GGUFError (not GGUF, damaged).
         """
         path = Path(path)
-        data = _map(path)
+        data, mtime_ns = _map(path)
         file = cls(path, *_parse(data, path))
-        file._bytes = np.frombuffer(data, dtype=np.uint8)
+        file._bytes, file._mtime_ns = np.frombuffer(data, dtype=np.uint8), mtime_ns
         return file
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """32 bytes that change with the file, in some milliseconds: for what is derived from it and kept.
+
+        A digest of size, time of the last change (ns), the whole header with the tensor table, and four samples of 64
+        bytes from every tensor.  The time tells any ordinary change.  Where files are copied with their times, or all
+        times are set to one (reproducible images), the samples tell: training, merging and quantizing touch nearly
+        every block of a tensor.  Only who edits a few weights in place and sets the time back goes unnoticed; that is
+        the price of not reading a gigabyte.  (Change time and inode would tell even that, but they differ after every
+        copy, and a model could not travel with what belongs to it.)
+        """
+        assert self._bytes is not None, "the file is closed"
+        start = min((t.offset for t in self.tensors.values()), default=self._bytes.size)
+        digest = hashlib.blake2b(struct.pack("<QQ", self._bytes.size, self._mtime_ns & (1 << 64) - 1), digest_size=32)
+        digest.update(self._bytes[:start].data)
+        for t in self.tensors.values():
+            for i in range(4):
+                at = t.offset + i * max(t.n_bytes - 64, 0) // 3
+                digest.update(self._bytes[at : min(at + 64, t.offset + t.n_bytes)].data)
+        return digest.digest()
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor, u8 [n_bytes], read-only; they stay valid after `close`.
@@ -267,16 +291,17 @@ class GGUFFile:
         self.close()
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map(path: Path) -> tuple[mmap.mmap, int]:
+    """The file's bytes, and when it was last changed (ns)."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # looked at before opening: opening a pipe would wait forever
             kind = "a folder" if path.is_dir() else "not a plain file"
             raise FileError(f"{path} is {kind}: expected a GGUF file")
         with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            if size == 0:
+            found = os.fstat(f.fileno())
+            if found.st_size == 0:
                 raise FileError(f"{path} is empty: expected a GGUF file")
-            return mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+            return mmap.mmap(f.fileno(), found.st_size, access=mmap.ACCESS_READ), found.st_mtime_ns
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path, or the file shrank before it was mapped

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from nearfar.forms import Part
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import open_lower
 from nearfar.options import EngineOptions, Lut
+from nearfar.panel_store import vouches_for
 from nearfar.sampling import Sampling
 from nearfar.sequence import Sequence
 from nearfar.speculate import MAX_DRAFTS, Speculative
@@ -113,6 +115,7 @@ class LLM:
         n_ctx: int | None = None,
         kv_dtype: KVDtype = "f16",
         lut: Lut = "off",
+        cache: str | Path | None = None,
     ) -> LLM:
         """Open a GGUF file.
 
@@ -120,10 +123,12 @@ class LLM:
         for the best one: ours, or llama-cpp-python for an architecture or tensor type that ours does not run.
         `n_ctx`: positions to keep at most (default: what the model was trained for).
         `lut`: "fast" multiplies ternary matrices by table lookup: faster, near the exact answer and not equal to it.
+        `cache`: where the native engine keeps packed matrices for the next time: "auto" (beside the model, else in the
+        user's cache folder; small models are packed at once), "off", or a folder.
         Raises FileError, UnsupportedError, MissingExtraError.
         """
         backend, path = backend or env.backend(), Path(path)
-        options = EngineOptions(threads=threads, lut=lut)
+        options = EngineOptions(threads=threads, lut=lut, cache=cache or env.cache())
         if backend == "llama":
             if lut != "off":
                 raise UsageError(f"lut={lut!r} belongs to nearfar's own engine: leave it out, or backend 'llama'")
@@ -143,7 +148,7 @@ class LLM:
     def _open_own(
         cls, path: Path, backend: str | None, options: EngineOptions, n_ctx: int | None, kv_dtype: KVDtype
     ) -> LLM:
-        weights = Weights.open(path)
+        weights = Weights.open(path, vouched=None if backend == "numpy" else partial(vouches_for, cache=options.cache))
         config = weights.config
         max_len = config.n_ctx if n_ctx is None else n_ctx
         if max_len < 2:

@@ -71,11 +71,13 @@ class Lower(Protocol):
 def open_lower(weights: Weights, backend: str | None = None, options: EngineOptions | None = None) -> Lower:
     """The engine for these weights: "native", "numpy", or the better one that is there (`backend=None`).
 
-    NEARFAR_BACKEND and NEARFAR_THREADS stand in for what is None; the reference has one thread.
+    NEARFAR_BACKEND, NEARFAR_THREADS and NEARFAR_CACHE stand in for what is None; the reference has one thread.
     """
     options = options or EngineOptions()
     if options.threads is None:
         options = replace(options, threads=env.threads())
+    if options.cache is None:
+        options = replace(options, cache=env.cache())
     lower = _open(weights, backend or env.backend(), options)
     if level := env.debug_level():
         from nearfar.traced import TracedLower

@@ -21,7 +21,9 @@ from nearfar.kv_cache import KVDtype
 from nearfar.lower import KV
 from nearfar.lower_numpy import check_ids
 from nearfar.options import EngineOptions
-from nearfar.weights import Weights
+from nearfar.panel_file import Panels
+from nearfar.panel_store import open_panels
+from nearfar.weights import Weights, layer_tensors
 from nearfar_native import _core
 
 Array = NDArray[np.float32]
@@ -89,8 +91,8 @@ class NativeKV:
 class NativeLower:
     """`Lower` in C++: layers [first, last) of a model (default: all), packed for the best kernels of this CPU.
 
-    NEARFAR_ISA forces the kernels.  `weights` must stay open: embeddings are read from its file.  Raises ConfigError
-    for an ISA that the CPU lacks, UsageError for a bad range.
+    NEARFAR_ISA forces the kernels; `cache` says what the panel store did.  `weights` must stay open: embeddings are
+    read from its file.  Raises ConfigError for an ISA that the CPU lacks, UsageError for a bad range.
     """
 
     name = "native"
@@ -102,6 +104,7 @@ class NativeLower:
         self.config: ModelConfig = weights.config
         self.first, self.last = first, self.config.n_layers if last is None else last
         tensors = weights.file.tensors
+        self.n_threads = self.options.threads or _core.default_threads()
         matrices = {}
         for name in (name for name, info in tensors.items() if len(info.shape) == 2):
             kind, (rows, cols), raw = weights.raw(name)
@@ -109,26 +112,47 @@ class NativeLower:
         vectors = {name: weights.f32(name) for name, info in tensors.items() if len(info.shape) == 1}
         vectors |= {head: weights.norm_gain(head) for head in ("final", *weights.exit_names)}
         isa = selected_isa()
+
+        def pack(name: str) -> tuple[Panels, tuple[int, int]]:
+            scale = vectors.get(f"{name.removesuffix('.weight')}.scale")
+            _, rows, cols, _ = matrices[name]
+            factor = 1.0 if scale is None else float(scale[0])
+            kind, data, row_scales, *sums = _core.pack(matrices[name], factor, isa)
+            return Panels(kind, rows, cols, factor, data, row_scales), (sums[0], sums[1])
+
         with _our_errors():
+            panels, self.cache = open_panels(
+                weights.file,
+                self._packed_names(),
+                _core.panel_layout(isa),
+                (self.first, self.last),
+                self.options.cache,
+                pack,
+                lambda parts: _core.checksums(parts, self.n_threads),
+                self.n_threads,
+            )
             self._model = _core.Model(
                 _spec(self.config),
                 matrices,
                 vectors,
+                {n: (p.kind, p.rows, p.cols, p.scale, p.data, p.row_scales) for n, p in panels.items()},
                 self.first,
                 self.last,
-                self.options.threads or _core.default_threads(),
+                self.n_threads,
                 isa,
                 self.options.lut == "fast",
             )
+
+    def _packed_names(self) -> list[str]:
+        """The matrices that the engine reads for a token: those of its layers, and the head."""
+        tensors, layers = self.weights.file.tensors, range(self.first, self.last)
+        matrices = [name for i in layers for name in layer_tensors(self.config, i) if len(tensors[name].shape) == 2]
+        return [*matrices, self.weights.head_name]
 
     @property
     def isa(self) -> str:
         """The kernels in use: "ref", "avx2" or "avx512"."""
         return self._model.isa
-
-    @property
-    def n_threads(self) -> int:
-        return self._model.n_threads
 
     def panels(self) -> list[Panel]:
         """Each packed matrix; a token reads the bytes of all of them."""

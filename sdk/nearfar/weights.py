@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import numpy as np
@@ -31,8 +31,11 @@ class Weights:
         self.config = config
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Weights:
+    def open(cls, path: str | os.PathLike[str], *, vouched: Callable[[GGUFFile], bool] | None = None) -> Weights:
         """Open a GGUF file and check presence, shape, type and scales of every tensor against its own header.
+
+        `vouched(file)` tells whether the matrices of this very file were found finite before: a pass over all of it
+        that is then not made again.
 
         Raises FileError and GGUFError (the container), WeightsError (tensor, expected, found), UnsupportedError (an
         architecture, a tensor type or a split file that this engine does not run).
@@ -40,7 +43,7 @@ class Weights:
         file = GGUFFile.open(path)
         try:
             config = _read_config(file)
-            _check(file, config)
+            _check(file, config, vouched is not None and vouched(file))
         except (WeightsError, UnsupportedError) as e:
             raise type(e)(f"{file.path}: {str(e).removeprefix(f'{file.path}: ')}") from None
         return cls(file, config)
@@ -137,7 +140,7 @@ def optional_tensors(c: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _check(file: GGUFFile, c: ModelConfig) -> None:
+def _check(file: GGUFFile, c: ModelConfig, vouched: bool) -> None:
     needed: dict[str, Shape] = {"token_embd.weight": (c.n_vocab, c.d_model), "output_norm.weight": (c.d_model,)}
     for i in range(c.n_layers):
         needed |= layer_tensors(c, i)
@@ -151,7 +154,7 @@ def _check(file: GGUFFile, c: ModelConfig) -> None:
     for name in _unknown_parts(file, c, known):
         raise WeightsError(f"tensor {name} has no place in a {c.arch} model of {c.n_layers} layers")
     for name, shape in known.items():
-        _check_tensor(file, name, shape)
+        _check_tensor(file, name, shape, vouched and len(shape) == 2)
     _check_exits(file, c)
 
 
@@ -162,13 +165,14 @@ def _unknown_parts(file: GGUFFile, c: ModelConfig, known: dict[str, Shape]) -> I
             yield name
 
 
-def _check_tensor(file: GGUFFile, name: str, shape: Shape) -> None:
+def _check_tensor(file: GGUFFile, name: str, shape: Shape, is_finite: bool) -> None:
     info = file.tensors[name]
     if info.shape != shape:
         raise WeightsError(f"{name} is {list(info.shape)}, the header wants {list(shape)}; exported for another model?")
     if len(shape) == 1 and info.type in READABLE and info.type not in FLOATS:
         raise WeightsError(f"{name} is {info.type.name}: expected F32, F16 or BF16 for a vector")
-    if not all_finite(file.raw(name), info.type, shape):
+    raw = file.raw(name)
+    if not is_finite and not all_finite(raw, info.type, shape):
         raise WeightsError(f"{name} holds a {'number' if info.type in FLOATS else 'scale'} that is not finite")
 
 

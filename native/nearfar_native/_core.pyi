@@ -38,10 +38,14 @@ def read_bandwidth(threads: int, n_bytes: int, n_passes: int = 5) -> float:
     GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.
     """
 
-def panel_layout(isa: str = '') -> str:
-    """All that the bytes of panels depend on beside their tensor."""
+PANEL_VERSION: int = 1
 
-def pack(tensor: tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], scale: float, isa: str = '') -> tuple[str, Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], int, int]:
+def ternary_kind(isa: str, lut: bool, n_weights: int) -> str:
+    """
+    The panels of ternary matrices in a model with as many ternary weights.
+    """
+
+def pack(tensor: tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], scale: float, ternary: str) -> tuple[str, Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], int, int]:
     """
     (type, rows, cols, bytes) -> kind, panels u8, row scales u8, the checksums of both.
     """
@@ -78,9 +82,9 @@ class KVCache:
 class Model:
     """Layers [first, last) of a model, packed for `isa`."""
 
-    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '') -> None:
+    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '', lut: bool = False) -> None:
         """
-        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}"; panels: GGUF name -> (kind, rows, cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the embedding and of the panels are referred to later.
+        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}"; panels: GGUF name -> (kind, rows, cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the embedding and of the panels are referred to later.  lut: ternary matrices multiply by lookup, near the exact product.
         """
 
     @property
@@ -112,7 +116,7 @@ class Model:
 class Matrix:
     """One packed matrix, for tests and benchmarks of the kernels."""
 
-    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '') -> None: ...
+    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '', lut: bool = False) -> None: ...
 
     @property
     def kind(self) -> str: ...

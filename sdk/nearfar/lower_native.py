@@ -22,11 +22,13 @@ from nearfar.lower import KV
 from nearfar.lower_numpy import check_ids
 from nearfar.options import EngineOptions
 from nearfar.panel_file import Panels
-from nearfar.panel_store import open_panels
-from nearfar.weights import Weights, layer_tensors
+from nearfar.panel_store import CacheState, open_panels
+from nearfar.quant import TERNARY
+from nearfar.weights import Weights
 from nearfar_native import _core
 
 Array = NDArray[np.float32]
+Matrix = tuple[int, int, int, NDArray[np.uint8]]  # type, rows, cols, bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +114,8 @@ class NativeLower:
         vectors = {name: weights.f32(name) for name, info in tensors.items() if len(info.shape) == 1}
         vectors |= {head: weights.norm_gain(head) for head in ("final", *weights.exit_names)}
         isa = selected_isa()
-
-        def pack(name: str) -> tuple[Panels, tuple[int, int]]:
-            scale = vectors.get(f"{name.removesuffix('.weight')}.scale")
-            _, rows, cols, _ = matrices[name]
-            factor = 1.0 if scale is None else float(scale[0])
-            kind, data, row_scales, *sums = _core.pack(matrices[name], factor, isa)
-            return Panels(kind, rows, cols, factor, data, row_scales), (sums[0], sums[1])
-
         with _our_errors():
-            panels, self.cache = open_panels(
-                weights.file,
-                self._packed_names(),
-                _core.panel_layout(isa),
-                (self.first, self.last),
-                self.options.cache,
-                pack,
-                lambda parts: _core.checksums(parts, self.n_threads),
-                self.n_threads,
-            )
+            panels, self.cache = self._open_panels(matrices, vectors, isa)
             self._model = _core.Model(
                 _spec(self.config),
                 matrices,
@@ -143,11 +128,34 @@ class NativeLower:
                 self.options.lut == "fast",
             )
 
-    def _packed_names(self) -> list[str]:
-        """The matrices that the engine reads for a token: those of its layers, and the head."""
-        tensors, layers = self.weights.file.tensors, range(self.first, self.last)
-        matrices = [name for i in layers for name in layer_tensors(self.config, i) if len(tensors[name].shape) == 2]
-        return [*matrices, self.weights.head_name]
+    def _open_panels(
+        self, matrices: dict[str, Matrix], vectors: dict[str, Array], isa: str
+    ) -> tuple[dict[str, Panels], CacheState]:
+        """What the store keeps of the matrices that a token reads: those of the layers, and the head."""
+        if not 0 <= self.first < self.last <= self.config.n_layers:
+            n = self.config.n_layers
+            raise UsageError(f"layers [{self.first}, {self.last}): the model has [0, {n})")
+        layers = [f"blk.{i}." for i in range(self.first, self.last)]
+        names = [n for n in matrices if n.startswith(tuple(layers)) or n == self.weights.head_name]
+        n_ternary = sum(matrices[n][1] * matrices[n][2] for n in names if matrices[n][0] in TERNARY)
+        ternary = _core.ternary_kind(isa, False, n_ternary)
+
+        def pack(name: str) -> tuple[Panels, tuple[int, int]]:
+            found = vectors.get(f"{name.removesuffix('.weight')}.scale")
+            scale = 1.0 if found is None else float(found[0])
+            kind, data, row_scales, *sums = _core.pack(matrices[name], scale, ternary)
+            return Panels(kind, *matrices[name][1:3], scale, data, row_scales), (sums[0], sums[1])
+
+        return open_panels(
+            self.weights.file,
+            names,
+            f"{_core.PANEL_VERSION}-{ternary}",
+            (self.first, self.last),
+            self.options.cache,
+            pack,
+            lambda parts: _core.checksums(parts, self.n_threads),
+            self.n_threads,
+        )
 
     @property
     def isa(self) -> str:

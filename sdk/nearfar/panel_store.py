@@ -14,16 +14,18 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nearfar import env
 from nearfar.errors import FileError
 from nearfar.gguf_reader import GGUFFile
 from nearfar.panel_file import Bytes, PanelFile, PanelKey, Panels, PanelWriter, read_key, temporary_prefix
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 AUTO, OFF = "auto", "off"
 SUFFIX = ".panels"
@@ -89,7 +91,7 @@ def open_panels(
     if cache in (None, AUTO) and n_bytes < SMALLEST:
         return {}, CacheState("off", f"{n_bytes / (1 << 20):.1f} MiB are packed at once")
     key = PanelKey(file.fingerprint, layout, *layers)
-    paths = [_path(folder, file.path, key) for folder in places]
+    paths = [panel_path(folder, file.path, layout, *layers) for folder in places]
     why = "the first time"
     for path in paths:
         try:
@@ -134,6 +136,8 @@ def _build(path: Path, names: list[str], key: PanelKey, pack: Pack, threads: int
 
 def _in_parallel(pack: Pack, names: Iterable[str], threads: int) -> Iterator[tuple[Panels, tuple[int, int]]]:
     """pack(name) for each name, in order, each thread at most one ahead."""
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms that a hit does not pay
+
     waiting: list[Future[tuple[Panels, tuple[int, int]]]] = []
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -156,8 +160,9 @@ def _forget_abandoned(path: Path) -> None:
                 temporary.unlink()
 
 
-def _path(folder: Path, model: Path, key: PanelKey) -> Path:
-    return folder / f"{model_name(folder, model)}.{key.layout}.{key.first}-{key.last}{SUFFIX}"
+def panel_path(folder: Path, model: Path, layout: str, first: int, last: int) -> Path:
+    """Where the panels of a model lie in a folder."""
+    return folder / f"{model_name(folder, model)}.{layout}.{first}-{last}{SUFFIX}"
 
 
 def model_name(folder: Path, model: Path) -> str:

@@ -86,6 +86,10 @@ const Kernels& kernels(std::string_view isa) {
 }
 
 PanelKind ternary_kind(const Kernels& k, bool lut, int64_t n_weights) {
+  if (lut && k.lut_tables == nullptr) {
+    throw std::invalid_argument(std::string("the ") + k.isa +
+                                " kernels have no lookups: open the model with lut \"off\"");
+  }
   if (lut) return PanelKind::kL3;
   return k.five_trits && n_weights / 4 > kCacheBytes ? PanelKind::kT5 : PanelKind::kI2;
 }

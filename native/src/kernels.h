@@ -30,6 +30,7 @@ std::vector<std::string_view> isas_available();
 
 // The panels of ternary matrices for these kernels; `n_weights` counts those of the whole model.
 // Out of memory the fewest bytes win, out of a cache the 2-bit codes: they need less arithmetic.
+// Throws std::invalid_argument for `lut` with kernels that have no lookups.
 PanelKind ternary_kind(const Kernels& k, bool lut, int64_t n_weights);
 
 // y[i, n] for all rows i of x and the rows n of panels [first, last): the unit of work of a thread.

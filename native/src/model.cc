@@ -129,10 +129,6 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
       kernels_(options.kernels),
       ops_(*kernels_.ops),
       pool_(options.n_threads) {
-  if (options.lut && kernels_.lut_tables == nullptr) {
-    throw std::invalid_argument(std::string("the ") + kernels_.isa +
-                                " kernels have no lookups: open the model with lut \"off\"");
-  }
   const Reader reader(tensors);
   const int64_t d = spec.d_model, d_q = spec.n_heads * spec.head_dim;
   const int64_t d_kv = spec.n_kv_heads * spec.head_dim;

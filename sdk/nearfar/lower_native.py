@@ -138,7 +138,7 @@ class NativeLower:
         layers = [f"blk.{i}." for i in range(self.first, self.last)]
         names = [n for n in matrices if n.startswith(tuple(layers)) or n == self.weights.head_name]
         n_ternary = sum(matrices[n][1] * matrices[n][2] for n in names if matrices[n][0] in TERNARY)
-        ternary = _core.ternary_kind(isa, False, n_ternary)
+        ternary = _core.ternary_kind(isa, self.options.lut == "fast", n_ternary)
 
         def pack(name: str) -> tuple[Panels, tuple[int, int]]:
             found = vectors.get(f"{name.removesuffix('.weight')}.scale")

@@ -191,6 +191,21 @@ def test_kernels_of_another_layout_have_panels_of_their_own(
     assert [name.split(".")[-3] for name in files(store)] == ["1-i2", "1-t5"]
 
 
+def test_products_by_lookup_have_panels_of_their_own(model: Path, store: Path) -> None:
+    if not lower_native.has_lookups():
+        pytest.skip("these kernels have no lookups")
+    run(model, store)
+    results = []
+    for cache, expected in (("off", "off"), (store, "built"), (store, "hit")):
+        options = EngineOptions(threads=1, cache=cache, lut="fast")
+        lower = lower_native.NativeLower(Weights.open(model), options)
+        assert lower.cache.state == expected
+        results.append(lower.logits(lower.forward(lower.embed(IDS), lower.new_kv(16), 0, 2)))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+    assert run(model, store)[1].state == "hit"
+
+
 def test_layer_ranges_have_panels_of_their_own(model: Path, store: Path) -> None:
     for expected in ("built", "hit"):
         low, state = run(model, store, first=0, last=1)

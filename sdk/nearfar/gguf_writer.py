@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +23,16 @@ VERSION = 3
 Value = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float] | NDArray[Any]
 
 
+Make = Callable[[], NDArray[np.uint8]]  # a tensor's raw bytes, when it is their turn to be written
+
+
 class GGUFWriter:
     """Collects metadata and tensors; `write` puts them on disk under the final name in one step."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._metadata: dict[str, bytes] = {}
-        self._tensors: dict[str, tuple[TensorType, tuple[int, ...], NDArray[np.uint8]]] = {}
+        self._tensors: dict[str, tuple[TensorType, tuple[int, ...], Make]] = {}
 
     def add(self, key: str, value: Value, type: ValueType | None = None) -> None:
         """Add one key.  `type` is the type of the value, or of the elements of a list.
@@ -58,18 +61,26 @@ class GGUFWriter:
 
         The array is kept, not copied, until `write`.  Raises UsageError where bytes, type and shape do not fit.
         """
-        if not 1 <= len(name.encode()) < MAX_NAME or name in self._tensors:  # llama.cpp's names end before 64
-            raise UsageError(f"tensor {name[:80]!r}: expected 1..{MAX_NAME - 1} bytes, and each name once")
         if data.dtype != np.uint8:
             shape = data.shape
             data = quantize(data, type)
-        if shape is None or not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
-            raise UsageError(f"{name}: shape {shape}, expected 1..{MAX_DIMS} dimensions of 1 or more")
-        if data.size != n_bytes(type, tuple(shape)):
-            raise UsageError(
-                f"{name} {list(shape)} {type.name} is {n_bytes(type, tuple(shape))} bytes, got {data.size}"
-            )
-        self._tensors[name] = (type, tuple(int(n) for n in shape), data)
+        raw, shape = data, self._checked_shape(name, type, () if shape is None else shape)
+        _check_size(name, type, shape, raw)
+        self._tensors[name] = (type, shape, lambda: raw)
+
+    def add_made(self, name: str, make: Make, type: TensorType, shape: Sequence[int]) -> None:
+        """Add one tensor whose raw bytes (u8) `make` gives when they are to be written, so that a file may be larger
+        than memory.  `write` raises UsageError if they do not fit type and shape.
+        """
+        self._tensors[name] = (type, self._checked_shape(name, type, shape), make)
+
+    def _checked_shape(self, name: str, type: TensorType, shape: Sequence[int]) -> tuple[int, ...]:
+        if not 1 <= len(name.encode()) < MAX_NAME or name in self._tensors:  # llama.cpp's names end before 64
+            raise UsageError(f"tensor {name[:80]!r}: expected 1..{MAX_NAME - 1} bytes, and each name once")
+        if not 1 <= len(shape) <= MAX_DIMS or min(shape) < 1:
+            raise UsageError(f"{name}: shape {tuple(shape)}, expected 1..{MAX_DIMS} dimensions of 1 or more")
+        n_bytes(type, tuple(shape))  # raises for rows that are not whole blocks
+        return tuple(int(n) for n in shape)
 
     def write(self) -> Path:
         """Write, sync and rename; on failure the old file of that name is as it was.  Raises FileError."""
@@ -93,13 +104,20 @@ class GGUFWriter:
         for key, value in self._metadata.items():
             f.write(_string(key) + value)
         offset = 0
-        for name, (kind, shape, data) in self._tensors.items():
+        for name, (kind, shape, _) in self._tensors.items():
             f.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset))
-            offset += _padded(data.size)
+            offset += _padded(n_bytes(kind, shape))
         f.write(bytes(_padded(f.tell()) - f.tell()))
-        for _, _, data in self._tensors.values():
+        for name, (kind, shape, make) in self._tensors.items():
+            data = make()
+            _check_size(name, kind, shape, data)
             f.write(np.ascontiguousarray(data).data)
             f.write(bytes(_padded(data.size) - data.size))
+
+
+def _check_size(name: str, kind: TensorType, shape: tuple[int, ...], data: NDArray[np.uint8]) -> None:
+    if data.size != n_bytes(kind, shape):
+        raise UsageError(f"{name} {list(shape)} {kind.name} is {n_bytes(kind, shape)} bytes, got {data.size}")
 
 
 def _padded(n: int) -> int:

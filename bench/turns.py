@@ -1,0 +1,145 @@
+"""An engine in a process of its own that measures when it is told to: what peers.py and busy.py drive.
+
+One process an engine, so that the waiting threads of one never share a process with the work of another, and each is
+quiet while it is not its turn.  Run as a script this file is that process: JSON lines in, JSON lines out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One measurement: tokens a second of the wall clock, or of CPU time (all threads of the process)."""
+
+    prefill: float
+    decode: float
+    prefill_cpu: float
+    decode_cpu: float
+
+
+class EngineProcess:
+    """Owns the process.  `options` go to LLM.open (backend, threads, lut, ...)."""
+
+    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            self.facts = self.ask(path=str(path), options=options)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The answer of the process.  Raises RuntimeError with its own words if it failed or died."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": f"ended with {self.process.wait()}"}
+        if "error" in answer:
+            raise RuntimeError(f"{question}: {answer['error']}")
+        return answer
+
+    def turn(self, n_prompt: int, n_tokens: int) -> Turn:
+        """Prefill `n_prompt` tokens, then decode `n_tokens` - 1 more greedily, at full depth."""
+        return Turn(**self.ask(prompt=n_prompt, tokens=n_tokens))
+
+    def idle_cpu(self, seconds: float) -> float:
+        """Share of one CPU that the process uses while nothing is asked of it, right after a token."""
+        return float(self.ask(idle=seconds)["share"])
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve() -> None:
+    """Answer the questions on stdin until it ends: the first opens the model."""
+    from nearfar.errors import NearfarError
+    from nearfar.llm import LLM
+    from nearfar.sampling import Sampling
+
+    llm = sequence = None
+    for n_turns, line in enumerate(sys.stdin):
+        question = json.loads(line)
+        try:
+            if llm is None or sequence is None:
+                started = time.perf_counter()
+                llm = LLM.open(question["path"], **question["options"])
+                sequence = llm.stepper.new_sequence(Sampling(), use_exits=False)
+                answer = {"backend": llm.backend, "open_s": time.perf_counter() - started} | _facts(llm)
+            elif "idle" in question:
+                answer = {"share": _idle(llm, sequence, question["idle"])}
+            else:
+                answer = _measure(llm, sequence, n_turns, question["prompt"], question["tokens"])
+        except NearfarError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def _facts(llm: Any) -> dict[str, Any]:
+    """What the reader of a figure wants to know of the engine."""
+    if llm.backend == "native":
+        panels = llm.stepper.lower.panels()
+        return {
+            "isa": llm.stepper.lower.isa,
+            "kinds": sorted({p.kind for p in panels}),
+            "bytes_a_token": sum(p.n_bytes for p in panels),
+        }
+    if llm.backend.startswith("llama"):
+        import llama_cpp
+
+        return {"version": llama_cpp.__version__, "cpu": llama_cpp.llama_print_system_info().decode()}
+    return {}
+
+
+def _measure(llm: Any, sequence: Any, n_turns: int, n_prompt: int, n_tokens: int) -> dict[str, float]:
+    n_vocab = llm.tokenizer.n_vocab
+    ids = [(n_turns + i) * 7919 % n_vocab for i in range(n_prompt)]  # another first id each turn: nothing is cached
+    cached = sequence.continue_with(ids)
+    assert cached == 0, "the prompt was to be computed as a whole"
+    wall, cpu = [time.perf_counter()], [time.process_time()]
+    for count in (1, n_tokens - 1):
+        for _ in range(count):
+            llm.stepper.step(sequence)
+        wall.append(time.perf_counter()), cpu.append(time.process_time())
+    n = max(n_tokens - 1, 0)
+    return {
+        "prefill": n_prompt / (wall[1] - wall[0]),
+        "decode": n / (wall[2] - wall[1]),
+        "prefill_cpu": n_prompt / (cpu[1] - cpu[0]),
+        "decode_cpu": n / max(cpu[2] - cpu[1], 1e-9),
+    }
+
+
+def _idle(llm: Any, sequence: Any, seconds: float) -> float:
+    llm.stepper.step(sequence)
+    cpu = time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - cpu) / seconds
+
+
+if __name__ == "__main__":
+    serve()

@@ -49,7 +49,8 @@ class CacheState:
     n_bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.state} ({self.why})" if self.path is None else f"{self.state}, {self.n_bytes} bytes, {self.path}"
+        where = "" if self.path is None else f", {self.n_bytes} bytes: {self.path}"
+        return f"{self.state} ({self.why}){where}"
 
 
 def folders(model: Path, cache: str | Path | None) -> list[Path]:

@@ -30,6 +30,8 @@ class TracedLower:
     def __init__(self, inner: Lower, level: int) -> None:
         self._inner, self._level = inner, level
         self.config, self.name = inner.config, inner.name
+        if (state := getattr(inner, "cache", None)) is not None:  # the reference packs nothing
+            _say(f"packed matrices: {state}")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nearfar import __version__, env
-from nearfar.cli.verbs import Verbs, new_parser, shipped_path
+from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser, shipped_path
+from nearfar.options import EngineOptions
 
 # What an extra is for.  Extras whose house is not there yet are not offered.
 EXTRAS = {
@@ -32,18 +33,21 @@ def add_verb(verbs: Verbs) -> None:
         "show the kernels in use, the memory bandwidth, and what is missing",
         "nearfar doctor",
         "nearfar doctor --json",
+        "nearfar doctor model.gguf",
         "NEARFAR_ISA=ref nearfar doctor",
     )
+    parser.add_argument("model", nargs="?", default=SHIPPED, help="whose matrices to show (default: the shipped model)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = diagnose()
+    facts = diagnose(args.model)
     print(json.dumps(facts, ensure_ascii=False) if args.json else report(facts))
     return 0
 
 
-def diagnose() -> dict[str, Any]:
+def diagnose(model: str = SHIPPED) -> dict[str, Any]:
+    path = shipped_path() if model == SHIPPED else model_path(model)
     return {
         "nearfar": __version__,
         "where": str(Path(__file__).parents[1]),
@@ -51,8 +55,8 @@ def diagnose() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "engine": engine_facts(),
-        "model": model_facts(),
+        "engine": engine_facts(path),
+        "model": model_facts(path),
         "extras": {name: extra_facts(name) for name in EXTRAS},
         "env": {name: os.environ.get(name) for name in env.VARIABLES},
     }
@@ -66,7 +70,7 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def engine_facts() -> dict[str, Any]:
+def engine_facts(model: Path) -> dict[str, Any]:
     """The compiled engine's own account, or why it is not there."""
     try:
         from nearfar.lower_native import default_threads, has_lookups, isas_available, read_bandwidth, selected_isa
@@ -79,29 +83,34 @@ def engine_facts() -> dict[str, Any]:
         "isas": isas_available(),
         "lookups": has_lookups(),
         "threads": threads,
-        "kernels": kernels_of(shipped_path()),
+        **held_facts(model),
         "read_gb_per_s": {n: round(read_bandwidth(n), 1) for n in sorted({1, threads})},
     }
 
 
-def kernels_of(model: Path) -> dict[str, dict[str, int]]:
-    """How the engine holds the matrices of a model: packed kind -> how many and how many bytes."""
+def held_facts(model: Path) -> dict[str, Any]:
+    """How the engine holds the matrices of a model: packed kind -> how many and how many bytes; what its store did."""
     from nearfar.lower_native import NativeLower
     from nearfar.weights import Weights
 
     if not model.is_file():
-        return {}
+        return {"kernels": {}, "cache": None}
     kinds: dict[str, dict[str, int]] = {}
     with Weights.open(model) as weights:
-        for panel in NativeLower(weights).panels():
+        lower = NativeLower(weights, EngineOptions(cache=env.cache()))
+        for panel in lower.panels():
             kind = kinds.setdefault(panel.kind, {"matrices": 0, "bytes": 0})
             kind["matrices"] += 1
             kind["bytes"] += panel.n_bytes
-    return kinds
+    state = lower.cache
+    where = None if state.path is None else str(state.path)
+    return {
+        "kernels": kinds,
+        "cache": {"state": state.state, "why": state.why, "path": where, "bytes": state.n_bytes},
+    }
 
 
-def model_facts() -> dict[str, Any]:
-    path = shipped_path()
+def model_facts(path: Path) -> dict[str, Any]:
     return {"path": str(path), "bytes": path.stat().st_size if path.is_file() else None}
 
 
@@ -159,17 +168,26 @@ def engine_lines(engine: dict[str, Any]) -> list[str]:
         lines.append(f"          NEARFAR_ISA={engine['isa']} holds it back: {best} is faster")
     held = [f"{k['matrices']} as {kind} ({k['bytes'] / 1e6:.2f} MB)" for kind, k in engine["kernels"].items()]
     if held:
-        lines.append(f"          nano's matrices: {', '.join(held)}, each with a kernel of that set")
+        lines.append(f"          the model's matrices: {', '.join(held)}, each with a kernel of that set")
+        lines.append(f"cache     {cache_text(engine['cache'])}")
     lookups = "has lookups (--lut fast)" if engine["lookups"] else "has no lookups: --lut fast is refused"
     lines.append(f"          this set {lookups}")
     speeds = [f"{gbs:.1f} GB/s with {n} thread{'s' * (n > 1)}" for n, gbs in engine["read_gb_per_s"].items()]
     return [*lines, f"memory    reads {', '.join(speeds)}"]
 
 
+def cache_text(cache: dict[str, Any]) -> str:
+    """What the store of packed matrices did for the model."""
+    if cache["path"] is None:
+        return f"off: {cache['why']}"
+    done = "mapped as packed before" if cache["state"] == "hit" else f"packed now ({cache['why']}), mapped from now on"
+    return f"{cache['state']}: {done}, {cache['bytes'] / 1e6:.1f} MB: {cache['path']}"
+
+
 def model_line(model: dict[str, Any]) -> str:
     if model["bytes"] is None:
         return f"model     missing: {model['path']}"
-    return f"model     nano, {model['bytes'] / 1e6:.2f} MB: {model['path']}"
+    return f"model     {Path(model['path']).stem}, {model['bytes'] / 1e6:.2f} MB: {model['path']}"
 
 
 def extra_lines(extras: dict[str, dict[str, Any]]) -> list[str]:

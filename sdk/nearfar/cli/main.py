@@ -22,6 +22,7 @@ VERBS = {
     "show": "nearfar.cli.show",
     "doctor": "nearfar.cli.doctor",
     "bench": "nearfar.cli.bench",
+    "cache": "nearfar.cli.cache",
     "import": "nearfar.cli.import_",
     "eval": "nearfar.eval.cli",
     "calibrate": "nearfar.eval.cli",

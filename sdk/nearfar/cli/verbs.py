@@ -49,6 +49,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=whole(1, 256), metavar="N", help="threads of the engine")
     parser.add_argument("--lut", choices=("off", "fast"), default="off", help="ternary matrices by lookup: not exact")
     parser.add_argument(
+        "--cache", metavar="WHERE", help="packed matrices stay: auto (default: beside the model), off, or a folder"
+    )
+    parser.add_argument(
         "--n-ctx", type=whole(1, 1 << 24), metavar="N", help="positions of the cache (default: the model's)"
     )
 
@@ -129,7 +132,9 @@ def open_model(args: argparse.Namespace, model: str) -> LLM:
     """`nano` is the shipped model, anything else the path of a GGUF file."""
     from nearfar.llm import LLM
 
-    return LLM.open(model_path(model), backend=args.backend, threads=args.threads, n_ctx=args.n_ctx, lut=args.lut)
+    return LLM.open(
+        model_path(model), backend=args.backend, threads=args.threads, n_ctx=args.n_ctx, lut=args.lut, cache=args.cache
+    )
 
 
 def model_path(model: str) -> Path:

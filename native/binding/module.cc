@@ -50,6 +50,13 @@ RawTensor view(const TensorArg& t) {
   return {static_cast<TensorType>(type), rows, cols, {bytes.data(), bytes.size()}};
 }
 
+// A numpy array [n] that owns its memory.
+template <typename T>
+nb::ndarray<nb::numpy, T, nb::ndim<1>> make_row(size_t n) {
+  T* raw = new T[n];
+  return {raw, {n}, nb::capsule(raw, [](void* p) noexcept { delete[] static_cast<T*>(p); })};
+}
+
 // A numpy array [rows, cols] that owns its memory, filled by work(data) without the GIL.
 template <typename Work>
 RowsOut make_rows(size_t rows, size_t cols, Work work) {
@@ -106,7 +113,7 @@ void make_model(PyModel* self, const ModelSpec& spec,
                 const std::map<std::string, TensorArg>& matrices,
                 const std::map<std::string, In<float, 1>>& vectors,
                 const std::map<std::string, PanelArg>& panels, int first, int last, int threads,
-                const std::string& isa, bool lut) {
+                const std::string& isa, bool lut, const std::string& head) {
   Tensors tensors;
   for (const auto& [name, kept] : panels) tensors.panels[name] = view(kept);
   for (const auto& [name, tensor] : matrices) tensors.matrices[name] = view(tensor);
@@ -114,8 +121,8 @@ void make_model(PyModel* self, const ModelSpec& spec,
   std::unique_ptr<Model> model;
   {
     const nb::gil_scoped_release released;
-    model = std::make_unique<Model>(spec, tensors,
-                                    ModelOptions{first, last, threads, kernels(isa), lut});
+    model = std::make_unique<Model>(
+        spec, tensors, ModelOptions{first, last, threads, kernels(isa), lut, head_mode(head)});
   }
   new (self) PyModel{std::get<3>(matrices.at("token_embd.weight")), panels, std::move(model)};
 }
@@ -215,7 +222,7 @@ NB_MODULE(_core, m) {
   nb::class_<PyModel>(m, "Model", "Layers [first, last) of a model, packed for `isa`.")
       .def(
           "__init__", &make_model, "spec"_a, "matrices"_a, "vectors"_a, "panels"_a, "first"_a,
-          "last"_a, "threads"_a, "isa"_a = "", "lut"_a = false,
+          "last"_a, "threads"_a, "isa"_a = "", "lut"_a = false, "head"_a = "file",
           "matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the "
           "gains of the heads as \"final\" and \"exit.{layer}\"; panels: GGUF name -> (kind, rows, "
           "cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the "
@@ -270,7 +277,24 @@ NB_MODULE(_core, m) {
             return make_rows(h.shape(0), self.model->spec().n_vocab,
                              [&](float* out) { self.model->logits(view(h), head, out); });
           },
-          "h"_a.noconvert(), "head"_a, "f32 [M, D] -> f32 [M, V]: norm and head.");
+          "h"_a.noconvert(), "head"_a, "f32 [M, D] -> f32 [M, V]: norm and head.")
+      .def_prop_ro("is_screened", [](const PyModel& self) { return self.model->is_screened(); })
+      .def(
+          "greedy",
+          [](PyModel& self, const RowsIn& h, const std::string& head) {
+            const size_t m = h.shape(0);
+            auto ids = make_row<int32_t>(m);
+            auto sure = make_row<float>(m);
+            auto n_panels = make_row<int32_t>(m);
+            {
+              const nb::gil_scoped_release released;
+              self.model->greedy(view(h), head, {ids.data(), sure.data(), n_panels.data()});
+            }
+            return std::tuple(ids, sure, n_panels);
+          },
+          "h"_a.noconvert(), "head"_a,
+          "f32 [M, D] -> the ids of the largest logits i32 [M], their probabilities f32 [M], the "
+          "panels of the head that were read besides the screen i32 [M].");
 
   nb::class_<Matrix>(m, "Matrix", "One packed matrix, for tests and benchmarks of the kernels.")
       .def(

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -11,6 +12,7 @@ namespace nearfar {
 namespace {
 
 constexpr int64_t kChunkRows = 128;  // rows that scratch is made for; longer inputs go in chunks
+constexpr int64_t kGreedyRows = 8;   // rows whose logits `greedy` holds at once
 constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes at a time
 constexpr int64_t kAloneBelow =
     64 << 10;  // bytes of panels times rows that a second thread does not speed up
@@ -184,6 +186,10 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
     const std::string name = to->name + ".weight";
     const std::vector<float> scales = reader.optional(to->name + ".scale", 1);
     const float scale = scales.empty() ? 1.0f : scales[0];
+    if (to == &head_ && options.head == HeadMode::kQ4) {
+      to->weight.scale = scale;  // the rest in make_head
+      return;
+    }
     const KeptPanels* kept = reader.panels(name, raw, scale);
     try {
       to->weight = kept != nullptr ? packed_from(*kept) : pack(raw, scale, ternary);
@@ -191,6 +197,8 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
       throw std::invalid_argument(name + ": " + error.what());
     }
   });
+
+  if (!gains_.empty()) make_head(to_pack.back().second, options.head);
 
   Scratch& s = scratch_;
   s.q.resize(kChunkRows * d_q);
@@ -209,6 +217,23 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
   for (const auto& [to, raw] : to_pack) {
     s.inputs[grain_slot(to->weight.grain())].reset(kChunkRows, raw.cols, to->weight.grain());
   }
+  if (is_screened()) {
+    s.inputs[grain_slot(screen_.weight.grain())].reset(kChunkRows, d, screen_.weight.grain());
+  }
+}
+
+void Model::make_head(const RawTensor& raw, HeadMode mode) {
+  if (mode == HeadMode::kQ4) {
+    try {
+      head_.weight = requantized(raw, head_.weight.scale, pool_);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(head_.name + ".weight: " + error.what());
+    }
+  }
+  if (mode == HeadMode::kScreened && head_.bias.empty() && can_be_screened(head_.weight)) {
+    screen_.name = head_.name + ".screen";
+    screen_.weight = screen_copy(raw, pool_, bounds_);
+  }
 }
 
 std::vector<PanelInfo> Model::panels() const {
@@ -222,6 +247,7 @@ std::vector<PanelInfo> Model::panels() const {
     for (const Linear* w : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down}) add(*w);
   }
   if (!gains_.empty()) add(head_);
+  if (is_screened()) add(screen_);
   return list;
 }
 
@@ -458,6 +484,62 @@ void Model::logits(RowsView h, const std::string& head, float* out) {
     });
     multiply(product, n);
   }
+}
+
+void Model::greedy(RowsView h, const std::string& head, const Greedy& out) {
+  pool_.check_process();
+  const Occupied occupied(in_use_, kBusy);
+  check_rows(h);
+  const float* g = gain(head).data();
+  const int64_t d = spec_.d_model, n_vocab = spec_.n_vocab;
+  scratch_.scores.resize(kGreedyRows * n_vocab);
+  scratch_.marks.resize(head_.weight.n_panels());
+  for (int64_t done = 0; done < h.rows; done += kGreedyRows) {
+    const int64_t n = std::min(kGreedyRows, h.rows - done);
+    float* scores = scratch_.scores.data();
+    const Product products[] = {{head_, scores}, {screen_, scores}};  // one of them is multiplied
+    const std::span<const Product> inputs(products, is_screened() ? 2 : 1);
+    quantize(inputs, n, [&](int64_t i, float* row) -> const float* {
+      ops_.rms_norm(h.data + (done + i) * d, g, d, spec_.norm_eps, row);
+      return row;
+    });
+    multiply(inputs.last(1), n);
+    for (int64_t i = 0; i < n; ++i) {
+      decide(i, {scores + i * n_vocab, static_cast<size_t>(n_vocab)}, done + i, out);
+    }
+  }
+}
+
+void Model::decide(int64_t row, std::span<float> scores, int64_t index, const Greedy& out) {
+  const PackedMat& w = head_.weight;
+  std::vector<uint8_t>& marks = scratch_.marks;
+  int64_t n_marked = w.n_panels();
+  if (is_screened()) {
+    const Rows exact = scratch_.inputs[grain_slot(w.grain())].view();
+    const Rows copy = scratch_.inputs[grain_slot(screen_.weight.grain())].view();
+    n_marked = mark_candidates(bounds_, scores, input_norms(exact, copy, row), pool_, marks);
+    const Rows x = some_rows(exact, row, 1);
+    const auto work = [&](int64_t panel, int) {
+      if (marks[panel]) matmul(kernels_, w, x, panel, panel + 1, scores, w.rows);
+    };
+    pool_.run(w.n_panels(), work, n_marked * w.panel_bytes < kAloneBelow);
+  } else {
+    std::fill(marks.begin(), marks.end(), uint8_t{1});
+  }
+  int64_t best = -1;
+  bool finite = true;
+  for (int64_t v = 0; v < w.rows; ++v) {
+    finite &= scores[v] - scores[v] == 0;
+    if (marks[v / kPanelRows] && (best < 0 || scores[v] > scores[best])) best = v;
+  }
+  if (!finite) throw EngineFailure("a logit is not a finite number: the weights are damaged");
+  float sum = 0;  // of exp(score - best), but for those below e^-20
+  for (const float score : scores) {
+    if (score > scores[best] - 20.0f) sum += std::exp(std::min(score - scores[best], 0.0f));
+  }
+  out.ids[index] = static_cast<int32_t>(best);
+  out.sure[index] = 1.0f / sum;
+  out.n_panels[index] = is_screened() ? static_cast<int32_t>(n_marked) : 0;
 }
 
 }  // namespace nearfar

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "head.h"
 #include "kernels.h"
 #include "kv_cache.h"
 #include "quant.h"
@@ -68,6 +69,7 @@ struct ModelOptions {
   int n_threads;
   const Kernels& kernels;
   bool lut = false;  // ternary matrices multiply by lookup, near the exact product (lut_gemv.h)
+  HeadMode head = HeadMode::kFile;
 };
 
 class Model {
@@ -101,6 +103,17 @@ class Model {
   void norm(RowsView h, const std::string& head, float* out) const;
   // h [rows, D] -> out [rows, V]: norm, then the head's matrix.
   void logits(RowsView h, const std::string& head, float* out);
+  // For each row of h the id of the largest logit, the lowest of equals, and its probability: with
+  // a screen the id is the same, the probability an estimate from the logits of the 4.5-bit copy,
+  // and n_panels says how many panels of the head were read besides the screen.  Throws as
+  // `logits`, and EngineFailure where a logit is not a number.
+  struct Greedy {
+    int32_t* ids;       // [rows]
+    float* sure;        // [rows]
+    int32_t* n_panels;  // [rows]
+  };
+  void greedy(RowsView h, const std::string& head, const Greedy& out);
+  bool is_screened() const { return screen_.weight.rows > 0; }
 
  private:
   struct Linear {
@@ -122,13 +135,18 @@ class Model {
     std::vector<std::vector<float>> row;         // a row for each thread
     std::array<QuantRows, 5> inputs;             // the input of a product, by grain
     std::vector<AttentionScratch> attention;     // for each thread
+    std::vector<float> scores;                   // [kGreedyRows, V]
+    std::vector<uint8_t> marks;                  // a panel of the head each
   };
 
+  void make_head(const RawTensor& raw, HeadMode mode);
   void run_layer(int index, float* h, int64_t rows, int64_t start, KvCache& kv);
   // Makes the input of `products`: make_row(i, a scratch row) returns row i of it, f32 [cols].
   template <typename MakeRow>
   void quantize(std::span<const Product> products, int64_t rows, MakeRow make_row);
   void multiply(std::span<const Product> products, int64_t rows);
+  // One row of `greedy`: scores [V] are those of the screen, or of the head if there is none.
+  void decide(int64_t row, std::span<float> scores, int64_t index, const Greedy& out);
   // Calls work(row, worker) for each row; `width` numbers of a row tell what that costs.
   template <typename Work>
   void for_rows(int64_t rows, int64_t width, Work work);
@@ -144,6 +162,8 @@ class Model {
   RawTensor embedding_;
   std::vector<Layer> layers_;  // [last - first]
   Linear head_;
+  Linear screen_;  // a copy of the head that `greedy` looks at first; without rows: none
+  ScreenBounds bounds_;
   std::map<std::string, std::vector<float>> gains_;
   std::vector<double> frequencies_;
   Scratch scratch_;

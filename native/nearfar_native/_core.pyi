@@ -82,7 +82,7 @@ class KVCache:
 class Model:
     """Layers [first, last) of a model, packed for `isa`."""
 
-    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '', lut: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '', lut: bool = False, head: str = 'file') -> None:
         """
         matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}"; panels: GGUF name -> (kind, rows, cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the embedding and of the panels are referred to later.  lut: ternary matrices multiply by lookup, near the exact product.
         """
@@ -112,6 +112,14 @@ class Model:
 
     def logits(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: str) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
         """f32 [M, D] -> f32 [M, V]: norm and head."""
+
+    @property
+    def is_screened(self) -> bool: ...
+
+    def greedy(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: str) -> tuple[Annotated[NDArray[numpy.int32], dict(shape=(None,))], Annotated[NDArray[numpy.float32], dict(shape=(None,))], Annotated[NDArray[numpy.int32], dict(shape=(None,))]]:
+        """
+        f32 [M, D] -> the ids of the largest logits i32 [M], their probabilities f32 [M], the panels of the head that were read besides the screen i32 [M].
+        """
 
 class Matrix:
     """One packed matrix, for tests and benchmarks of the kernels."""

@@ -79,6 +79,7 @@ class Engine:
         started = time.perf_counter()
         h = self.lower.embed(s.pending())  # [T, D]
         n_new, reached = len(h), 0
+        token: int | None = None
         try:
             for stage in stages(self.lower.config, s.use_exits):
                 h = self.lower.forward(
@@ -86,13 +87,18 @@ class Engine:
                 )  # [owed+T, D]
                 s.owed.pop(stage.first, None)
                 reached = stage.last
+                if stage.exit is None and wants_largest(self.lower, s.sampling, constraint):
+                    ids, sure = self.lower.greedy(h[-1:], stage.head)
+                    token, conf = int(ids[0]), float(sure[0])
+                    break
                 logits = self.lower.logits(h[-1:], stage.head)[0]  # [V]
                 if constraint is not None:
                     logits = constraint.mask(logits)
                 conf = max_softmax(logits) if stage.exit is None else confidence(logits, stage.exit)
                 if stage.exit and should_exit(conf, stage.exit.tau, debt=len(s.with_owed(stage.last, h))):
                     break
-            token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
+            if token is None:
+                token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
             if constraint is not None:
                 constraint.accept(token)
         except BaseException:
@@ -105,6 +111,12 @@ class Engine:
         s.n_run = len(s.ids)
         s.ids.append(token)
         return Token(token, stage.source, conf, 1000 * (time.perf_counter() - started))
+
+
+def wants_largest(lower: Lower, sampling: Sampling, constraint: Constraint | None) -> bool:
+    """Whether the largest logit is all that is asked for, and an engine with a screened head gives it for less."""
+    plain = sampling.temperature == 0 and sampling.repetition_penalty == 1
+    return lower.screens and plain and constraint is None
 
 
 def stages(config: ModelConfig, use_exits: bool = True) -> list[Stage]:

@@ -28,7 +28,7 @@ from nearfar.errors import Cancelled, ContextError, TokenizerError, UnsupportedE
 from nearfar.forms import Part
 from nearfar.kv_cache import KVDtype
 from nearfar.lower import open_lower
-from nearfar.options import EngineOptions, Lut
+from nearfar.options import EngineOptions, Head, Lut
 from nearfar.panel_store import vouches_for
 from nearfar.sampling import Sampling
 from nearfar.sequence import Sequence
@@ -115,6 +115,7 @@ class LLM:
         n_ctx: int | None = None,
         kv_dtype: KVDtype = "f16",
         lut: Lut = "off",
+        head: Head = "file",
         cache: str | Path | None = None,
     ) -> LLM:
         """Open a GGUF file.
@@ -123,20 +124,23 @@ class LLM:
         for the best one: ours, or llama-cpp-python for an architecture or tensor type that ours does not run.
         `n_ctx`: positions to keep at most (default: what the model was trained for).
         `lut`: "fast" multiplies ternary matrices by table lookup: faster, near the exact answer and not equal to it.
+        `head`: "q4" requantises the head to 4.5 bits (other logits); "screened" gives the same tokens and may read less
+        of it where only the largest logit counts.
         `cache`: where the native engine keeps packed matrices for the next time: "auto" (beside the model, else in the
         user's cache folder; small models are packed at once), "off", or a folder.
         Raises FileError, UnsupportedError, MissingExtraError.
         """
         backend, path = backend or env.backend(), Path(path)
-        options = EngineOptions(threads=threads, lut=lut, cache=cache or env.cache())
+        options = EngineOptions(threads=threads, lut=lut, cache=cache or env.cache(), head=head)
+        ours = f"lut={lut!r}" if lut != "off" else f"head={head!r}" if head != "file" else ""
         if backend == "llama":
-            if lut != "off":
-                raise UsageError(f"lut={lut!r} belongs to nearfar's own engine: leave it out, or backend 'llama'")
+            if ours:
+                raise UsageError(f"{ours} belongs to nearfar's own engine: leave it out, or backend 'llama'")
             return _open_llama(path, n_ctx, threads, why="asked for")
         try:
             return cls._open_own(path, backend, options, n_ctx, kv_dtype)
         except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
-            if backend is not None or lut != "off" or not _has_llama():
+            if backend is not None or ours or not _has_llama():
                 raise
             reason = error
         try:

@@ -47,6 +47,9 @@ class Lower(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def name(self) -> str: ...
+    @property
+    def screens(self) -> bool:
+        """Whether `greedy` costs less than `logits`."""
 
     def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KV:
         """An empty cache for at most `max_len` positions."""
@@ -66,6 +69,12 @@ class Lower(Protocol):
 
     def logits(self, h: Array, head: str = "final") -> Array:
         """f32 [M, D] -> f32 [M, V].  `head` is "final" or "exit.{layer}"."""
+
+    def greedy(self, h: Array, head: str = "final") -> tuple[Ids, Array]:
+        """f32 [M, D] -> the ids that `logits(h, head).argmax(1)` gives, i32 [M], and their probabilities f32 [M].
+
+        With a screen the probabilities are estimates, from logits of 4.5-bit weights.
+        """
 
 
 def open_lower(weights: Weights, backend: str | None = None, options: EngineOptions | None = None) -> Lower:

@@ -126,7 +126,9 @@ class NativeLower:
                 self.n_threads,
                 isa,
                 self.options.lut == "fast",
+                self.options.head,
             )
+        self.screens = self._model.is_screened
 
     def _open_panels(
         self, matrices: dict[str, Matrix], vectors: dict[str, Array], isa: str
@@ -189,6 +191,15 @@ class NativeLower:
     def logits(self, h: Array, head: str = "final") -> Array:
         with _our_errors():
             return self._model.logits(_rows(h), head)
+
+    def greedy(self, h: Array, head: str = "final") -> tuple[NDArray[np.int32], Array]:
+        ids, sure, _ = self.screen(h, head)
+        return ids, sure
+
+    def screen(self, h: Array, head: str = "final") -> tuple[NDArray[np.int32], Array, NDArray[np.int32]]:
+        """As `greedy`, and how many panels (64 rows) of the head were read for each row besides the screen, i32 [M]."""
+        with _our_errors():
+            return self._model.greedy(_rows(h), head)
 
 
 def selected_isa() -> str:

@@ -17,15 +17,18 @@ from numpy.typing import NDArray
 from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
 from nearfar.errors import ContextError, UsageError
+from nearfar.gguf_reader import TensorType
 from nearfar.kv_cache import KVCache, KVDtype
 from nearfar.lower import KV
 from nearfar.options import EngineOptions
 from nearfar.quant import (
     ACTIVATION_GRAIN,
     TERNARY,
+    dequantize,
     fake_quantize_activations,
     lookup_product,
     one_scale_a_row,
+    quantize,
     unpack_ternary,
 )
 from nearfar.weights import Weights
@@ -100,6 +103,8 @@ class NumpyLower:
         self.weights = weights
         self.config = weights.config
         self._matrices: dict[str, Array] = {}
+        self._head = "file" if options is None else options.head
+        self.screens = self._head == "screened"  # it does not: it takes the same path through engine.step
         self._by_lookup = options is not None and options.lut == "fast"
         self._trits: dict[str, tuple[NDArray[np.int8], Array] | None] = {}
 
@@ -131,7 +136,15 @@ class NumpyLower:
         return rms_norm(h, self.weights.norm_gain(head), self.config.norm_eps)
 
     def logits(self, h: Array, head: str = "final") -> Array:
-        return self._linear(self.norm(h, head), self.weights.head_name.removesuffix(".weight"))
+        x, name = self.norm(h, head), self.weights.head_name.removesuffix(".weight")
+        if self._head != "q4":
+            return self._linear(x, name)
+        y: Array = fake_quantize_activations(x, ACTIVATION_GRAIN[TensorType.Q4_0]) @ self._requantized(name).T
+        return y
+
+    def greedy(self, h: Array, head: str = "final") -> tuple[NDArray[np.int32], Array]:
+        z = self.logits(h, head)
+        return z.argmax(axis=1).astype(np.int32), 1 / np.exp(z - z.max(axis=1, keepdims=True)).sum(axis=1)
 
     def _layer(self, i: int, h: Array, kv: KVCache, start: int) -> Array:
         c, block = self.config, f"blk.{i}"
@@ -183,6 +196,13 @@ class NumpyLower:
         if name not in self._trits:
             self._trits[name] = one_scale_a_row(*unpack_ternary(raw, kind, (rows, cols)))
         return self._trits[name]
+
+    def _requantized(self, name: str) -> Array:
+        key = f"{name}, of 4.5 bits"
+        if key not in self._matrices:
+            w = self._matrix(f"{name}.weight")
+            self._matrices[key] = dequantize(quantize(w, TensorType.Q4_0), TensorType.Q4_0, w.shape)
+        return self._matrices[key]
 
     def _optional(self, name: str) -> Array | None:
         return self._matrix(name) if self.weights.has(name) else None

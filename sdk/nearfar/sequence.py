@@ -17,10 +17,14 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """A position that full depth has run before its turn: its logits [V], and the id that the next row comes from."""
+    """A position that full depth has run before its turn: its logits [V], and the id that the next row comes from.
 
-    logits: Array
+    `largest`: the id of the largest logit and its probability, where that is all that is asked for.
+    """
+
+    logits: Array | None
     draft: int | None
+    largest: tuple[int, float] | None = None
 
 
 @dataclass(slots=True)

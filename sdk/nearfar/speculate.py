@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nearfar.cancel import Cancel
 from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
-from nearfar.engine import Engine, Token
+from nearfar.engine import Engine, Token, wants_largest
 from nearfar.errors import UsageError
 from nearfar.exit import confidence, max_softmax
 from nearfar.sampling import Sampling, sample
@@ -40,7 +40,7 @@ MAX_DRAFTS = MAX_ROWS - 1
 LEAST_SURE = 0.4
 
 # Where not even a first draft is that sure, the exit's head was computed for nothing.  When that happened 2, 3, 4, ...
-# times in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for asking.
+# times in a row, the next 1, 2, 4, 8, 8, ... steps do without: text that the exit cannot foresee pays little for it.
 LONGEST_PAUSE = 8
 
 
@@ -81,8 +81,13 @@ class Speculative:
             if not s.ahead:
                 n_drafted = self._look_ahead(s, constraint, cancel)
             row = s.ahead.popleft()
-            logits = row.logits if constraint is None else constraint.mask(row.logits)  # [V]
-            token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
+            if row.largest is not None:
+                token, conf = row.largest
+            else:
+                assert row.logits is not None
+                logits = row.logits if constraint is None else constraint.mask(row.logits)  # [V]
+                conf = max_softmax(logits)
+                token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
             if constraint is not None:
                 constraint.accept(token)
         except BaseException:
@@ -94,7 +99,7 @@ class Speculative:
         if not foreseen:
             s.rewind(s.n_run)
         source = f"draft.{self.exit.layer}" if foreseen else "full"
-        return Token(token, source, max_softmax(logits), 1000 * (time.perf_counter() - started), n_drafted)
+        return Token(token, source, conf, 1000 * (time.perf_counter() - started), n_drafted)
 
     def _look_ahead(self, s: Sequence, constraint: Constraint | None, cancel: Cancel | None) -> int:
         """Draft, then run the upper layers over the pending rows and the drafts; how many were drafted."""
@@ -103,7 +108,7 @@ class Speculative:
         if s.pause.left or room < 1:
             s.pause.left = max(0, s.pause.left - 1)
             h = lower.forward(lower.embed(s.pending()), s.kv, 0, lower.config.n_layers, cancel)
-            s.ahead.append(Ahead(lower.logits(h[-1:])[0], None))
+            self._keep(s, h, [], constraint)
             return 0
         rows = [lower.forward(lower.embed(s.pending()), s.kv, 0, e, cancel)]  # [T, D]
         ids, drafts, sure = list(s.ids), list[int](), 1.0
@@ -126,6 +131,15 @@ class Speculative:
         s.pause.n_unsure = 0 if drafts else s.pause.n_unsure + 1
         s.pause.left = min(1 << s.pause.n_unsure >> 2, LONGEST_PAUSE)
         h = lower.forward(np.concatenate(rows), s.kv, e, lower.config.n_layers, cancel)  # [T + drafts, D]
-        logits = lower.logits(h[-len(drafts) - 1 :])  # [drafts + 1, V]
-        s.ahead.extend(Ahead(z, draft) for z, draft in zip(logits, [*drafts, None], strict=True))
+        self._keep(s, h, drafts, constraint)
         return len(drafts)
+
+    def _keep(self, s: Sequence, h: Array, drafts: list[int], constraint: Constraint | None) -> None:
+        """Let the last row of h [T, D] and those of the drafts wait for their steps."""
+        lower, rows = self.engine.lower, h[-len(drafts) - 1 :]
+        if wants_largest(lower, s.sampling, constraint):
+            found = zip(*lower.greedy(rows), [*drafts, None], strict=True)
+            s.ahead.extend(Ahead(None, draft, (int(token), float(conf))) for token, conf, draft in found)
+        else:
+            logits = lower.logits(rows)  # [drafts + 1, V]
+            s.ahead.extend(Ahead(z, draft) for z, draft in zip(logits, [*drafts, None], strict=True))

@@ -29,7 +29,7 @@ class TracedLower:
 
     def __init__(self, inner: Lower, level: int) -> None:
         self._inner, self._level = inner, level
-        self.config, self.name = inner.config, inner.name
+        self.config, self.name, self.screens = inner.config, inner.name, inner.screens
         if (state := getattr(inner, "cache", None)) is not None:  # the reference packs nothing
             _say(f"packed matrices: {state}")
 
@@ -58,6 +58,10 @@ class TracedLower:
         if self._level >= 2:
             _say(f"head {head}: largest probability {max_softmax(z[-1]):.6f}")
         return z
+
+    def greedy(self, h: Array, head: str = "final") -> tuple[NDArray[np.int32], Array]:
+        with self._stage(f"head {head}, the largest logit only, rows {list(h.shape)}"):
+            return self._inner.greedy(h, head)
 
     @contextmanager
     def _stage(self, what: str) -> Iterator[None]:

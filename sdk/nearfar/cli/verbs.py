@@ -52,6 +52,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--cache", metavar="WHERE", help="packed matrices stay: auto (default: beside the model), off, or a folder"
     )
     parser.add_argument(
+        "--head",
+        choices=("file", "q4", "screened"),
+        default="file",
+        help="of 4.5 bits (other logits), or screened by such a copy (the same tokens)",
+    )
+    parser.add_argument(
         "--n-ctx", type=whole(1, 1 << 24), metavar="N", help="positions of the cache (default: the model's)"
     )
 
@@ -133,7 +139,13 @@ def open_model(args: argparse.Namespace, model: str) -> LLM:
     from nearfar.llm import LLM
 
     return LLM.open(
-        model_path(model), backend=args.backend, threads=args.threads, n_ctx=args.n_ctx, lut=args.lut, cache=args.cache
+        model_path(model),
+        backend=args.backend,
+        threads=args.threads,
+        n_ctx=args.n_ctx,
+        lut=args.lut,
+        head=args.head,
+        cache=args.cache,
     )
 
 

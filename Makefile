@@ -30,7 +30,7 @@ help:
 	@echo "make check      ruff, mypy --strict, clang-format"
 	@echo "make native     rebuild the C++ engine and run its own tests (needs doctest)"
 	@echo "make sanitize   the C++ tests under address and undefined-behaviour sanitizers (needs doctest)"
-	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader"
+	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, and as long the panel files"
 	@echo "make bench      the figures of docs/benchmarks.md"
 	@echo "make train      BUDGET=30m: train nano from DATA=folder"
 	@echo "make eval       the task figures of MODEL=nano on DATA=folder"
@@ -63,6 +63,7 @@ sanitize: $(VENV)/ready
 
 fuzz: $(VENV)/dev
 	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)
+	$(PY) tests/fuzz/fuzz_panels.py --seconds $(FUZZ_SECONDS)
 
 bench: $(VENV)/dev
 	$(NEARFAR) bench $(MODEL)

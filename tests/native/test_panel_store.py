@@ -117,7 +117,7 @@ def damage_at(offset: int) -> Callable[[bytes], bytes]:
 HEADER = {"magic": 0, "version": 8, "count": 12, "size": 16, "source": 24, "layout": 56, "first": 88, "last": 92}
 ENTRY = {"name": 0, "kind": 64, "rows": 80, "cols": 88, "scale": 96, "offset": 104, "n_bytes": 112, "sum": 120}
 DAMAGE = {name: damage_at(at) for name, at in HEADER.items()}
-DAMAGE |= {f"entry {name}": damage_at(128 + 152 + at) for name, at in ENTRY.items()}
+DAMAGE |= {f"entry {name}": damage_at(112 + 152 + at) for name, at in ENTRY.items()}
 DAMAGE |= {
     "digest": damage_at(96),
     "first byte of the panels": damage_at(-1),  # patched below: offsets count from the first matrix

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
@@ -16,11 +17,11 @@
 #include <utility>
 #include <vector>
 
-#include "bandwidth.h"
 #include "checksum.h"
 #include "errors.h"
 #include "kernels.h"
 #include "model.h"
+#include "roofline.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -55,6 +56,17 @@ template <typename T>
 nb::ndarray<nb::numpy, T, nb::ndim<1>> make_row(size_t n) {
   T* raw = new T[n];
   return {raw, {n}, nb::capsule(raw, [](void* p) noexcept { delete[] static_cast<T*>(p); })};
+}
+
+Clock clock_of(bool cpu_time) { return cpu_time ? Clock::kCpu : Clock::kWall; }
+
+std::vector<std::string_view> panel_kinds(const std::string& isa) {
+  std::vector<std::string_view> kinds;
+  for (int i = 0; i < kPanelKinds; ++i) {
+    const auto kind = static_cast<PanelKind>(i);
+    if (kind != PanelKind::kL3 || kernels(isa).lut_tables) kinds.push_back(kind_name(kind));
+  }
+  return kinds;
 }
 
 // A numpy array [rows, cols] that owns its memory, filled by work(data) without the GIL.
@@ -156,12 +168,37 @@ NB_MODULE(_core, m) {
   m.def("default_threads", &default_threads, "Physical cores that this process may use.");
   m.def(
       "read_bandwidth",
-      [](int threads, size_t n_bytes, int n_passes) {
+      [](int threads, size_t n_bytes, int n_passes, const std::string& isa, bool cpu_time) {
         const nb::gil_scoped_release released;
-        return read_bandwidth(threads, n_bytes, n_passes);
+        return read_bandwidth(kernels(isa), threads, n_bytes, n_passes, clock_of(cpu_time));
       },
-      "threads"_a, "n_bytes"_a, "n_passes"_a = 5,
+      "threads"_a, "n_bytes"_a, "n_passes"_a = 5, "isa"_a = "", "cpu_time"_a = false,
       "GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.");
+  m.def(
+      "int8_peak",
+      [](int threads, int n_passes, const std::string& isa, bool cpu_time) {
+        const Kernels& k = kernels(isa);
+        const nb::gil_scoped_release released;
+        return std::make_pair(int8_multiplier(k),
+                              int8_peak(k, threads, n_passes, clock_of(cpu_time)));
+      },
+      "threads"_a, "n_passes"_a = 5, "isa"_a = "", "cpu_time"_a = false,
+      "The int8 multiplier, and the GOPS (a multiply-add is 2) that `threads` reach with it.");
+  m.def("panel_kinds", &panel_kinds, "isa"_a = "", "Kinds of packed matrices that `isa` has.");
+  m.def(
+      "product_speed",
+      [](const std::string& kind, int64_t cols, size_t n_bytes, int64_t m, int threads,
+         double seconds, const std::string& isa, bool cpu_time) {
+        const nb::gil_scoped_release released;
+        const ProductSpeed s =
+            product_speed(kernels(isa), {kind_named(kind), cols, n_bytes, m, threads, seconds},
+                          clock_of(cpu_time));
+        return std::make_tuple(s.rows, s.n_bytes, s.seconds, s.fastest_seconds);
+      },
+      "kind"_a, "cols"_a, "n_bytes"_a, "m"_a, "threads"_a, "seconds"_a, "isa"_a = "",
+      "cpu_time"_a = false,
+      "(rows, bytes, median seconds, fewest seconds) of a product with `m` rows of activations, "
+      "its matrix of random codes, `cols` wide and of about `n_bytes`.");
 
   m.attr("PANEL_VERSION") = kPanelVersion;
   m.def(

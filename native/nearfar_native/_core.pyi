@@ -33,9 +33,22 @@ def has_lookups(isa: str = '') -> bool:
 def default_threads() -> int:
     """Physical cores that this process may use."""
 
-def read_bandwidth(threads: int, n_bytes: int, n_passes: int = 5) -> float:
+def read_bandwidth(threads: int, n_bytes: int, n_passes: int = 5, isa: str = '', cpu_time: bool = False) -> float:
     """
     GB/s (1e9) that `threads` read together from `n_bytes` of memory, best pass.
+    """
+
+def int8_peak(threads: int, n_passes: int = 5, isa: str = '', cpu_time: bool = False) -> tuple[str, float]:
+    """
+    The int8 multiplier, and the GOPS (a multiply-add is 2) that `threads` reach with it.
+    """
+
+def panel_kinds(isa: str = '') -> list[str]:
+    """Kinds of packed matrices that `isa` has."""
+
+def product_speed(kind: str, cols: int, n_bytes: int, m: int, threads: int, seconds: float, isa: str = '', cpu_time: bool = False) -> tuple[int, int, float, float]:
+    """
+    (rows, bytes, median seconds, fewest seconds) of a product with `m` rows of activations, its matrix of random codes, `cols` wide and of about `n_bytes`.
     """
 
 PANEL_VERSION: int = 1

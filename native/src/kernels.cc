@@ -85,6 +85,17 @@ const Kernels& kernels(std::string_view isa) {
                               "\": this CPU and build have " + joined(isas_available()));
 }
 
+const Probe& probe(const Kernels& k) {
+  [[maybe_unused]] const std::string_view isa = k.isa;
+#if defined(__x86_64__)
+  if (isa == "avx2") return avx2::kProbe;
+  if (isa == "avx512") return avx512::kProbe;
+#elif defined(__aarch64__)
+  if (isa == "neon_dot" || isa == "neon_i8mm") return neon_dot::kProbe;
+#endif
+  return ref::kProbe;
+}
+
 PanelKind ternary_kind(const Kernels& k, bool lut, int64_t n_weights) {
   if (lut && k.lut_tables == nullptr) {
     throw std::invalid_argument(std::string("the ") + k.isa +

@@ -9,6 +9,7 @@
 #include "activations.h"
 #include "mat.h"
 #include "ops.h"
+#include "probe.h"
 #include "quant.h"
 
 namespace nearfar {
@@ -24,6 +25,10 @@ struct Kernels {
 // The table named `isa`; "" is the best that this CPU has. Throws std::invalid_argument on an
 // unknown name or one that this CPU, or this build, lacks.
 const Kernels& kernels(std::string_view isa = "");
+
+// The probes that measure what the instructions of `k` reach at most; portable ones where its ISA
+// has none.
+const Probe& probe(const Kernels& k);
 
 // Names that kernels() takes here, worst first.
 std::vector<std::string_view> isas_available();

@@ -6,7 +6,6 @@
 #include <thread>
 #include <vector>
 
-#include "bandwidth.h"
 #include "errors.h"
 #include "threads.h"
 
@@ -109,11 +108,6 @@ TEST_CASE("a second holder gets EngineBusy, a later one does not") {
     CHECK_THROWS_AS(Occupied(flag, "busy"), EngineBusy);
   }
   CHECK_NOTHROW(Occupied(flag, "busy"));
-}
-
-TEST_CASE("a bandwidth test reads memory, and refuses to read none") {
-  CHECK(read_bandwidth(2, 4 << 20, 1) > 0);
-  CHECK_THROWS_AS(read_bandwidth(1, 1000), std::invalid_argument);
 }
 
 }  // namespace

@@ -226,10 +226,48 @@ def default_threads() -> int:
     return _core.default_threads()
 
 
-def read_bandwidth(threads: int, n_bytes: int = 256 << 20) -> float:
-    """GB/s (1e9) that `threads` read together from memory; `n_bytes` should be 4 times the last cache or more."""
+def read_bandwidth(threads: int, n_bytes: int = 256 << 20, *, n_passes: int = 5, cpu_time: bool = False) -> float:
+    """GB/s (1e9) that `threads` read together from memory; `n_bytes` should be 4 times the last cache or more.
+
+    `cpu_time` counts the process's CPU time, divided by the threads, instead of the wall's: for a busy machine.
+    """
     with _our_errors():
-        return _core.read_bandwidth(threads, n_bytes)
+        return _core.read_bandwidth(threads, n_bytes, n_passes, selected_isa(), cpu_time)
+
+
+def int8_peak(threads: int, *, n_passes: int = 5, cpu_time: bool = False) -> tuple[str, float]:
+    """The int8 multiplier of the kernels in use, and the GOPS (a multiply-add is 2) that `threads` reach with it."""
+    with _our_errors():
+        return _core.int8_peak(threads, n_passes, selected_isa(), cpu_time)
+
+
+@dataclass(frozen=True, slots=True)
+class ProductSpeed:
+    """One product of a packed matrix of `kind`, [rows, cols], and `m` rows of activations: median and best seconds."""
+
+    kind: str
+    m: int
+    rows: int
+    cols: int
+    n_bytes: int
+    seconds: float
+    fastest_seconds: float
+
+
+def panel_kinds() -> list[str]:
+    """The kinds of packed matrices that the kernels in use multiply."""
+    return _core.panel_kinds(selected_isa())
+
+
+def product_speed(
+    kind: str, cols: int, n_bytes: int, m: int, threads: int, *, seconds: float = 0.3, cpu_time: bool = False
+) -> ProductSpeed:
+    """How fast the kernel of `kind` multiplies a matrix of random codes, `cols` wide and of about `n_bytes`."""
+    with _our_errors():
+        rows, size, median, fastest = _core.product_speed(
+            kind, cols, n_bytes, m, threads, seconds, selected_isa(), cpu_time
+        )
+    return ProductSpeed(kind, m, rows, cols, size, median, fastest)
 
 
 def _spec(c: ModelConfig) -> _core.ModelSpec:

@@ -51,7 +51,7 @@ std::span<const Level> levels() {
   static const Level kLevels[] = {
       {table("ref", ref::kOps, ref::kMatmul, {ref::matmul_l3, ref::lut_tables}), always},
 #if defined(__x86_64__)
-      {table("avx2", avx2::kOps, avx2::kMatmul), has_avx2},
+      {table("avx2", avx2::kOps, avx2::kMatmul, {avx2::matmul_l3, avx2::lut_tables}), has_avx2},
       {table("avx512", avx512::kOps, avx512::kMatmul, {avx512::matmul_l3, avx512::lut_tables}),
        has_avx512},
 #endif

@@ -62,6 +62,10 @@ namespace ref {
 Matmul matmul_l3;
 LutTables lut_tables;
 }  // namespace ref
+namespace avx2 {
+Matmul matmul_l3;
+LutTables lut_tables;
+}  // namespace avx2
 namespace avx512 {
 Matmul matmul_l3;
 LutTables lut_tables;

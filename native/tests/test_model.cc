@@ -2,6 +2,7 @@
 // That the numbers are those of the specification is tested from Python, against lower_numpy.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -119,9 +120,9 @@ struct Tiny {
   }
 
   std::unique_ptr<Model> open(int n_threads = 1, std::string_view isa = "", int first = 0,
-                              int last = kLayers) const {
+                              int last = kLayers, bool lut = false) const {
     return std::make_unique<Model>(spec, tensors(),
-                                   ModelOptions{first, last, n_threads, kernels(isa)});
+                                   ModelOptions{first, last, n_threads, kernels(isa), lut});
   }
 };
 
@@ -209,6 +210,37 @@ TEST_CASE("chunks of 128 rows leave no seam") {
   const auto model = tiny.open();
   const Floats h = embed(*model, 200);
   CHECK(same_bits(run(*tiny.open(2), h, 200), run(*model, h, 67)));
+}
+
+TEST_CASE("by lookup too a row's bits depend on nothing but the rows before it") {
+  const Tiny tiny(
+      {"biased", TensorType::kTQ1_0, RopePairs::kHalves, Activation::kSilu, true, false, true});
+  const auto open = [&](int n_threads, std::string_view isa) {
+    return tiny.open(n_threads, isa, 0, kLayers, true);
+  };
+  const auto model = open(1, "ref");
+  const auto panels = model->panels();
+  CHECK(std::count_if(panels.begin(), panels.end(),
+                      [](const PanelInfo& p) { return p.kind == "l3"; }) == 6 * kLayers);
+  const Floats h = embed(*model, 150);  // two chunks, and rows by 32
+  const Floats whole = run(*model, h, 150);
+  CHECK(same_bits(run(*model, h, 1), whole));
+  for (const auto isa : isas_available()) {
+    if (kernels(isa).lut_tables == nullptr) continue;
+    CHECK(same_bits(run(*open(1, isa), h, 150), whole));
+    CHECK(same_bits(run(*open(2, isa), h, 150), whole));
+    CHECK(same_bits(run(*open(2, isa), h, 47), whole));
+    CHECK(same_bits(run(*open(1, isa), h, 3), whole));
+  }
+  CHECK(!same_bits(run(*tiny.open(), h, 150), whole));
+}
+
+TEST_CASE("kernels without lookups refuse them") {
+  const Tiny tiny(kVariants[4]);
+  Kernels poorer = kernels();
+  poorer.lut_tables = nullptr;
+  CHECK_THROWS_WITH_AS(Model(tiny.spec, tiny.tensors(), ModelOptions{0, kLayers, 1, poorer, true}),
+                       doctest::Contains("lut \"off\""), std::invalid_argument);
 }
 
 TEST_CASE("a split at any layer gives the same bits, also in two models") {

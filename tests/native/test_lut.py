@@ -127,12 +127,12 @@ def test_rows_by_lookup_do_not_depend_on_how_many_share_a_call() -> None:
 
 
 def test_kernels_without_lookups_refuse_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    for isa in lower_native.isas_available():
-        if _core.has_lookups(isa):
-            continue
-        monkeypatch.setenv("NEARFAR_ISA", isa)
-        with Weights.open(shipped_path()) as weights, pytest.raises(UsageError, match='lut "off"'):
-            lower_native.NativeLower(weights, FAST)
+    without = [isa for isa in lower_native.isas_available() if not _core.has_lookups(isa)]
+    if not without:
+        pytest.skip("all kernel sets of this CPU have lookups; the C++ tests refuse made ones")
+    monkeypatch.setenv("NEARFAR_ISA", without[0])
+    with Weights.open(shipped_path()) as weights, pytest.raises(UsageError, match='lut "off"'):
+        lower_native.NativeLower(weights, FAST)
 
 
 def test_an_unknown_mode_and_lookups_in_llama_cpp_are_refused() -> None:
@@ -202,7 +202,7 @@ def test_the_command_shows_what_lookups_cost(tmp_path: Path, capsys: pytest.Capt
     from nearfar.cli.main import main
 
     text = tmp_path / "text.txt"
-    text.write_text("Once upon a time there was a light that would not turn off. " * 20)
+    text.write_text("Once upon a time there was a light that would not turn off. " * 3)
     assert main(["eval", "nano", "--text", str(text), "--lut", "fast", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["passed"] == (facts["rise"] < MAX_LUT_RISE)

@@ -46,7 +46,7 @@ def _add_eval(verbs: Verbs) -> None:
         "nearfar eval --data data/ --table answers.jsonl",
         "nearfar eval model.gguf --text story.txt --lut fast",
         detail="Greedy answers; every figure with a 95 % interval and its baseline on the same rows. With --text "
-        "only the perplexity of a text, and with --lut fast what lookups add to it: from 0.5 % on, they are not for it.",
+        "only the perplexity of a text, and with --lut fast what lookups add to it: 0.5 % or more is too much.",
     )
     parser.add_argument("model", nargs="?", help="nano, or the path of a GGUF file")
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")

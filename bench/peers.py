@@ -26,6 +26,7 @@ from typing import Any
 
 from line import machine
 from nearfar.bench.random_model import Recipe, cached, default_folder
+from nearfar.cli.roofline import settings
 from turns import EngineProcess
 
 OURS, LLAMA = "nearfar", "llama-cpp-python"
@@ -81,7 +82,7 @@ class Row:
 
 def main() -> int:
     args = parse()
-    say(f"{machine()}; {'CPU time' if args.cpu_time else 'wall time'}; options {args.options or 'none'}")
+    say(f"{machine()}; {'CPU time' if args.cpu_time else 'wall time'}; nearfar with {args.options}")
     wanted = list(dict.fromkeys(model for model, _, _ in GOALS)) if not args.only else args.only
     rows: list[Row] = []
     for model in wanted:
@@ -107,14 +108,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns for decode (default 7)")
     parser.add_argument("--prefill-rounds", type=int, default=3, metavar="N", help="turns for prompts (default 3)")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens of a decode turn (default 16)")
-    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help='for nearfar: {"lut": "fast"}')
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for nearfar: lut=fast, ...")
     parser.add_argument("--llama-bench", type=Path, action="append", default=[], metavar="PATH", help="another peer")
     parser.add_argument("--no-llama-cpp-python", action="store_true", help="only the peers that a path points to")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="where random models are kept")
     parser.add_argument("--delete", action="store_true", help="delete each model after its rows")
     parser.add_argument("--cpu-time", action="store_true", help="per CPU second, for a busy machine and one thread")
     parser.add_argument("--json", action="store_true", help="a JSON line a row instead of the table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.options = settings(args.set)
+    return args
 
 
 def numbers(text: str) -> list[int]:
@@ -126,15 +129,14 @@ def compare(args: argparse.Namespace, model: str, recipe: Recipe, path: Path, th
     tasks = args.tasks.split(",") if args.tasks else [t for m, t, n in GOALS if m == model and n == threads]
     tasks = tasks or ["decode", "prefill 128", "prefill 512"]
     n_ctx = 16 + max(DEPTH + args.tokens, *(length(task) for task in tasks))
-    clock = "_cpu" if args.cpu_time else ""
     rows = []
     with ExitStack() as stack:
         engines: dict[str, Callable[[str], float]] = {}
         for name, options in engine_options(args).items():
             engine = stack.enter_context(EngineProcess(path, options | {"threads": threads, "n_ctx": n_ctx}))
-            engine.turn(8, 4)  # pages, threads
-            engines[name] = speed_of(engine, args.tokens, clock)
-            say(f"{recipe.name}, {threads} threads, {name}: {engine.facts}")
+            engine.decode(8, 4)  # pages, threads
+            engines[name] = speed_of(engine, args.tokens, args.cpu_time)
+            say(f"{recipe.name}; {threads} threads; {name}: {engine.facts}")
         for binary in args.llama_bench:
             engines[binary.name] = llama_bench(binary, path, threads, args.tokens)
         for task in tasks:
@@ -165,11 +167,11 @@ def length(task: str) -> int:
     return DEPTH if task == "decode" else int(task.removeprefix("prefill "))
 
 
-def speed_of(engine: EngineProcess, n_tokens: int, clock: str) -> Callable[[str], float]:
+def speed_of(engine: EngineProcess, n_tokens: int, cpu_time: bool) -> Callable[[str], float]:
     def speed(task: str) -> float:
         if task == "decode":
-            return float(getattr(engine.turn(DEPTH, n_tokens + 1), f"decode{clock}"))
-        return float(getattr(engine.turn(length(task), 1), f"prefill{clock}"))
+            return engine.decode(DEPTH, n_tokens, cpu_time=cpu_time)
+        return engine.prefill(length(task), cpu_time=cpu_time)
 
     return speed
 

@@ -10,20 +10,9 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One measurement: tokens a second of the wall clock, or of CPU time (all threads of the process)."""
-
-    prefill: float
-    decode: float
-    prefill_cpu: float
-    decode_cpu: float
 
 
 class EngineProcess:
@@ -51,9 +40,13 @@ class EngineProcess:
             raise RuntimeError(f"{question}: {answer['error']}")
         return answer
 
-    def turn(self, n_prompt: int, n_tokens: int) -> Turn:
-        """Prefill `n_prompt` tokens, then decode `n_tokens` - 1 more greedily, at full depth."""
-        return Turn(**self.ask(prompt=n_prompt, tokens=n_tokens))
+    def prefill(self, n_prompt: int, *, cpu_time: bool = False) -> float:
+        """Prompt tokens a second, of the wall clock or of CPU time (all threads of the process)."""
+        return float(self.ask(prompt=n_prompt, tokens=0, cpu_time=cpu_time)["prefill"])
+
+    def decode(self, n_prompt: int, n_tokens: int, *, cpu_time: bool = False) -> float:
+        """Tokens a second, decoded greedily at full depth behind a prompt."""
+        return float(self.ask(prompt=n_prompt, tokens=n_tokens, cpu_time=cpu_time)["decode"])
 
     def idle_cpu(self, seconds: float) -> float:
         """Share of one CPU that the process uses while nothing is asked of it, right after a token."""
@@ -93,7 +86,7 @@ def serve() -> None:
             elif "idle" in question:
                 answer = {"share": _idle(llm, sequence, question["idle"])}
             else:
-                answer = _measure(llm, sequence, n_turns, question["prompt"], question["tokens"])
+                answer = _measure(llm, sequence, n_turns, question["prompt"], question["tokens"], question["cpu_time"])
         except NearfarError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
@@ -115,23 +108,11 @@ def _facts(llm: Any) -> dict[str, Any]:
     return {}
 
 
-def _measure(llm: Any, sequence: Any, n_turns: int, n_prompt: int, n_tokens: int) -> dict[str, float]:
-    n_vocab = llm.tokenizer.n_vocab
-    ids = [(n_turns + i) * 7919 % n_vocab for i in range(n_prompt)]  # another first id each turn: nothing is cached
-    cached = sequence.continue_with(ids)
-    assert cached == 0, "the prompt was to be computed as a whole"
-    wall, cpu = [time.perf_counter()], [time.process_time()]
-    for count in (1, n_tokens - 1):
-        for _ in range(count):
-            llm.stepper.step(sequence)
-        wall.append(time.perf_counter()), cpu.append(time.process_time())
-    n = max(n_tokens - 1, 0)
-    return {
-        "prefill": n_prompt / (wall[1] - wall[0]),
-        "decode": n / (wall[2] - wall[1]),
-        "prefill_cpu": n_prompt / (cpu[1] - cpu[0]),
-        "decode_cpu": n / max(cpu[2] - cpu[1], 1e-9),
-    }
+def _measure(llm: Any, sequence: Any, seed: int, n_prompt: int, n_tokens: int, cpu_time: bool) -> dict[str, float]:
+    from nearfar.bench.turn import measure
+
+    turn = measure(llm, n_prompt, n_tokens, cpu_time=cpu_time, sequence=sequence, seed=seed)
+    return {"prefill": turn.prefill, "decode": turn.decode}
 
 
 def _idle(llm: Any, sequence: Any, seconds: float) -> float:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from nearfar.bench.turn import Turn, measure
+from nearfar.cli import roofline
 from nearfar.cli.doctor import cpu_name
 from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser, whole
 from nearfar.errors import MissingExtraError, NearfarError, UnsupportedError, UsageError
@@ -33,6 +33,7 @@ def add_verb(verbs: Verbs) -> None:
         "nearfar bench",
         "nearfar bench model.gguf --engines native,llama --threads 1",
         "nearfar bench --rounds 9 --json",
+        "nearfar bench roofline --help",
     )
     parser.add_argument("model", nargs="?", default=SHIPPED, help="path of a GGUF file (default: the shipped model)")
     parser.add_argument("--engines", help="some of native,numpy,llama (default: all there are; numpy for small files)")
@@ -42,14 +43,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("--threads", type=whole(1, 256), metavar="N", help="threads of each engine")
     parser.add_argument("--cpu-time", action="store_true", help="per CPU second, for a busy machine")
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One measurement of one engine, tokens per second."""
-
-    prefill: float
-    decode: float
+    roofline.add_verb(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     turns: dict[str, list[Turn]] = {name: [] for name in engines}
     try:
         for llm in engines.values():
-            measure(llm, 8, 4, args.cpu_time)  # warm-up: pages, threads
+            measure(llm, 8, 3, cpu_time=args.cpu_time)  # warm-up: pages, threads
             if args.prompt + args.tokens > llm.max_len:
                 raise UsageError(f"--prompt {args.prompt} --tokens {args.tokens}: the context holds {llm.max_len}")
         for _ in range(args.rounds):
             for name, llm in engines.items():
-                turns[name].append(measure(llm, args.prompt, args.tokens, args.cpu_time))
+                turns[name].append(measure(llm, args.prompt, args.tokens - 1, cpu_time=args.cpu_time))
     finally:
         for llm in engines.values():
             llm.close()
@@ -98,28 +92,12 @@ def open_engines(args: argparse.Namespace, path: str, wanted: list[str]) -> tupl
     return found, absent
 
 
-def measure(llm: LLM, n_prompt: int, n_tokens: int, cpu_time: bool) -> Turn:
-    """Prefill `n_prompt` tokens into an empty cache, then decode greedily, whatever the tokens are."""
-    from nearfar.sampling import Sampling
-
-    clock = time.process_time if cpu_time else time.perf_counter
-    sequence = llm.stepper.new_sequence(Sampling(), use_exits=False)
-    sequence.continue_with([i * 7 % llm.tokenizer.n_vocab for i in range(1, n_prompt + 1)])
-    started = clock()
-    llm.stepper.step(sequence)
-    first = clock()
-    for _ in range(n_tokens - 1):
-        llm.stepper.step(sequence)
-    ended = clock()
-    return Turn(n_prompt / max(first - started, 1e-9), (n_tokens - 1) / max(ended - first, 1e-9))
-
-
 def summary(args: argparse.Namespace, turns: dict[str, list[Turn]], absent: dict[str, str]) -> dict[str, Any]:
     engines = {
         name: {
             "prefill": median(t.prefill for t in found),
             "decode": median(t.decode for t in found),
-            "turns": [asdict(t) for t in found],
+            "turns": [{"prefill": t.prefill, "decode": t.decode} for t in found],
         }
         for name, found in turns.items()
     }

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from io import TextIOWrapper
 
 from nearfar import __version__, env
-from nearfar.cli.verbs import HelpFormatter
+from nearfar.cli.verbs import HelpFormatter, VerbParser
 from nearfar.errors import NearfarError
 
 # verb -> the module whose add_verb makes its parser; only the verb that is asked for is imported
@@ -80,7 +80,7 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"nearfar {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=VerbParser)
     if argv and argv[0] in VERBS:
         import_module(VERBS[argv[0]]).add_verb(verbs)
         return parser

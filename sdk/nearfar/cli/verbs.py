@@ -11,7 +11,7 @@ import argparse
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nearfar.errors import FileError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nearfar.llm import LLM
     from nearfar.sampling import Sampling
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[VerbParser]"
 
 SHIPPED = "nano"
 
@@ -31,17 +31,41 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=110)
 
 
-def new_parser(verbs: Verbs, name: str, summary: str, *examples: str, detail: str = "") -> argparse.ArgumentParser:
+class VerbParser(argparse.ArgumentParser):
+    """A verb that may have verbs of its own beside its arguments: its first word decides."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.inner: dict[str, argparse.ArgumentParser] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args and args[0] in self.inner:
+            return self.inner[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
+
+    def _with_json(self) -> VerbParser:
+        self.add_argument("--json", action="store_true", help="print JSON for programs instead of text for people")
+        return self
+
+
+def new_parser(verbs: Verbs, name: str, summary: str, *examples: str, detail: str = "") -> VerbParser:
     """A verb's parser with its examples under `--help`; every verb has `--json`."""
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description="\n".join([f"{summary[0].upper()}{summary[1:]}.", *textwrap.wrap(detail, 105)]),
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON for programs instead of text for people")
-    return parser
+    return verbs.add_parser(name, help=summary, **_looks(summary, examples, detail))._with_json()
+
+
+def new_inner_parser(outer: VerbParser, name: str, summary: str, *examples: str, detail: str = "") -> VerbParser:
+    """The parser of a verb's own verb, which looks as all do."""
+    inner = VerbParser(prog=f"{outer.prog} {name}", **_looks(summary, examples, detail))._with_json()
+    outer.inner[name] = inner
+    return inner
+
+
+def _looks(summary: str, examples: tuple[str, ...], detail: str) -> dict[str, Any]:
+    return {
+        "description": "\n".join([f"{summary[0].upper()}{summary[1:]}.", *textwrap.wrap(detail, 105)]),
+        "epilog": "examples:\n" + "\n".join(f"  {line}" for line in examples),
+        "formatter_class": HelpFormatter,
+    }
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

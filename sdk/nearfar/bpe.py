@@ -13,6 +13,7 @@ from typing import Any
 
 from nearfar.errors import TokenizerError
 from nearfar.pretokenize import PreTokenizer, pre_tokenizer
+from nearfar.text_table import TextIndex, TextTable
 from nearfar.vocab import Vocab, utf8
 
 _CACHED_WORDS = 1 << 14
@@ -35,7 +36,7 @@ class ByteLevelBPE:
 
     add_space_prefix = False
 
-    def __init__(self, vocab: Vocab, ranks: dict[str, int], pre: PreTokenizer) -> None:
+    def __init__(self, vocab: Vocab, ranks: Mapping[str, int], pre: PreTokenizer) -> None:
         self._vocab, self._ranks, self._pre = vocab, ranks, pre
         self._cached = lru_cache(_CACHED_WORDS)(self._encode_word)
 
@@ -111,17 +112,24 @@ def merge_pairs(symbols: list[str], rank: Callable[[str, str], float | None]) ->
     return [symbol for symbol in symbols if symbol]
 
 
-def _ranks(meta: Mapping[str, Any]) -> dict[str, int]:
+def _ranks(meta: Mapping[str, Any]) -> Mapping[str, int]:
     """The merge lines with their numbers; a line that occurs twice has its first number."""
     merges = meta.get("tokenizer.ggml.merges")
     if merges is None:
         raise TokenizerError("the file has no tokenizer.ggml.merges, which byte-level BPE needs")
+    if isinstance(merges, TextTable):
+        wrong = merges.without_inner(ord(" "))
+        if wrong is not None:
+            raise _no_pair(wrong, merges[wrong])
+        return TextIndex(merges)
     if not isinstance(merges, (list, tuple)) or not set(map(type, merges)) <= {str}:
         raise TokenizerError("tokenizer.ggml.merges: expected a list of texts")
     for i, merge in enumerate(merges):
         if " " not in merge[1:-1]:
-            raise TokenizerError(
-                f"tokenizer.ggml.merges[{i}]={merge[:40]!r}: expected two symbols with a space between"
-            )
+            raise _no_pair(i, merge)
     n = len(merges)
     return dict(zip(reversed(merges), range(n - 1, -1, -1), strict=True))
+
+
+def _no_pair(i: int, merge: str) -> TokenizerError:
+    return TokenizerError(f"tokenizer.ggml.merges[{i}]={merge[:40]!r}: expected two symbols with a space between")

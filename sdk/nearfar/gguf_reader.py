@@ -1,4 +1,4 @@
-"""A GGUF file as metadata and raw tensors: the first thing a walk opens.  Imports errors only.
+"""A GGUF file as metadata and raw tensors: the first thing a walk opens.  Imports errors and text_table only.
 
 A file is hostile until shown otherwise: every count, size and offset is compared with the bytes that are there before
 it is used, and what is kept in memory is bounded by the size of the file.  Layout (GGUF 2 and 3, little-endian):
@@ -17,6 +17,7 @@ import mmap
 import os
 import stat
 import struct
+from array import array
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.errors import FileError, GGUFError, UnsupportedError
+from nearfar.text_table import LARGE, TextTable
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -221,6 +223,7 @@ class GGUFFile:
         self.tensors = tensors
         self._spans = spans  # of each key's value, its type included
         self._bytes: NDArray[np.uint8] | None = None
+        self._map: mmap.mmap | None = None
         self._mtime_ns = 0
 
     @classmethod
@@ -232,7 +235,7 @@ class GGUFFile:
         path = Path(path)
         data, mtime_ns = _map(path)
         file = cls(path, *_parse(data, path))
-        file._bytes, file._mtime_ns = np.frombuffer(data, dtype=np.uint8), mtime_ns
+        file._map, file._bytes, file._mtime_ns = data, np.frombuffer(data, dtype=np.uint8), mtime_ns
         return file
 
     @cached_property
@@ -254,6 +257,7 @@ class GGUFFile:
             for i in range(4):
                 at = t.offset + i * max(t.n_bytes - 64, 0) // 3
                 digest.update(self._bytes[at : min(at + 64, t.offset + t.n_bytes)].data)
+        self.release_pages()  # each sample has brought its neighbours
         return digest.digest()
 
     def raw(self, name: str) -> NDArray[np.uint8]:
@@ -278,9 +282,14 @@ class GGUFFile:
         start, stop = self._spans[key]
         return self._bytes[start:stop].tobytes()
 
+    def release_pages(self) -> None:
+        """Take the pages read so far out of this process; they come back from the page cache when they are read."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the map; it goes away with the last view that `raw` gave out."""
-        self._bytes = None
+        self._map = self._bytes = None
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -356,22 +365,24 @@ class _Cursor:
             raise self.fail(f"damaged: {what} {raw[:40]!r} is not printable text")
         return text
 
-    def strings(self, n: int, what: str) -> list[str]:
+    def strings(self, n: int, what: str) -> list[str] | TextTable:
         """`n` strings: the one loop that matters for opening speed (150k tokens and as many merges)."""
         data, pos = self.data, self.pos
-        found: list[bytes] = []
-        append, length = found.append, struct.Struct("<Q").unpack_from
+        starts = array("Q")
+        append, length = starts.append, struct.Struct("<Q").unpack_from
         try:
             for _ in range(n):  # a length beyond the file moves pos beyond it: the next look there fails
                 start = pos + 8
                 pos = start + length(data, pos)[0]
-                append(data[start:pos])
+                append(start)
         except (struct.error, OverflowError):
             pos = self.size + 1
         if pos > self.size:
             raise self.fail(f"cut short or damaged: {what} passes the end of the file; fetch it again")
         self.pos = pos
-        return [s.decode("utf-8", "surrogateescape") for s in found]
+        append(pos + 8)
+        table = TextTable(data, starts)
+        return table if n >= LARGE else list(table)
 
 
 def _parse(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nearfar.errors import FileError, UsageError
 from nearfar.gguf_reader import DEFAULT_ALIGNMENT, DTYPES, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, TensorType, ValueType
 from nearfar.quant import n_bytes, quantize
+from nearfar.text_table import TextTable
 
 VERSION = 3
 
@@ -136,7 +137,7 @@ def _value(key: str, value: Value, kind: ValueType | None) -> bytes:
             value = value.item()
         kind = _kind_of(value) if kind is None else kind
         return struct.pack("<I", kind) + _elements(key, [value], kind)
-    if not isinstance(value, (list, tuple, np.ndarray)):
+    if not isinstance(value, (list, tuple, np.ndarray, TextTable)):
         raise UsageError(f"{key}={value!r:.40}: expected text, a truth value, a number or a list of one of them")
     elements = value.tolist() if isinstance(value, np.ndarray) else list(value)
     if kind is None and isinstance(value, np.ndarray):

@@ -129,6 +129,7 @@ class NativeLower:
                 self.options.head,
             )
         self.screens = self._model.is_screened
+        weights.file.release_pages()  # packed: from now on only rows of the embedding are read
 
     def _open_panels(
         self, matrices: dict[str, Matrix], vectors: dict[str, Array], isa: str

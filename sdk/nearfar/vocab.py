@@ -7,12 +7,15 @@ tokens are refused here, so the encoders behind it check nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+
 from nearfar.errors import TokenizerError
+from nearfar.text_table import TextIndex, TextTable, Without
 
 
 class TokenType(IntEnum):
@@ -53,9 +56,9 @@ class Vocab:
     spells a control token stays text.  `marked` are the tokens that are looked for in the text itself, longest first.
     """
 
-    tokens: list[str]
-    ids: dict[str, int]
-    written: dict[str, int]
+    tokens: Sequence[str]
+    ids: Mapping[str, int]
+    written: Mapping[str, int]
     control: frozenset[int]
     unknown: frozenset[int]
     user_defined: frozenset[int]
@@ -81,15 +84,10 @@ class Vocab:
         """Read the keys; `bos`, `eos`, `unk` and `add_bos` hold where the file does not say.  Raises TokenizerError."""
         tokens = _texts(meta)
         n = len(tokens)
-        ids = dict(zip(tokens, range(n), strict=True))
-        if len(ids) != n:
-            _refuse_double(tokens)
+        ids = _ids(tokens)
         kinds = _kinds(meta, tokens, ids)
         control = kinds[TokenType.CONTROL]
         shy = control | kinds[TokenType.UNKNOWN] | kinds[TokenType.BYTE]
-        written = ids.copy()
-        for hidden in shy:
-            del written[tokens[hidden]]
         marked = control | kinds[TokenType.UNKNOWN] | kinds[TokenType.USER_DEFINED]
 
         ends = {ids[name] for name in _END_NAMES if name in ids}
@@ -103,7 +101,7 @@ class Vocab:
         return cls(
             tokens=tokens,
             ids=ids,
-            written=written,
+            written=_without(ids, shy, tokens),
             control=control,
             unknown=kinds[TokenType.UNKNOWN],
             user_defined=kinds[TokenType.USER_DEFINED],
@@ -131,28 +129,55 @@ def numbers(meta: Mapping[str, Any], key: str, n: int, kinds: tuple[type, ...]) 
     return list(values)
 
 
-def _texts(meta: Mapping[str, Any]) -> list[str]:
+def _texts(meta: Mapping[str, Any]) -> Sequence[str]:
     tokens = meta.get("tokenizer.ggml.tokens")
     if tokens is None:
         raise TokenizerError("the file has no tokenizer.ggml.tokens: it carries no tokenizer")
+    if isinstance(tokens, TextTable):
+        if not tokens.has_empty:
+            return tokens
+        tokens = list(tokens)
     if not isinstance(tokens, (list, tuple)) or set(map(type, tokens)) != {str}:
         raise TokenizerError("tokenizer.ggml.tokens: expected a list of texts, at least one")
     return [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)] if "" in tokens else list(tokens)
 
 
-def _refuse_double(tokens: list[str]) -> None:
+def _ids(tokens: Sequence[str]) -> Mapping[str, int]:
+    """text -> id; a text that is two tokens is refused."""
+    found: Mapping[str, int]
+    if isinstance(tokens, TextTable):
+        found = TextIndex(tokens)
+        doubles = found.doubles()
+    else:
+        found = dict(zip(tokens, range(len(tokens)), strict=True))
+        doubles = None if len(found) == len(tokens) else _doubles(tokens)
+    if doubles:
+        a, b = doubles
+        raise TokenizerError(f"tokenizer.ggml.tokens: {tokens[a][:40]!r} is token {a} and token {b}")
+    return found
+
+
+def _doubles(tokens: Sequence[str]) -> tuple[int, int]:
     first: dict[str, int] = {}
-    for i, text in enumerate(tokens):
-        if first.setdefault(text, i) != i:
-            raise TokenizerError(f"tokenizer.ggml.tokens: {text[:40]!r} is token {first[text]} and token {i}")
+    return next((first[text], i) for i, text in enumerate(tokens) if first.setdefault(text, i) != i)
 
 
-def _kinds(meta: Mapping[str, Any], tokens: list[str], ids: dict[str, int]) -> dict[int, frozenset[int]]:
+def _without(ids: Mapping[str, int], hidden: frozenset[int], tokens: Sequence[str]) -> Mapping[str, int]:
+    """`ids` less the tokens `hidden`."""
+    if not isinstance(ids, dict):
+        return Without(ids, hidden)
+    left = ids.copy()
+    for i in hidden:
+        del left[tokens[i]]
+    return left
+
+
+def _kinds(meta: Mapping[str, Any], tokens: Sequence[str], ids: Mapping[str, int]) -> dict[int, frozenset[int]]:
     """The ids of each type but NORMAL; 0 and unknown numbers count as UNUSED.  No list: all are NORMAL."""
     found: dict[int, set[int]] = {kind: set() for kind in TokenType}
-    for i, kind in enumerate(numbers(meta, "token_type", len(tokens), (int,)) or ()):
-        if kind != TokenType.NORMAL:
-            found.get(kind, found[TokenType.UNUSED]).add(i)
+    types = numbers(meta, "token_type", len(tokens), (int,)) or []
+    for i in np.flatnonzero(np.array(types) != TokenType.NORMAL).tolist():
+        found.get(types[i], found[TokenType.UNUSED]).add(i)
     for name in _END_NAMES + _CONTROL_NAMES:
         if name in ids:
             for members in found.values():

@@ -67,7 +67,7 @@ fuzz: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(NEARFAR) bench $(MODEL)
-	for script in bench/start_up.py bench/memory.py bench/installed_size.py; do $(PY) $$script || exit 1; done
+	for script in bench/start_up.py bench/start_up_large.py bench/memory.py bench/installed_size.py; do $(PY) $$script || exit 1; done
 
 train: $(VENV)/dev
 	$(NEARFAR) train nano --budget $(BUDGET) $(if $(DATA),--data $(DATA))

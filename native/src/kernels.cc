@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +10,10 @@
 namespace nearfar {
 namespace {
 
+constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes at a time
+// Rows whose tables stay in L2 while all panels pass by: 32 of 6912 numbers are 1.2 MB.
+constexpr int64_t kLookupRows = 32;
+constexpr int64_t kLookupPanels = 2;       // at least, of a chunk: they share reads of the tables
 constexpr int64_t kCacheBytes = 16 << 20;  // of weights that may stay in a cache between two tokens
 
 struct Lookups {
@@ -129,6 +134,21 @@ void matmul(const Kernels& k, const PackedMat& w, const Rows& x, int64_t first, 
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
             std::span<float> y, int64_t ldy) {
   matmul(k, w, x.view(), first, last, y, ldy);
+}
+
+Cut::Cut(const PackedMat& w, int64_t rows) : n_panels_(w.n_panels()), rows_(rows), group_(rows) {
+  panels_ = std::max<int64_t>(1, kChunkBytes / (w.panel_bytes * std::max<int64_t>(1, rows)));
+  if (w.kind == PanelKind::kL3) {
+    panels_ = std::max(kLookupPanels, panels_);
+    group_ = std::min(kLookupRows, rows);
+  }
+  group_ = std::max<int64_t>(1, group_);
+  across_ = (n_panels_ + panels_ - 1) / panels_;
+}
+
+Cut::Part Cut::part(int64_t chunk) const {
+  const int64_t first = chunk % across_ * panels_, row = chunk / across_ * group_;
+  return {first, std::min(n_panels_, first + panels_), row, std::min(group_, rows_ - row)};
 }
 
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, std::span<float> y) {

@@ -46,6 +46,25 @@ void matmul(const Kernels& k, const PackedMat& w, const Rows& x, int64_t first, 
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,
             std::span<float> y, int64_t ldy);
 
+// How a product of `rows` rows is handed out to threads: in chunks of whole panels, about as much
+// work as 96 KiB of them for one row. By lookup also in groups of rows whose tables stay in L2; the
+// chunks of one group come one after the other. No result depends on it.
+class Cut {
+ public:
+  Cut(const PackedMat& w, int64_t rows);
+  int64_t n_chunks() const { return across_ * ((rows_ + group_ - 1) / group_); }
+  struct Part {
+    int64_t first, last;  // panels
+    int64_t row, m;       // rows [row, row + m)
+  };
+  Part part(int64_t chunk) const;
+
+ private:
+  int64_t n_panels_, rows_;  // of the product
+  int64_t panels_, group_;   // of a chunk
+  int64_t across_;           // chunks of a group
+};
+
 // All panels, y [x.m(), w.rows] without gaps.
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, std::span<float> y);
 

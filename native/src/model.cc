@@ -13,12 +13,8 @@ namespace {
 
 constexpr int64_t kChunkRows = 128;  // rows that scratch is made for; longer inputs go in chunks
 constexpr int64_t kGreedyRows = 8;   // rows whose logits `greedy` holds at once
-constexpr int64_t kChunkBytes = 96 << 10;  // of panels: what one thread takes at a time
 constexpr int64_t kAloneBelow =
     64 << 10;  // bytes of panels times rows that a second thread does not speed up
-// Rows whose tables stay in L2 while all panels pass by: 32 of 6912 numbers are 1.2 MB.
-constexpr int64_t kLookupRows = 32;
-constexpr int64_t kLookupPanels = 2;      // at least, of a chunk: they share reads of the tables
 constexpr int64_t kRowsChunk = 16 << 10;  // numbers of rows that one thread takes at a time
 constexpr const char* kBusy =
     "another thread is at work in this model: one thread at a time, or one model for each";
@@ -111,16 +107,6 @@ constexpr std::array kGrains = {kGrainFloat, kGrainRow, kGrainTables, 32, 256};
 size_t grain_slot(int grain) {
   return std::find(kGrains.begin(), kGrains.end(), grain) - kGrains.begin();
 }
-
-// How a product is handed out to threads: panels and rows of a chunk. The panels of some rows come
-// one after the other, so that what these rows are made of stays near.
-struct Cut {
-  int64_t panels, rows;
-  int64_t across(int64_t n_panels) const { return (n_panels + panels - 1) / panels; }
-  int64_t chunks(int64_t n_panels, int64_t n_rows) const {
-    return across(n_panels) * ((n_rows + rows - 1) / rows);
-  }
-};
 
 }  // namespace
 
@@ -405,36 +391,28 @@ void Model::quantize(std::span<const Product> products, int64_t rows, MakeRow ma
 }
 
 void Model::multiply(std::span<const Product> products, int64_t rows) {
-  // Chunks of whole panels and, by lookup, of some rows, product after product.
-  const auto cut = [&](const PackedMat& w) {
-    const int64_t panels = std::max<int64_t>(1, kChunkBytes / (w.panel_bytes * rows));
-    if (w.kind != PanelKind::kL3) return Cut{panels, rows};
-    return Cut{std::max(kLookupPanels, panels), std::min(kLookupRows, rows)};
-  };
   int64_t n_chunks = 0, n_bytes = 0;
   for (const Product& p : products) {
-    n_chunks += cut(p.w.weight).chunks(p.w.weight.n_panels(), rows);
+    n_chunks += Cut(p.w.weight, rows).n_chunks();
     n_bytes += p.w.weight.n_panels() * p.w.weight.panel_bytes;
   }
   const auto work = [&](int64_t chunk, int) {
     for (const Product& p : products) {
       const PackedMat& w = p.w.weight;
-      const Cut step = cut(w);
-      const int64_t n = step.chunks(w.n_panels(), rows);
-      if (chunk >= n) {
-        chunk -= n;
+      const Cut cut(w, rows);
+      if (chunk >= cut.n_chunks()) {
+        chunk -= cut.n_chunks();
         continue;
       }
-      const int64_t across = step.across(w.n_panels());
-      const int64_t first = chunk % across * step.panels;
-      const int64_t last = std::min(w.n_panels(), first + step.panels);
-      const int64_t row = chunk / across * step.rows, m = std::min(rows - row, step.rows);
-      float* y = p.y + row * w.rows;
-      matmul(kernels_, w, some_rows(scratch_.inputs[grain_slot(w.grain())].view(), row, m), first,
-             last, {y, static_cast<size_t>(m * w.rows)}, w.rows);
+      const Cut::Part part = cut.part(chunk);
+      float* y = p.y + part.row * w.rows;
+      const Rows x = some_rows(scratch_.inputs[grain_slot(w.grain())].view(), part.row, part.m);
+      matmul(kernels_, w, x, part.first, part.last, {y, static_cast<size_t>(part.m * w.rows)},
+             w.rows);
       if (p.w.bias.empty()) return;
-      const int64_t begin = first * kPanelRows, end = std::min(w.rows, last * kPanelRows);
-      for (int64_t i = 0; i < m; ++i) {
+      const int64_t begin = part.first * kPanelRows;
+      const int64_t end = std::min(w.rows, part.last * kPanelRows);
+      for (int64_t i = 0; i < part.m; ++i) {
         ops_.add(p.w.bias.data() + begin, end - begin, y + i * w.rows + begin);
       }
       return;

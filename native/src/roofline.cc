@@ -179,12 +179,12 @@ ProductSpeed product_speed(const Kernels& k, const Product& p, Clock clock) {
   QuantRows rows;
   quantize_rows(x, p.m, w.cols, w.grain(), rows);
   ThreadPool pool(p.n_threads);
-  const int64_t per_chunk = std::max<int64_t>(1, (96 << 10) / w.panel_bytes);
-  const int64_t n_chunks = (w.n_panels() + per_chunk - 1) / per_chunk;
+  const Cut cut(w, p.m);
   const auto run = [&] {
-    pool.run(n_chunks, [&](int64_t chunk, int) {
-      const int64_t last = std::min(w.n_panels(), (chunk + 1) * per_chunk);
-      matmul(k, w, rows, chunk * per_chunk, last, y, w.rows);
+    pool.run(cut.n_chunks(), [&](int64_t chunk, int) {
+      const Cut::Part part = cut.part(chunk);
+      matmul(k, w, some_rows(rows.view(), part.row, part.m), part.first, part.last,
+             std::span(y).subspan(part.row * w.rows), w.rows);
     });
   };
   run();

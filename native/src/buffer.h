@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <span>
+#include <vector>
 
 namespace nearfar {
 
@@ -31,5 +33,20 @@ class AlignedBuffer {
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
+
+// Leaves new numbers as they are: of a large vector, only what is written takes memory.
+template <typename T>
+struct Unset : std::allocator<T> {
+  template <typename U>
+  struct rebind {
+    using other = Unset<U>;
+  };
+  template <typename U>
+  void construct(U* p) noexcept {
+    ::new (static_cast<void*>(p)) U;
+  }
+  using std::allocator<T>::allocator;
+};
+using ScratchRows = std::vector<float, Unset<float>>;
 
 }  // namespace nearfar

@@ -130,13 +130,13 @@ class Model {
     float* y;  // [rows, w.rows]
   };
   struct Scratch {
-    std::vector<float> q, k, v, o, gate, up, y;  // [kChunkRows, ...]
-    std::vector<float> cos, sin;                 // [kChunkRows, head_dim / 2]
-    std::vector<std::vector<float>> row;         // a row for each thread
-    std::array<QuantRows, 5> inputs;             // the input of a product, by grain
-    std::vector<AttentionScratch> attention;     // for each thread
-    std::vector<float> scores;                   // [kGreedyRows, V]
-    std::vector<uint8_t> marks;                  // a panel of the head each
+    ScratchRows q, k, v, o, gate, up, y;      // [kChunkRows, ...]
+    std::vector<float> cos, sin;              // [kChunkRows, head_dim / 2]
+    std::vector<std::vector<float>> row;      // a row for each thread
+    std::array<QuantRows, 5> inputs;          // the input of a product, by grain
+    std::vector<AttentionScratch> attention;  // for each thread
+    ScratchRows scores;                       // [kGreedyRows, V]
+    std::vector<uint8_t> marks;               // a panel of the head each
   };
 
   void make_head(const RawTensor& raw, HeadMode mode);

@@ -1,4 +1,4 @@
-"""A GGUF file as metadata and raw tensors: the first thing a walk opens.  Imports errors and text_table only.
+"""A GGUF file as metadata and raw tensors: the first thing a walk opens.  Imports errors, digest and text_table only.
 
 A file is hostile until shown otherwise: every count, size and offset is compared with the bytes that are there before
 it is used, and what is kept in memory is bounded by the size of the file.  Layout (GGUF 2 and 3, little-endian):
@@ -11,7 +11,6 @@ Strings are a u64 length and bytes; `ne[0]` runs fastest; offsets count from the
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import mmap
 import os
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.digest import blake2b
 from nearfar.errors import FileError, GGUFError, UnsupportedError
 from nearfar.text_table import LARGE, TextTable
 
@@ -251,7 +251,7 @@ class GGUFFile:
         """
         assert self._bytes is not None, "the file is closed"
         start = min((t.offset for t in self.tensors.values()), default=self._bytes.size)
-        digest = hashlib.blake2b(struct.pack("<QQ", self._bytes.size, self._mtime_ns & (1 << 64) - 1), digest_size=32)
+        digest = blake2b(struct.pack("<QQ", self._bytes.size, self._mtime_ns & (1 << 64) - 1), digest_size=32)
         digest.update(self._bytes[:start].data)
         for t in self.tensors.values():
             for i in range(4):
@@ -367,21 +367,21 @@ class _Cursor:
 
     def strings(self, n: int, what: str) -> list[str] | TextTable:
         """`n` strings: the one loop that matters for opening speed (150k tokens and as many merges)."""
-        data, pos = self.data, self.pos
-        starts = array("Q")
+        data, pos, base = self.data, self.pos, self.pos
+        starts = array("I")
         append, length = starts.append, struct.Struct("<Q").unpack_from
         try:
             for _ in range(n):  # a length beyond the file moves pos beyond it: the next look there fails
                 start = pos + 8
                 pos = start + length(data, pos)[0]
-                append(start)
-        except (struct.error, OverflowError):
+                append(start - base)
+            append(pos + 8 - base)
+        except (struct.error, OverflowError):  # 4 GiB of texts are more than any file has
             pos = self.size + 1
         if pos > self.size:
             raise self.fail(f"cut short or damaged: {what} passes the end of the file; fetch it again")
         self.pos = pos
-        append(pos + 8)
-        table = TextTable(data, starts)
+        table = TextTable(data, starts, base)
         return table if n >= LARGE else list(table)
 
 

@@ -1,4 +1,4 @@
-"""Packed matrices in a file of their own: written once, mapped and checked from then on.  Imports errors only.
+"""Packed matrices in a file of their own: written once, mapped and checked from then on.  Imports errors and digest.
 
 The file is no more trusted than a model's: magic, version, counts, every offset, length and alignment are compared
 with the bytes that are there before they are used, header and table carry a digest, and every matrix a checksum over
@@ -14,7 +14,6 @@ against malice; but no byte of this file leads the engine outside of it.  Layout
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import struct
@@ -28,6 +27,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.digest import blake2b
 from nearfar.errors import FileError
 
 Bytes = NDArray[np.uint8]
@@ -153,7 +153,7 @@ def _text(path: Path, raw: bytes) -> str:
 
 
 def _digest(header: bytes, table: bytes) -> bytes:
-    return hashlib.blake2b(header + table, digest_size=_DIGEST).digest()
+    return blake2b(header + table, digest_size=_DIGEST).digest()
 
 
 class PanelWriter:

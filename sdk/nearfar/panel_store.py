@@ -9,7 +9,6 @@ The store never decides what a model computes: a file that is stale, damaged or 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nearfar import env
+from nearfar.digest import blake2b
 from nearfar.errors import FileError
 from nearfar.gguf_reader import GGUFFile
 from nearfar.panel_file import Bytes, PanelFile, PanelKey, Panels, PanelWriter, read_key, temporary_prefix
@@ -170,7 +170,7 @@ def model_name(folder: Path, model: Path) -> str:
     """Beside the model its own name does; elsewhere its full path is part of it, so that namesakes get along."""
     if folder == model.parent:
         return model.name
-    digest = hashlib.blake2b(str(model.resolve()).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    digest = blake2b(str(model.resolve()).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
     return f"{model.name}-{digest}"
 
 

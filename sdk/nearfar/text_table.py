@@ -26,11 +26,11 @@ _LENGTH = 8  # bytes before each text, which say how long it is
 class TextTable(Sequence[str]):
     """Texts that lie in a map one after the other, each behind its length (u64).
 
-    `starts` holds where each text begins, and one more: where the one behind the last would.
+    `starts` holds where each text begins, counted from `base`, and one more: where the one behind the last would.
     """
 
-    def __init__(self, data: mmap.mmap | bytes, starts: array[int]) -> None:
-        self._data, self._starts = data, starts
+    def __init__(self, data: mmap.mmap | bytes, starts: array[int], base: int = 0) -> None:
+        self._data, self._starts, self._base = data, starts, base
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -57,12 +57,12 @@ class TextTable(Sequence[str]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"text {i}: there are {len(self)}")
         i %= len(self)
-        return self._data[self._starts[i] : self._starts[i + 1] - _LENGTH]
+        return self._data[self._base + self._starts[i] : self._base + self._starts[i + 1] - _LENGTH]
 
     def raws(self) -> Iterator[bytes]:
         """The bytes of each text."""
         first = self._starts[0]
-        whole = self._data[first : self._starts[-1]]
+        whole = self._data[self._base + first : self._base + self._starts[-1]]
         return (whole[a - first : b - first - _LENGTH] for a, b in pairwise(self._starts))
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
@@ -72,7 +72,7 @@ class TextTable(Sequence[str]):
         """
         for first in range(0, len(self), _BLOCK):
             starts = np.array(self._starts[first : first + _BLOCK + 1], np.int64)
-            whole = np.frombuffer(self._data[starts[0] : starts[-1]], np.uint8)
+            whole = np.frombuffer(self._data[self._base + starts[0] : self._base + starts[-1]], np.uint8)
             yield first, whole, starts[:-1] - starts[0], np.diff(starts) - _LENGTH
 
     @property

@@ -38,7 +38,7 @@ class Tokenizer:
         self.vocab = vocab
         self._subwords, self._strips_after = subwords, strips_after
         self._user_defined = tuple(i for i in vocab.marked if i in vocab.user_defined)
-        self._bytes: list[bytes | None] = [None] * len(vocab.tokens)
+        self._bytes: dict[int, bytes] = {}
 
     @property
     def n_vocab(self) -> int:
@@ -116,9 +116,9 @@ class Tokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """What token `i` adds to the text; a control token's bytes are its name.  Raises UsageError out of range."""
-        if not 0 <= i < len(self._bytes):
-            raise UsageError(f"token {i}: expected 0..{len(self._bytes) - 1}")
-        found = self._bytes[i]
+        if not 0 <= i < self.n_vocab:
+            raise UsageError(f"token {i}: expected 0..{self.n_vocab - 1}")
+        found = self._bytes.get(i)
         if found is None:
             found = self._bytes[i] = self._make_bytes(i)
         return found

@@ -21,7 +21,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: help run setup check test native sanitize fuzz bench train eval clean
+.PHONY: help run setup check test native sanitize sanitize-thread fuzz bench bench-roofline bench-peers bench-busy train eval clean
 
 help:
 	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
@@ -30,8 +30,10 @@ help:
 	@echo "make check      ruff, mypy --strict, clang-format"
 	@echo "make native     rebuild the C++ engine and run its own tests (needs doctest)"
 	@echo "make sanitize   the C++ tests under address and undefined-behaviour sanitizers (needs doctest)"
+	@echo "make sanitize-thread   the C++ tests of threads under the thread sanitizer (needs doctest)"
 	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, and as long the panel files"
 	@echo "make bench      the figures of docs/benchmarks.md"
+	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
 	@echo "make train      BUDGET=30m: train nano from DATA=folder"
 	@echo "make eval       the task figures of MODEL=nano on DATA=folder"
 	@echo "make clean      remove $(VENV) and build/"
@@ -61,6 +63,12 @@ sanitize: $(VENV)/ready
 	$(CMAKE) --build build/sanitize -j 2
 	$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
 
+# The tests that share memory between threads; the others would take minutes and find nothing.
+sanitize-thread: $(VENV)/ready
+	$(CONFIGURE) -B build/sanitize-thread -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNEARFAR_SANITIZE=thread
+	$(CMAKE) --build build/sanitize-thread -j 2
+	build/sanitize-thread/nearfar_tests -tc='*thread*,*chunk*,*section*,*exception*,*fork*,*holder*'
+
 fuzz: $(VENV)/dev
 	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)
 	$(PY) tests/fuzz/fuzz_panels.py --seconds $(FUZZ_SECONDS)
@@ -68,6 +76,16 @@ fuzz: $(VENV)/dev
 bench: $(VENV)/dev
 	$(NEARFAR) bench $(MODEL)
 	for script in bench/start_up.py bench/start_up_large.py bench/memory.py bench/installed_size.py; do $(PY) $$script || exit 1; done
+
+bench-roofline: $(VENV)/dev
+	$(NEARFAR) bench roofline --json > docs/roofline.jsonl
+	$(PY) bench/plot_roofline.py docs/roofline.jsonl docs/roofline.svg
+
+bench-peers: $(VENV)/dev
+	$(PY) bench/peers.py
+
+bench-busy: $(VENV)/dev
+	$(PY) bench/busy.py
 
 train: $(VENV)/dev
 	$(NEARFAR) train nano --budget $(BUDGET) $(if $(DATA),--data $(DATA))

@@ -44,6 +44,42 @@ TEST_CASE("threads that fell asleep wake up for the next section") {
   }
 }
 
+TEST_CASE("a thread that is held up keeps its own chunk only: the others finish the rest") {
+  constexpr int64_t kChunks = 50;
+  ThreadPool pool(2);
+  for (int section = 0; section < 3; ++section) {
+    std::atomic<int64_t> n_done{0};
+    std::atomic<bool> held{false}, late{false};
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    pool.run(kChunks, [&](int64_t, int worker) {
+      if (worker == 1 && !held.exchange(true)) {  // as if another process had taken its core
+        while (n_done.load() < kChunks - 1 && !late) {
+          late = std::chrono::steady_clock::now() > deadline;
+        }
+      }
+      while (worker == 0 && !held.load() && !late) {  // so that there is somebody to be held up
+        late = std::chrono::steady_clock::now() > deadline;
+      }
+      n_done.fetch_add(1);
+    });
+    CHECK(n_done.load() == kChunks);
+    CHECK_FALSE(late.load());
+  }
+}
+
+TEST_CASE("sections that follow each other closely or after a pause all end") {
+  ThreadPool pool(4);  // more threads than most machines that run this have idle cores
+  int64_t n = 0;
+  std::atomic<int64_t> done{0};
+  for (int section = 0; section < 2000; ++section) {
+    if (section % 500 == 499) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const int64_t n_chunks = 2 + section % 5;
+    pool.run(n_chunks, [&](int64_t, int) { done.fetch_add(1, std::memory_order_relaxed); });
+    n += n_chunks;
+    REQUIRE(done.load() == n);
+  }
+}
+
 TEST_CASE("work that is marked as small stays on the calling thread") {
   ThreadPool pool(3);
   const auto caller = std::this_thread::get_id();

@@ -21,6 +21,7 @@ Record = dict[str, Any]  # a line of JSON; "what" says which: machine, read, int
 
 LEVELS = ("l2", "l3", "dram")
 ROWS = (1, 2, 4, 8, 128)
+PASS = 128  # rows that read the weights together; longer prompts go in passes of so many
 COLUMNS = 2560  # of the kernels' matrices
 MANY_ROWS = 32  # from here on the multiplier binds: fewer bytes from memory say the same sooner
 
@@ -201,7 +202,8 @@ def measure_model(
             speeds = [t.prefill * shared for t in turns(n_prompt, 0)]
             tokens_s = median(speeds)
             gops = tokens_s / n_prompt * work.prefill_ops(n_prompt) / 1e9
-            limit = roofs.limit("dram", work.prefill_ops(n_prompt) / work.n_bytes)
+            intensity = work.prefill_ops(n_prompt) / (work.n_bytes * -(-n_prompt // PASS))
+            limit = roofs.limit("dram", intensity)
             yield facts | {
                 "what": "prefill",
                 "m": n_prompt,
@@ -209,7 +211,7 @@ def measure_model(
                 "turns": speeds,
                 "gops": gops,
                 "share_of_int8": gops / roofs.int8_gops,
-                "ops_per_byte": work.prefill_ops(n_prompt) / work.n_bytes,
+                "ops_per_byte": intensity,
                 "limit_gops": limit,
                 "share": gops / limit,
             }

@@ -97,13 +97,14 @@ BytesOut view_of(const AlignedBuffer& bytes, const nb::capsule& owner) {
   return BytesOut(bytes.data(), {bytes.size()}, owner);
 }
 
-// One tensor packed, with the checksums of data and row scales.
-PackedOut pack_tensor(const TensorArg& tensor, float scale, const std::string& ternary) {
+// What make() packs, with the checksums of data and row scales.
+template <typename Make>
+PackedOut packed_out(Make make) {
   auto w = std::make_unique<PackedMat>();
   uint64_t sums[2];
   {
     const nb::gil_scoped_release released;
-    *w = pack(view(tensor), scale, kind_named(ternary));
+    *w = make();
     sums[0] = checksum({w->data.data(), w->data.size()});
     sums[1] = checksum({w->row_scales.data(), w->row_scales.size()});
   }
@@ -208,8 +209,22 @@ NB_MODULE(_core, m) {
       },
       "isa"_a, "lut"_a, "n_weights"_a,
       "The panels of ternary matrices in a model with as many ternary weights.");
-  m.def("pack", &pack_tensor, "tensor"_a, "scale"_a, "ternary"_a,
-        "(type, rows, cols, bytes) -> kind, panels u8, row scales u8, the checksums of both.");
+  m.def(
+      "pack",
+      [](const TensorArg& tensor, float scale, const std::string& ternary) {
+        return packed_out([&] { return pack(view(tensor), scale, kind_named(ternary)); });
+      },
+      "tensor"_a, "scale"_a, "ternary"_a,
+      "(type, rows, cols, bytes) -> kind, panels u8, row scales u8, the checksums of both.");
+  m.def(
+      "requantize",
+      [](const TensorArg& tensor, float scale, int threads) {
+        return packed_out([&] {
+          ThreadPool pool(threads);
+          return requantized(view(tensor), scale, pool);
+        });
+      },
+      "tensor"_a, "scale"_a, "threads"_a, "As `pack`, to 4.5 bits: the head of the mode \"q4\".");
   m.def(
       "checksums",
       [](const std::vector<Bytes>& parts, int threads) {

@@ -63,6 +63,9 @@ def pack(tensor: tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape
     (type, rows, cols, bytes) -> kind, panels u8, row scales u8, the checksums of both.
     """
 
+def requantize(tensor: tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], scale: float, threads: int) -> tuple[str, Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), writable=False)], int, int]:
+    """As `pack`, to 4.5 bits: the head of the mode "q4"."""
+
 def checksums(parts: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], threads: int) -> list[int]:
     """One checksum for each of `parts`, at the speed of memory."""
 

@@ -172,11 +172,11 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
     const std::string name = to->name + ".weight";
     const std::vector<float> scales = reader.optional(to->name + ".scale", 1);
     const float scale = scales.empty() ? 1.0f : scales[0];
-    if (to == &head_ && options.head == HeadMode::kQ4) {
+    const KeptPanels* kept = reader.panels(name, raw, scale);
+    if (kept == nullptr && to == &head_ && options.head == HeadMode::kQ4) {
       to->weight.scale = scale;  // the rest in make_head
       return;
     }
-    const KeptPanels* kept = reader.panels(name, raw, scale);
     try {
       to->weight = kept != nullptr ? packed_from(*kept) : pack(raw, scale, ternary);
     } catch (const std::invalid_argument& error) {
@@ -209,7 +209,7 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
 }
 
 void Model::make_head(const RawTensor& raw, HeadMode mode) {
-  if (mode == HeadMode::kQ4) {
+  if (mode == HeadMode::kQ4 && head_.weight.rows == 0) {
     try {
       head_.weight = requantized(raw, head_.weight.scale, pool_);
     } catch (const std::invalid_argument& error) {

@@ -42,8 +42,8 @@ struct ModelSpec {
 // What a file holds, by its GGUF names: matrices `*.weight`, vectors (norm gains, `*.bias`,
 // `rope_freqs.weight`) and scalars `*.scale`; "final" and "exit.{e}" name the gains of the heads.
 // `panels` holds, by the same names, matrices that were packed before for kernels of the same
-// layout: those are not packed again. The bytes of `token_embd.weight` and of `panels` must outlive
-// the Model, the rest may go.
+// layout: those are not packed again; the head of HeadMode::kQ4 is the requantised one. The bytes
+// of `token_embd.weight` and of `panels` must outlive the Model, the rest may go.
 struct Tensors {
   std::map<std::string, RawTensor> matrices;
   std::map<std::string, KeptPanels> panels;

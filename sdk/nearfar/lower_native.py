@@ -141,18 +141,22 @@ class NativeLower:
         layers = [f"blk.{i}." for i in range(self.first, self.last)]
         names = [n for n in matrices if n.startswith(tuple(layers)) or n == self.weights.head_name]
         n_ternary = sum(matrices[n][1] * matrices[n][2] for n in names if matrices[n][0] in TERNARY)
+        requantized = self.options.head == "q4"
         ternary = _core.ternary_kind(isa, self.options.lut == "fast", n_ternary)
 
         def pack(name: str) -> tuple[Panels, tuple[int, int]]:
             found = vectors.get(f"{name.removesuffix('.weight')}.scale")
             scale = 1.0 if found is None else float(found[0])
-            kind, data, row_scales, *sums = _core.pack(matrices[name], scale, ternary)
+            if requantized and name == self.weights.head_name:
+                kind, data, row_scales, *sums = _core.requantize(matrices[name], scale, self.n_threads)
+            else:
+                kind, data, row_scales, *sums = _core.pack(matrices[name], scale, ternary)
             return Panels(kind, *matrices[name][1:3], scale, data, row_scales), (sums[0], sums[1])
 
         return open_panels(
             self.weights.file,
             names,
-            f"{_core.PANEL_VERSION}-{ternary}",
+            f"{_core.PANEL_VERSION}-{ternary}{'-q4head' * requantized}",
             (self.first, self.last),
             self.options.cache,
             pack,

@@ -206,6 +206,23 @@ def test_products_by_lookup_have_panels_of_their_own(model: Path, store: Path) -
     assert run(model, store)[1].state == "hit"
 
 
+@pytest.mark.parametrize("head", ["q4", "screened"])
+def test_other_heads_compute_the_bits_of_fresh_packing(head: str, model: Path, store: Path) -> None:
+    run(model, store)
+    results = []
+    for cache, expected in (("off", ("off",)), (store, ("built", "hit")), (store, ("hit",))):
+        lower = lower_native.NativeLower(Weights.open(model), EngineOptions(threads=2, cache=cache, head=head))
+        assert lower.cache.state in expected
+        h = lower.forward(lower.embed(IDS), lower.new_kv(16), 0, 2)
+        results.append((lower.logits(h), lower.greedy(h)[0], sum(p.n_bytes for p in lower.panels())))
+    for logits, ids, n_bytes in results[1:]:
+        assert np.array_equal(logits, results[0][0])
+        assert np.array_equal(ids, results[0][1])
+        assert n_bytes == results[0][2]
+    assert run(model, store)[1].state == "hit"
+    assert len(files(store)) == (2 if head == "q4" else 1)  # a screen is made from the file each time
+
+
 def test_layer_ranges_have_panels_of_their_own(model: Path, store: Path) -> None:
     for expected in ("built", "hit"):
         low, state = run(model, store, first=0, last=1)

@@ -189,8 +189,10 @@ def draw_kernels(axes: Axes, kernels: list[Record]) -> None:
 def draw_models(axes: Axes, models: list[Record]) -> None:
     """Numbered rings, listed below: decode with its part of the bandwidth, prefill with its part of the multiplier."""
     lines = []
+    places: list[tuple[float, float]] = []
     for number, r in enumerate(models, 1):
-        x, y = r["ops_per_byte"], r["gops"]
+        x, y = beside(axes, r["ops_per_byte"], r["gops"], places)
+        axes.plot([r["ops_per_byte"], x], [r["gops"], y], ".-", color=INK, linewidth=0.9, markersize=4, zorder=5)
         axes.plot(x, y, "o", color=PAPER, markersize=13, markeredgecolor=INK, markeredgewidth=1.1, zorder=5)
         axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=8, color=INK, zorder=6)
         if r["what"] == "decode":
@@ -199,6 +201,20 @@ def draw_models(axes: Axes, models: list[Record]) -> None:
             what = f"prefill of {r['m']}: {r['tokens_s']:.0f} tokens/s, {r['share_of_int8']:.0%} of the multiplier"
         lines.append(f"{number:>2}  {short_name(r['model'])}: {what}")
     axes.text(0.2, 0.03, "\n".join(lines), transform=axes.transAxes, fontsize=8.5, color=INK, va="bottom", zorder=6)
+
+
+def beside(axes: Axes, x: float, y: float, places: list[tuple[float, float]]) -> tuple[float, float]:
+    """The place of a ring: right of those that it would hide, with a line to its measured point.
+
+    `places` (in pixels) grows by it.
+    """
+    px, py = axes.transData.transform((x, y))
+    width = 14 * axes.figure.dpi / 72
+    while any(abs(px - qx) < width and abs(py - qy) < width for qx, qy in places):
+        px += width / 4
+    places.append((px, py))
+    x, y = axes.transData.inverted().transform((px, py))
+    return float(x), float(y)
 
 
 def short_name(model: str) -> str:

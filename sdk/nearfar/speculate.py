@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,13 +112,16 @@ class Speculative:
             return 0
         rows = [lower.forward(lower.embed(s.pending()), s.kv, 0, e, cancel)]  # [T, D]
         ids, drafts, sure = list(s.ids), list[int](), 1.0
+        # The likeliest token, not a draw: of nano's answers at temperature 1 it foresees more (86 %) than tokens that are
+        # drawn with the noise of the real choice (77 %), which moves the flatter logits of the exit further.
+        likeliest = replace(s.sampling, temperature=0.0)
         grammar = None if constraint is None else constraint.fork()
         while len(drafts) < room:
             logits = lower.logits(rows[-1][-1:], f"exit.{e}")[0]  # [V]
             if grammar is not None:
                 logits = grammar.mask(logits)
             sure *= confidence(logits, self.exit)
-            token = sample(logits, s.sampling, position=len(ids), recent=ids)  # with the noise of the real choice
+            token = sample(logits, likeliest, position=len(ids), recent=ids)
             if sure < self.least_sure or token in self.ends:
                 break
             drafts.append(token)

@@ -13,7 +13,6 @@
 namespace nearfar {
 namespace {
 
-constexpr int64_t kQ4Bytes = 18;  // of a Q4_0 block
 constexpr float kLargestHalf = 65504.0f;
 constexpr int64_t kMaxColumns = 1 << 18;  // n u of the slack stays below 2^-5
 constexpr int64_t kMaxChunks = 64;        // that the rows are shared out in, among threads
@@ -23,7 +22,7 @@ constexpr double kUp = 1.0 + 0x1p-30;  // above the roundings of a sum of 2^18 d
 
 // 32 numbers as a Q4_0 block: the one of largest magnitude becomes code 0, weight -8 d. A scale too
 // large for 16 bits becomes the largest there is. Returns whether it fitted.
-bool quantize_block(const float* x, uint8_t* block) {
+bool round_q4_0(const float* x, uint8_t* block) {
   int64_t at = 0;
   for (int64_t i = 1; i < kGroup; ++i) {
     if (std::fabs(x[i]) > std::fabs(x[at])) at = i;
@@ -44,31 +43,66 @@ bool quantize_block(const float* x, uint8_t* block) {
   return fits;
 }
 
+// The same as a Q8_0 block: the largest magnitude becomes 127 d.
+bool round_q8_0(const float* x, uint8_t* block) {
+  float most = 0;
+  for (int64_t i = 0; i < kGroup; ++i) most = std::max(most, std::fabs(x[i]));
+  float d = most / 127.0f;
+  const bool fits = std::isfinite(f16_to_f32(f32_to_f16(d)));
+  if (!fits) d = kLargestHalf;
+  float inverse = 1.0f / d;
+  if (!std::isfinite(inverse)) inverse = 0.0f;
+  const uint16_t half = f32_to_f16(d);
+  std::memcpy(block, &half, 2);
+  for (int64_t i = 0; i < kGroup; ++i) {
+    const auto code = static_cast<int8_t>(std::clamp(std::round(x[i] * inverse), -127.0f, 127.0f));
+    block[2 + i] = static_cast<uint8_t>(code);
+  }
+  return fits;
+}
+
+struct Rounding {
+  TensorType type;
+  PanelKind kind;
+  bool (*round)(const float* x, uint8_t* block);
+
+  int64_t block_bytes() const { return block_shape(type).bytes; }
+  int64_t panel_bytes(int64_t cols) const {
+    return cols / kGroup * (form(kind).head + kGroup * kPanelRows * form(kind).low / 8);
+  }
+};
+constexpr Rounding kFourBits{TensorType::kQ4_0, PanelKind::kQ4, round_q4_0};
+constexpr Rounding kEightBits{TensorType::kQ8_0, PanelKind::kInt8, round_q8_0};
+
+const Rounding& rounding_of_copy(const PackedMat& head) {
+  return form(head.kind).scheme == Scheme::kFloat ? kEightBits : kFourBits;
+}
+
 double squared(double x) { return x * x; }
 
 float rounded_up(double x) { return std::nextafter(static_cast<float>(x), HUGE_VALF); }
 
-// kQ4 panels of w, 64 rows at a time; for each row see(row, its numbers, those of the copy).
+// Panels of w, rounded, 64 rows at a time; for each row see(row, its numbers, those of the copy).
 template <typename See>
-PackedMat to_q4(const RawTensor& w, float scale, ThreadPool& pool, bool must_fit, const See& see) {
+PackedMat rounded(const RawTensor& w, const Rounding& to, ThreadPool& pool, bool must_fit,
+                  const See& see) {
   require_whole(w);
   if (w.cols % kGroup != 0) {
     throw std::invalid_argument("4.5 bits: expected rows of a multiple of 32 numbers, found " +
                                 std::to_string(w.cols));
   }
-  const int64_t row_size = w.cols / kGroup * kQ4Bytes;
+  const int64_t block_bytes = to.block_bytes(), row_size = w.cols / kGroup * block_bytes;
   PackedMat all;
-  all.kind = PanelKind::kQ4;
+  all.kind = to.kind;
   all.rows = w.rows;
   all.cols = w.cols;
-  all.scale = scale;
-  all.panel_bytes = form(PanelKind::kQ4).head * (w.cols / kGroup) + w.cols / 8 * 256;
+  all.panel_bytes = to.panel_bytes(w.cols);
   all.data = AlignedBuffer(static_cast<size_t>(all.n_panels() * all.panel_bytes));
   pool.run(all.n_panels(), [&](int64_t p, int) {
     const int64_t first = p * kPanelRows, n = std::min(kPanelRows, w.rows - first);
     std::vector<float> x(static_cast<size_t>(w.cols)), copied(x.size());
     std::vector<uint8_t> bytes(static_cast<size_t>(n * row_size));
-    const RawTensor q4{TensorType::kQ4_0, n, w.cols, bytes};
+    const RawTensor copy{to.type, n, w.cols, bytes};
     for (int64_t i = 0; i < n; ++i) {
       dequantize_row(w, first + i, x);
       bool fits = true, finite = true;
@@ -78,16 +112,16 @@ PackedMat to_q4(const RawTensor& w, float scale, ThreadPool& pool, bool must_fit
                                     " holds a number that is not finite");
       }
       for (int64_t j = 0; j < w.cols / kGroup; ++j) {
-        fits &= quantize_block(&x[j * kGroup], &bytes[i * row_size + j * kQ4Bytes]);
+        fits &= to.round(&x[j * kGroup], &bytes[i * row_size + j * block_bytes]);
       }
       if (!fits && must_fit) {
         throw std::invalid_argument("row " + std::to_string(first + i) +
                                     " holds numbers too large for the 16-bit scales of 4.5 bits");
       }
-      dequantize_row(q4, i, copied);
+      dequantize_row(copy, i, copied);
       see(first + i, x, copied);
     }
-    const PackedMat panel = pack(q4);
+    const PackedMat panel = pack(copy);
     std::memcpy(all.data.data() + p * all.panel_bytes, panel.data.data(), panel.data.size());
   });
   return all;
@@ -103,20 +137,23 @@ HeadMode head_mode(std::string_view name) {
 }
 
 PackedMat requantized(const RawTensor& w, float scale, ThreadPool& pool) {
-  return to_q4(w, scale, pool, true, [](int64_t, const auto&, const auto&) {});
+  PackedMat m = rounded(w, kFourBits, pool, true, [](int64_t, const auto&, const auto&) {});
+  m.scale = scale;
+  return m;
 }
 
 bool can_be_screened(const PackedMat& head) {
-  const int64_t copy_bytes = head.cols / kGroup * (128 + 1024);
   return head.scale == 1.0f && head.cols % kGroup == 0 && head.cols <= kMaxColumns &&
-         !form(head.kind).has_min && head.panel_bytes * 3 >= copy_bytes * 4;
+         !form(head.kind).has_min &&
+         head.panel_bytes * 3 >= rounding_of_copy(head).panel_bytes(head.cols) * 4;
 }
 
-PackedMat screen_copy(const RawTensor& w, ThreadPool& pool, ScreenBounds& bounds) {
+PackedMat screen_copy(const RawTensor& w, const PackedMat& head, ThreadPool& pool,
+                      ScreenBounds& bounds) {
   bounds.cols = w.cols;
   bounds.residual.resize(static_cast<size_t>(w.rows));
   bounds.size.resize(static_cast<size_t>(w.rows));
-  return to_q4(w, 1.0f, pool, false, [&](int64_t row, const auto& x, const auto& copied) {
+  const auto see = [&](int64_t row, const auto& x, const auto& copied) {
     double difference = 0, size = 0;
     for (size_t k = 0; k < x.size(); ++k) {
       difference += squared(static_cast<double>(copied[k]) - x[k]);
@@ -124,7 +161,8 @@ PackedMat screen_copy(const RawTensor& w, ThreadPool& pool, ScreenBounds& bounds
     }
     bounds.residual[row] = rounded_up(std::sqrt(difference) * kUp);
     bounds.size[row] = rounded_up(std::sqrt(size) * kUp);
-  });
+  };
+  return rounded(w, rounding_of_copy(head), pool, false, see);
 }
 
 InputNorms input_norms(const Rows& head, const Rows& copy, int64_t row) {

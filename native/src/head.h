@@ -1,8 +1,9 @@
 // The head by fewer bytes: requantised to 4.5 bits, or screened so that only rows which may hold
 // the largest logit are multiplied as the file has them.
 //
-// Screening, for z = W x (what the head's kernel gives) and s = C c, the product of a 4.5-bit copy
-// C of W with its own input c. In exact arithmetic, by Cauchy-Schwarz, for each row v
+// Screening, for z = W x (what the head's kernel gives) and s = C c, the product of a copy C
+// of W with its own input c: C has 8.5 bits for a head of floats, 4.5 bits for others. In exact
+// arithmetic, by Cauchy-Schwarz, for each row v
 //
 //   |s_v - z_v| = |C_v (c - x) + (C_v - W_v) x| <= |C_v| |c - x| + |C_v - W_v| |x| = e_v
 //
@@ -29,7 +30,7 @@ namespace nearfar {
 enum class HeadMode : uint8_t {
   kFile,      // as the file has it
   kQ4,        // requantised to Q4_0: other logits
-  kScreened,  // as the file has it; `greedy` looks at a 4.5-bit copy first
+  kScreened,  // as the file has it; `greedy` looks at a smaller copy first
 };
 
 // "file", "q4" or "screened"; throws std::invalid_argument on another name.
@@ -49,8 +50,9 @@ struct ScreenBounds {
 // Whether the bound above holds for this head and a screen reads much less than its panels.
 bool can_be_screened(const PackedMat& head);
 
-// C, the copy of w that is looked at first, and its bounds.
-PackedMat screen_copy(const RawTensor& w, ThreadPool& pool, ScreenBounds& bounds);
+// C, the copy that is looked at first, and its bounds; `head` is what pack(w) made.
+PackedMat screen_copy(const RawTensor& w, const PackedMat& head, ThreadPool& pool,
+                      ScreenBounds& bounds);
 
 // Lengths of one input row as the head and the copy see it, and of the difference; rounded up.
 struct InputNorms {

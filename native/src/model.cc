@@ -218,7 +218,7 @@ void Model::make_head(const RawTensor& raw, HeadMode mode) {
   }
   if (mode == HeadMode::kScreened && head_.bias.empty() && can_be_screened(head_.weight)) {
     screen_.name = head_.name + ".screen";
-    screen_.weight = screen_copy(raw, pool_, bounds_);
+    screen_.weight = screen_copy(raw, head_.weight, pool_, bounds_);
   }
 }
 

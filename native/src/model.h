@@ -104,7 +104,7 @@ class Model {
   // h [rows, D] -> out [rows, V]: norm, then the head's matrix.
   void logits(RowsView h, const std::string& head, float* out);
   // For each row of h the id of the largest logit, the lowest of equals, and its probability: with
-  // a screen the id is the same, the probability an estimate from the logits of the 4.5-bit copy,
+  // a screen the id is the same, the probability an estimate from the logits of the copy,
   // and n_panels says how many panels of the head were read besides the screen.  Throws as
   // `logits`, and EngineFailure where a logit is not a number.
   struct Greedy {

@@ -73,7 +73,7 @@ class Lower(Protocol):
     def greedy(self, h: Array, head: str = "final") -> tuple[Ids, Array]:
         """f32 [M, D] -> the ids that `logits(h, head).argmax(1)` gives, i32 [M], and their probabilities f32 [M].
 
-        With a screen the probabilities are estimates, from logits of 4.5-bit weights.
+        With a screen the probabilities are estimates, from logits of a copy of fewer bits.
         """
 
 

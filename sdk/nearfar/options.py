@@ -22,7 +22,7 @@ class EngineOptions:
     `lut`: "fast" multiplies ternary matrices by table lookup, faster and near the exact product instead of equal to it
     (`nearfar.quant.lookup_product`); `nearfar eval MODEL --text FILE --lut fast` shows what that does to a model.
     `head`: "q4" requantises the matrix of the heads to 4.5 bits as Q4_0 rounds: fewer bytes a token, other logits.
-    "screened" keeps it and, where only the largest logit is asked for, looks at a copy of 4.5 bits first and multiplies
+    "screened" keeps it and, where only the largest logit is asked for, looks at a smaller copy first and multiplies
     what may be the largest as the file has it: the same tokens, more memory, fewer bytes where the choice is clear.
     `cache`: where packed matrices stay for the next time: "auto" (None) beside the model, or in the user's cache folder
     where that cannot be written; a folder; "off" packs into memory each time.

@@ -79,7 +79,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--head",
         choices=("file", "q4", "screened"),
         default="file",
-        help="of 4.5 bits (other logits), or screened by such a copy (the same tokens)",
+        help="of 4.5 bits (other logits), or screened by a smaller copy (the same tokens)",
     )
     parser.add_argument(
         "--n-ctx", type=whole(1, 1 << 24), metavar="N", help="positions of the cache (default: the model's)"

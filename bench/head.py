@@ -4,8 +4,9 @@ python bench/home_requests.py DATA 60 > home.jsonl
 python bench/head.py nano --rows home.jsonl --text stories.txt
 python bench/head.py bitnet-2b:TQ2_0:Q8_0          # random weights: nothing stands out, the worst there is
 
-A screened choice reads a copy (8.5 bits of a float head, 4.5 of others) and then those panels of the head (64 rows each) that may hold the largest
-logit.  It pays where that is less than the head; "in vain" counts the choices that read over half of the head as well.
+A screened choice reads a copy (8.5 bits of a float head, 4.5 of others), then those panels of the head (64 rows each)
+that may hold the largest logit.  It pays where that is less than the head; "in vain" counts the choices that read over
+half of the head as well.
 """
 
 from __future__ import annotations

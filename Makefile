@@ -21,7 +21,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: help run setup check test native sanitize sanitize-thread fuzz bench bench-roofline bench-peers bench-busy train eval clean
+.PHONY: help run setup check test native sanitize sanitize-thread emulate fuzz bench bench-roofline bench-peers bench-busy train eval clean
 
 help:
 	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
@@ -31,6 +31,7 @@ help:
 	@echo "make native     rebuild the C++ engine and run its own tests (needs doctest)"
 	@echo "make sanitize   the C++ tests under address and undefined-behaviour sanitizers (needs doctest)"
 	@echo "make sanitize-thread   the C++ tests of threads under the thread sanitizer (needs doctest)"
+	@echo "make emulate    the C++ tests on CPUs that this machine is not, under qemu (needs a cross compiler)"
 	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, and as long the panel files"
 	@echo "make bench      the figures of docs/benchmarks.md"
 	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
@@ -68,6 +69,9 @@ sanitize-thread: $(VENV)/ready
 	$(CONFIGURE) -B build/sanitize-thread -DCMAKE_BUILD_TYPE=RelWithDebInfo -DNEARFAR_SANITIZE=thread
 	$(CMAKE) --build build/sanitize-thread -j 2
 	build/sanitize-thread/nearfar_tests -tc='*thread*,*chunk*,*section*,*exception*,*fork*,*holder*'
+
+emulate: $(VENV)/dev
+	$(PY) -m pytest --slow tests/native/test_emulation.py
 
 fuzz: $(VENV)/dev
 	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)

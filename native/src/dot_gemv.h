@@ -16,8 +16,8 @@
 //
 // S and B are whole numbers and exact while below 2^24, as they nearly always are.
 //
-// A kernel file includes <immintrin.h> and headers like this one, and keeps all else in an
-// anonymous namespace: `nm -C` must show no weak symbol in its object.
+// A kernel file includes <immintrin.h> or <arm_neon.h> and headers like this one, and keeps all
+// else in an anonymous namespace: `nm -C` must show no weak symbol in its object.
 #pragma once
 
 #include "mat.h"
@@ -32,6 +32,17 @@ namespace avx2 {
 extern Matmul* const kMatmul[kPanelKinds];
 }
 namespace avx512 {
+extern Matmul* const kMatmul[kPanelKinds];
+}
+
+namespace neon {
+extern Matmul* const kMatmul[kPanelKinds];
+Matmul matmul_f32, matmul_f16, matmul_bf16;  // of all three levels
+}  // namespace neon
+namespace neon_dot {
+extern Matmul* const kMatmul[kPanelKinds];
+}
+namespace neon_i8mm {
 extern Matmul* const kMatmul[kPanelKinds];
 }
 

@@ -7,6 +7,13 @@
 #include "dot_gemv.h"
 #include "lut_gemv.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace nearfar {
 namespace {
 
@@ -49,6 +56,22 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("gfni");
 }
+#elif defined(__aarch64__)
+#if defined(__linux__)
+bool has_neon_dot() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+bool has_neon_i8mm() { return has_neon_dot() && getauxval(AT_HWCAP2) & HWCAP2_I8MM; }
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_neon_dot() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_neon_i8mm() { return has_neon_dot() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#else  // nobody to ask
+bool has_neon_dot() { return false; }
+bool has_neon_i8mm() { return false; }
+#endif
 #endif
 
 // Worst first.
@@ -59,6 +82,10 @@ std::span<const Level> levels() {
       {table("avx2", avx2::kOps, avx2::kMatmul, {avx2::matmul_l3, avx2::lut_tables}), has_avx2},
       {table("avx512", avx512::kOps, avx512::kMatmul, {avx512::matmul_l3, avx512::lut_tables}),
        has_avx512},
+#elif defined(__aarch64__)
+      {table("neon", neon::kOps, neon::kMatmul), always},  // part of every 64-bit ARM
+      {table("neon_dot", neon::kOps, neon_dot::kMatmul), has_neon_dot},
+      {table("neon_i8mm", neon::kOps, neon_i8mm::kMatmul), has_neon_i8mm},
 #endif
   };
   return kLevels;

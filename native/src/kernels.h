@@ -15,7 +15,7 @@
 namespace nearfar {
 
 struct Kernels {
-  const char* isa;              // "ref", "avx2", "avx512"
+  const char* isa;              // "ref", "avx2", "neon", ...
   const Ops* ops;               // what lies between the products
   Matmul* matmul[kPanelKinds];  // by PanelKind
   bool five_trits;              // has a kernel of its own for kT5

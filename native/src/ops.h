@@ -58,5 +58,8 @@ extern const Ops kOps;
 namespace avx512 {
 extern const Ops kOps;
 }
+namespace neon {
+extern const Ops kOps;
+}
 
 }  // namespace nearfar

@@ -1,5 +1,5 @@
-// The body of ops_{ref,avx2,avx512}.cc: included once by each, after it has defined in an anonymous
-// namespace
+// The body of ops_{ref,avx2,avx512,neon}.cc: included once by each, after it has defined in an
+// anonymous namespace
 //   kWidth            floats of a vector register (4, 8 or 16)
 //   half_to_float     const uint16_t* -> Vec, kWidth numbers
 //   float_to_half     Vec -> uint16_t*
@@ -8,8 +8,8 @@
 // replace the portable one at link time.
 //
 // Registers of the two attention loops: kQueries x (kBlock / kWidth) accumulators would not fit, so
-// both hold kQueries x kColumns vectors of results (16 of 32 zmm, 8 of 16 ymm), load kColumns and
-// broadcast kQueries a step.
+// both hold kQueries x kColumns vectors of results (16 of 32 zmm, 8 of 16 ymm, 8 of 32 NEON q),
+// load kColumns and broadcast kQueries a step.
 
 #include "check.h"
 #include "ops.h"

@@ -364,6 +364,9 @@ TEST_CASE("shapes that do not fit are refused at the door") {
 TEST_CASE("an ISA is chosen by its name, and an unknown one is refused") {
   const std::vector<std::string_view> names = isas_available();
   REQUIRE(names.front() == "ref");
+  std::string joined;
+  for (std::string_view name : names) joined += (joined.empty() ? "" : ", ") + std::string(name);
+  MESSAGE("kernels here: " << joined);  // tests/native/test_emulation.py reads this
   for (std::string_view name : names) CHECK(kernels(name).isa == name);
   CHECK(kernels().isa == names.back());
   CHECK_THROWS_AS(kernels("sse9"), std::invalid_argument);

@@ -166,7 +166,7 @@ class NativeLower:
 
     @property
     def isa(self) -> str:
-        """The kernels in use: "ref", "avx2" or "avx512"."""
+        """The kernels in use: one of `env.ISA_NAMES`."""
         return self._model.isa
 
     def panels(self) -> list[Panel]:

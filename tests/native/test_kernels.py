@@ -18,7 +18,9 @@ _core = pytest.importorskip("nearfar_native._core", reason="the compiled engine 
 # f32 sums over up to 1280 products of order 1/36 in another order than numpy's; integer sums are exact.
 MAX_PRODUCT_ERROR = 5e-6
 
-OBJECTS = sorted((ROOT / "build").glob("cp*/CMakeFiles/nearfar_core.dir/src/*_avx*.cc.o"))
+OBJECTS = sorted(
+    path for isa in ("avx", "neon") for path in (ROOT / "build").glob(f"cp*/CMakeFiles/nearfar_core.dir/src/*_{isa}*.o")
+)
 
 
 @pytest.mark.parametrize("isa", _core.isas_available())

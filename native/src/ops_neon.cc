@@ -1,0 +1,28 @@
+// The NEON build of ops_body.h, for every 64-bit ARM: dotprod and i8mm bring nothing to floats.
+#include <arm_neon.h>
+
+#include "ops.h"
+
+namespace nearfar {
+namespace {
+
+constexpr int kWidth = 4;
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t IntVec __attribute__((vector_size(16)));
+
+// FCVTL and FCVTN round to nearest even and keep denormals, as Linux and macOS set FPCR.
+inline Vec half_to_float(const uint16_t* p) {
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+inline void float_to_half(Vec v, uint16_t* p) {
+  vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+}
+
+}  // namespace
+}  // namespace nearfar
+
+#include "ops_body.h"
+
+namespace nearfar::neon {
+const Ops kOps = kTable;
+}

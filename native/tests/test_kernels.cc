@@ -241,6 +241,7 @@ TEST_CASE("sums at the extremes of codes and activations are exact") {
   for (std::string_view isa : isas_available()) {
     for (const Extreme& e : extremes) {
       for (int64_t k : {int64_t{256}, int64_t{6912}, int64_t{27648}}) {
+        if (isa == "ref" && k > 6912) continue;  // the same i32 sums, one product at a time: slow
         const PackedMat w =
             pack(constant_tensor(e.type, kN, k, e.code, e.scale).raw(), 1.0f, PanelKind::kT5);
         for (Signs signs : {Signs::kPlus, Signs::kMinus, Signs::kAlternating}) {

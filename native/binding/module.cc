@@ -156,6 +156,7 @@ NB_MODULE(_core, m) {
   nb::exception<EngineBusy>(m, "EngineBusy", PyExc_RuntimeError);
   nb::exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   nb::exception<ContextFull>(m, "ContextFull", PyExc_RuntimeError);
+  nb::exception<KvTruncated>(m, "KVTruncated", PyExc_RuntimeError);
   nb::exception<EngineFailure>(m, "EngineFailure", PyExc_RuntimeError);
 
   m.def("isas_available", &isas_available,
@@ -294,10 +295,13 @@ NB_MODULE(_core, m) {
           "(name, kind, rows, cols, bytes) of each packed matrix.")
       .def(
           "new_kv",
-          [](const PyModel& self, int64_t max_len, bool half) {
-            return self.model->new_kv(max_len, half ? KvType::kF16 : KvType::kF32);
+          [](const PyModel& self, int64_t max_len, const std::string& dtype, int64_t sink,
+             int64_t window) {
+            return self.model->new_kv(max_len, kv_type(dtype), {sink, window});
           },
-          "max_len"_a, "half"_a, "An empty cache: f16 if `half`, else f32.")
+          "max_len"_a, "dtype"_a, "sink"_a = 0, "window"_a = 0,
+          "An empty cache in \"f16\", \"f32\" or \"int8\".  With a window, rows see the last "
+          "`window` positions and the first `sink` ones; without, all.")
       .def(
           "embed",
           [](const PyModel& self, const In<int32_t, 1>& ids) {

@@ -16,21 +16,30 @@
 namespace nearfar {
 
 // Causal attention of rows at positions start..start+rows-1, whose K and V are in the cache
-// already.
+// already.  What a row sees is the cache's policy: everything before it, or a window and, from as
+// far away as the window is wide at most, the sinks (LM-Infinite, 2308.16137): those outside the
+// window by their unrotated keys and `far_q`, the query rotated to position `window`.
 struct AttentionCall {
   const KvCache& kv;
   int layer;
   int64_t start, rows;
-  int64_t n_heads;  // of queries, a multiple of the KV heads
-  const float* q;   // [rows, n_heads * head_dim]
-  float* out;       // [rows, n_heads * head_dim]
+  int64_t n_heads;               // of queries, a multiple of the KV heads
+  const float* q;                // [rows, n_heads * head_dim]
+  float* out;                    // [rows, n_heads * head_dim]
+  const float* far_q = nullptr;  // [rows, n_heads * head_dim]; read where sees_far_sinks()
+
+  bool sees_far_sinks() const {
+    const KvPolicy& policy = kv.shape().policy;
+    return policy.sink > 0 && policy.window_begin(start + rows - 1) > 0;
+  }
 };
 
-// Scratch of one thread, allocated at open: a converted block, and the arrays of AttendBlock.
+// Scratch of one thread, allocated at open: a converted block (or its scales), and the arrays of
+// AttendBlock.
 struct AttentionScratch {
   AttentionScratch(int64_t n_heads, int64_t n_kv_heads, int64_t head_dim);
 
-  std::vector<float> block, q, out, scores, max, sum;
+  std::vector<float> block, scales, q, out, scores, max, sum;
   std::vector<int64_t> visible;
 };
 

@@ -21,6 +21,11 @@ struct ContextFull : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A cut so deep that the window behind it has been forgotten.
+struct KvTruncated : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // A number that is not finite, or threads that do not exist any more.
 struct EngineFailure : std::runtime_error {
   using std::runtime_error::runtime_error;

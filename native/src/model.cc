@@ -194,6 +194,10 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
   s.gate.resize(kChunkRows * spec.d_ff);
   s.up.resize(kChunkRows * spec.d_ff);
   s.y.resize(kChunkRows * d);
+  s.far_q.resize(kChunkRows * d_q);
+  s.plain_k.resize(kChunkRows * d_kv);
+  s.far_cos.resize(spec.head_dim / 2);
+  s.far_sin.resize(spec.head_dim / 2);
   s.cos.resize(kChunkRows * spec.head_dim / 2);
   s.sin.resize(kChunkRows * spec.head_dim / 2);
   for (int i = 0; i < pool_.size(); ++i) {
@@ -237,9 +241,9 @@ std::vector<PanelInfo> Model::panels() const {
   return list;
 }
 
-std::unique_ptr<KvCache> Model::new_kv(int64_t max_len, KvType type) const {
+std::unique_ptr<KvCache> Model::new_kv(int64_t max_len, KvType type, KvPolicy policy) const {
   return std::make_unique<KvCache>(
-      KvShape{first_, last_, spec_.n_kv_heads, spec_.head_dim, max_len, type});
+      KvShape{first_, last_, spec_.n_kv_heads, spec_.head_dim, max_len, type, policy});
 }
 
 void Model::embed(std::span<const int32_t> ids, float* out) const {
@@ -296,6 +300,8 @@ void Model::forward(RowsView h, KvCache& kv, int first, int last, const uint8_t*
   const Occupied kv_occupied(kv.in_use(), "another thread is at work with this KV cache");
   const int64_t start = check_call(h, kv, first, last), d = spec_.d_model;
   if (out != h.data) std::memcpy(out, h.data, h.rows * d * sizeof(float));
+  rope_angles(frequencies_, spec_.rope_scale, kv.shape().policy.window, 1, scratch_.far_cos.data(),
+              scratch_.far_sin.data());
   try {
     for (int64_t done = 0; done < h.rows; done += kChunkRows) {
       const int64_t n = std::min(kChunkRows, h.rows - done);
@@ -307,9 +313,10 @@ void Model::forward(RowsView h, KvCache& kv, int first, int last, const uint8_t*
       }
     }
   } catch (...) {
-    for (int i = first; i < last; ++i) kv.shorten(i, start);
+    for (int i = first; i < last; ++i) kv.take_back(i);
     throw;
   }
+  for (int i = first; i < last; ++i) kv.keep(i);
 }
 
 void Model::run_layer(int index, float* h, int64_t rows, int64_t start, KvCache& kv) {
@@ -328,6 +335,9 @@ void Model::run_layer(int index, float* h, int64_t rows, int64_t start, KvCache&
   const Product qkv[] = {{layer.q, s.q.data()}, {layer.k, s.k.data()}, {layer.v, s.v.data()}};
   quantize(qkv, rows, normed(layer.attn_norm, d));
   multiply(qkv, rows);
+  const AttentionCall call{kv,         index,      start,         rows, spec_.n_heads,
+                           s.q.data(), s.o.data(), s.far_q.data()};
+  const int64_t n_sinks = kv.sinks_among(start, rows);
   for_rows(rows, d_q + d_kv, [&](int64_t i, int) {
     float* q = s.q.data() + i * d_q;
     float* k = s.k.data() + i * d_kv;
@@ -337,14 +347,19 @@ void Model::run_layer(int index, float* h, int64_t rows, int64_t start, KvCache&
       for (int64_t j = 0; j < d_kv; j += hd)
         ops_.rms_norm(k + j, layer.k_norm.data(), hd, eps, k + j);
     }
+    if (i < n_sinks) std::copy_n(k, d_kv, s.plain_k.data() + i * d_kv);
+    if (call.sees_far_sinks()) {
+      float* far_q = s.far_q.data() + i * d_q;
+      std::copy_n(q, d_q, far_q);
+      rotate(far_q, spec_.n_heads, hd / 2, s.far_cos.data(), s.far_sin.data(), spec_.rope_pairs);
+    }
     const float* cos = s.cos.data() + i * (hd / 2);
     const float* sin = s.sin.data() + i * (hd / 2);
     rotate(q, spec_.n_heads, hd / 2, cos, sin, spec_.rope_pairs);
     rotate(k, spec_.n_kv_heads, hd / 2, cos, sin, spec_.rope_pairs);
   });
-  kv.append(index, s.k.data(), s.v.data(), rows, ops_);
-  attention({kv, index, start, rows, spec_.n_heads, s.q.data(), s.o.data()}, ops_, pool_,
-            s.attention);
+  kv.append(index, {s.k.data(), s.plain_k.data(), s.v.data(), rows}, ops_);
+  attention(call, ops_, pool_, s.attention);
 
   const Product wo[] = {{layer.o, s.y.data()}};
   quantize(wo, rows, [&](int64_t i, float* row) -> const float* {

@@ -86,7 +86,7 @@ class Model {
   // What a token reads, matrix by matrix.
   std::vector<PanelInfo> panels() const;
 
-  std::unique_ptr<KvCache> new_kv(int64_t max_len, KvType type) const;
+  std::unique_ptr<KvCache> new_kv(int64_t max_len, KvType type, KvPolicy policy = {}) const;
 
   // out [ids, D]: rows of the embedding.  Throws std::invalid_argument on an id outside the
   // vocabulary.
@@ -131,7 +131,9 @@ class Model {
   };
   struct Scratch {
     ScratchRows q, k, v, o, gate, up, y;      // [kChunkRows, ...]
+    ScratchRows far_q, plain_k;               // as q and k, for caches with a window
     std::vector<float> cos, sin;              // [kChunkRows, head_dim / 2]
+    std::vector<float> far_cos, far_sin;      // [head_dim / 2]
     std::vector<std::vector<float>> row;      // a row for each thread
     std::array<QuantRows, 5> inputs;          // the input of a product, by grain
     std::vector<AttentionScratch> attention;  // for each thread

@@ -10,23 +10,27 @@ namespace nearfar {
 
 constexpr int64_t kBlock = 64;      // positions of a KV block
 constexpr int64_t kFewQueries = 4;  // that attention handles with one pass over a block
+constexpr int64_t kInt8Group = 32;  // int8 numbers of a head that share a scale
+
+constexpr int64_t int8_groups(int64_t head_dim) { return (head_dim + kInt8Group - 1) / kInt8Group; }
 
 // One step of attention: all queries that share a KV head, against one block of keys and values in
-// f32 or f16 (uint16_t).
+// f32, f16 (uint16_t) or int8 with scales.
 template <typename Number>
 struct AttendBlock {
-  int64_t n_queries;  // rows of the call times heads that share the KV head
-  int64_t head_dim;   // numbers of a head, a multiple of 16 (padded with zeros)
-  const float* q;     // [n_queries, head_dim]
-  const Number* k;    // [head_dim, kBlock]: a lane is a position
-  const Number* v;    // [kBlock, head_dim]
-  const int64_t*
-      visible;    // [n_queries]: each sees the positions [0, visible) of the block; 0..kBlock
-  float scale;    // multiplies the scores
-  float* scores;  // [n_queries, kBlock] scratch
-  float* max;     // [n_queries] running maximum, -inf at the start
-  float* sum;     // [n_queries] running sum of exp(score - max), 0 at the start
-  float* out;     // [n_queries, head_dim] running sum of exp(score - max) * v, 0 at the start
+  int64_t n_queries;       // rows of the call times heads that share the KV head
+  int64_t head_dim;        // numbers of a head, a multiple of 16 (padded with zeros)
+  const float* q;          // [n_queries, head_dim]
+  const Number* k;         // [head_dim, kBlock]: a lane is a position
+  const Number* v;         // [kBlock, head_dim]
+  const float* k_scales;   // [int8_groups, kBlock], int8 only
+  const float* v_scales;   // [kBlock, int8_groups], int8 only
+  const int64_t* visible;  // [n_queries, 2]: each sees positions [first, last) of the block
+  float scale;             // multiplies the scores
+  float* scores;           // [n_queries, kBlock] scratch
+  float* max;              // [n_queries] running maximum, -inf at the start
+  float* sum;              // [n_queries] running sum of exp(score - max), 0 at the start
+  float* out;  // [n_queries, head_dim] running sum of exp(score - max) * v, 0 at the start
 };
 
 struct Ops {
@@ -44,8 +48,11 @@ struct Ops {
   // Online softmax (2112.05682): a query's result depends on its own numbers and the order of the
   // blocks only.
   void (*attend_f32)(const AttendBlock<float>& block);
-  // The same bits as converting the block first; f16 pays off for few queries, up to kFewQueries.
+  // The same bits as converting the block first; pays off for few queries, up to kFewQueries.
   void (*attend_f16)(const AttendBlock<uint16_t>& block);
+  void (*attend_int8)(const AttendBlock<int8_t>& block);
+  // Codes times scales: k and v of a block, and k_scales and v_scales, as above -> f32.  Exact.
+  void (*from_int8)(const AttendBlock<int8_t>& block, float* k, float* v);
 };
 
 // Reached through kernels().ops.

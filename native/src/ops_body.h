@@ -28,6 +28,12 @@ inline Vec load(const float* p) {
   return v;
 }
 inline Vec load(const uint16_t* p) { return half_to_float(p); }
+inline Vec load(const int8_t* p) {
+  typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof(bytes));
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+}
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, whatever its sign
 inline Vec at_least(Vec x, float low) { return x < splat(low) ? splat(low) : x; }  // NaN stays
@@ -140,17 +146,30 @@ void from_half(const uint16_t* x, int64_t n, float* y) {
   }
 }
 
+constexpr bool is_coded(const int8_t*) { return true; }
+constexpr bool is_coded(const void*) { return false; }
+
 // scores[i][j] = sum_d q[i][d] * k[d][j], d rising, for N queries and all 64 positions.
 template <int N, typename Number>
-inline void score(const float* q, int64_t head_dim, const Number* k, float* scores) {
+inline void score(const AttendBlock<Number>& a, const float* q, float* scores) {
   for (int64_t j = 0; j < kBlock; j += kColumns * kWidth) {
     Vec sum[N][kColumns] = {};
-    for (int64_t d = 0; d < head_dim; ++d) {
-      Vec key[kColumns];
-      for (int c = 0; c < kColumns; ++c) key[c] = load(k + d * kBlock + j + c * kWidth);
-      for (int i = 0; i < N; ++i) {
-        const float query = q[i * head_dim + d];
-        for (int c = 0; c < kColumns; ++c) sum[i][c] += key[c] * query;
+    for (int64_t group = 0; group < a.head_dim; group += kInt8Group) {
+      Vec scale[kColumns] = {};
+      for (int c = 0; is_coded(a.k) && c < kColumns; ++c) {
+        scale[c] = load(a.k_scales + group / kInt8Group * kBlock + j + c * kWidth);
+      }
+      const int64_t end = group + kInt8Group < a.head_dim ? group + kInt8Group : a.head_dim;
+      for (int64_t d = group; d < end; ++d) {
+        Vec key[kColumns];
+        for (int c = 0; c < kColumns; ++c) {
+          key[c] = load(a.k + d * kBlock + j + c * kWidth);
+          if (is_coded(a.k)) key[c] *= scale[c];
+        }
+        for (int i = 0; i < N; ++i) {
+          const float query = q[i * a.head_dim + d];
+          for (int c = 0; c < kColumns; ++c) sum[i][c] += key[c] * query;
+        }
       }
     }
     for (int i = 0; i < N; ++i) {
@@ -161,12 +180,14 @@ inline void score(const float* q, int64_t head_dim, const Number* k, float* scor
 
 // Turns a query's scores into exp(score - max), 0 where not visible; updates max and sum; scales
 // `out` to the new max.
-inline void soften(float* scores, int64_t visible, float scale, int64_t head_dim, float& max,
+inline void soften(float* scores, const int64_t* visible, float scale, int64_t head_dim, float& max,
                    float& sum, float* out) {
   constexpr float kNothing = -__builtin_inff();
   IntVec lane;
   for (int i = 0; i < kWidth; ++i) lane[i] = i;
-  const auto seen = [&](int64_t j) { return lane < static_cast<int>(visible - j); };
+  const auto seen = [&](int64_t j) {
+    return (lane >= static_cast<int>(visible[0] - j)) & (lane < static_cast<int>(visible[1] - j));
+  };
 
   Vec top = splat(kNothing);
   for (int64_t j = 0; j < kBlock; j += kWidth) {
@@ -196,15 +217,19 @@ inline void soften(float* scores, int64_t visible, float scale, int64_t head_dim
 // out[i][d] += sum_j p[i][j] * v[j][d] for j in [first, last) and N queries, kColumns vectors of d
 // at a time.
 template <int N, int Columns, typename Number>
-inline void accumulate(const float* p, const Number* v, int64_t head_dim, int64_t d, int64_t first,
+inline void accumulate(const AttendBlock<Number>& a, const float* p, int64_t d, int64_t first,
                        int64_t last, float* out) {
+  const int64_t head_dim = a.head_dim, n_groups = int8_groups(head_dim);
   Vec sum[N][Columns];
   for (int i = 0; i < N; ++i) {
     for (int c = 0; c < Columns; ++c) sum[i][c] = load(out + i * head_dim + d + c * kWidth);
   }
   for (int64_t j = first; j < last; ++j) {
     Vec value[Columns];
-    for (int c = 0; c < Columns; ++c) value[c] = load(v + j * head_dim + d + c * kWidth);
+    for (int c = 0; c < Columns; ++c) {
+      value[c] = load(a.v + j * head_dim + d + c * kWidth);
+      if (is_coded(a.v)) value[c] *= a.v_scales[j * n_groups + (d + c * kWidth) / kInt8Group];
+    }
     for (int i = 0; i < N; ++i) {
       const float weight = p[i * kBlock + j];
       for (int c = 0; c < Columns; ++c) sum[i][c] += value[c] * weight;
@@ -216,13 +241,13 @@ inline void accumulate(const float* p, const Number* v, int64_t head_dim, int64_
 }
 
 template <int N, typename Number>
-inline void add_values(const float* p, const Number* v, int64_t head_dim, int64_t first,
-                       int64_t last, float* out) {
+inline void add_values(const AttendBlock<Number>& a, const float* p, int64_t first, int64_t last,
+                       float* out) {
   int64_t d = 0;
-  for (; d + kColumns * kWidth <= head_dim; d += kColumns * kWidth) {
-    accumulate<N, kColumns>(p, v, head_dim, d, first, last, out);
+  for (; d + kColumns * kWidth <= a.head_dim; d += kColumns * kWidth) {
+    accumulate<N, kColumns>(a, p, d, first, last, out);
   }
-  for (; d < head_dim; d += kWidth) accumulate<N, 1>(p, v, head_dim, d, first, last, out);
+  for (; d < a.head_dim; d += kWidth) accumulate<N, 1>(a, p, d, first, last, out);
 }
 
 // N queries from `i` on.
@@ -231,24 +256,29 @@ inline void attend_queries(const AttendBlock<Number>& a, int64_t i) {
   const int64_t hd = a.head_dim;
   float* scores = a.scores + i * kBlock;
   float* out = a.out + i * hd;
-  score<N>(a.q + i * hd, hd, a.k, scores);
-  int64_t common = kBlock;  // positions that all N see
+  score<N>(a, a.q + i * hd, scores);
+  int64_t begin = 0, end = kBlock;  // positions that all N see
   for (int n = 0; n < N; ++n) {
-    const int64_t visible = a.visible[i + n];
-    NF_DCHECK(visible >= 0 && visible <= kBlock);
+    const int64_t* visible = a.visible + 2 * (i + n);
+    NF_DCHECK(visible[0] >= 0 && visible[1] <= kBlock);
     // A query that sees nothing here keeps its state as it is.
-    if (visible > 0)
+    if (visible[0] < visible[1]) {
       soften(scores + n * kBlock, visible, a.scale, hd, a.max[i + n], a.sum[i + n], out + n * hd);
-    common = visible < common ? visible : common;
-  }
-  add_values<N>(scores, a.v, hd, 0, common, out);
-  // The rest one by one: values that a query does not see must not touch it, not even multiplied by
-  // zero.
-  for (int n = 0; n < N; ++n) {
-    if (a.visible[i + n] > common) {
-      add_values<1>(scores + n * kBlock, a.v, hd, common, a.visible[i + n], out + n * hd);
     }
+    begin = visible[0] > begin ? visible[0] : begin;
+    end = visible[1] < end ? visible[1] : end;
   }
+  if (begin > end) begin = end;
+  // What lies before and behind these goes one by one, and in order: values that a query does not
+  // see must not touch it, not even multiplied by zero.
+  const auto add_own = [&](int n, int64_t first, int64_t last) {
+    first = a.visible[2 * (i + n)] > first ? a.visible[2 * (i + n)] : first;
+    last = a.visible[2 * (i + n) + 1] < last ? a.visible[2 * (i + n) + 1] : last;
+    if (first < last) add_values<1>(a, scores + n * kBlock, first, last, out + n * hd);
+  };
+  for (int n = 0; n < N; ++n) add_own(n, 0, begin);
+  add_values<N>(a, scores, begin, end, out);
+  for (int n = 0; n < N; ++n) add_own(n, end, kBlock);
 }
 
 template <typename Number>
@@ -268,8 +298,25 @@ void attend(const AttendBlock<Number>& a) {
   }
 }
 
-constexpr Ops kTable = {rms_norm, silu_mul,  relu2_mul,     add,
-                        to_half,  from_half, attend<float>, attend<uint16_t>};
+void from_int8(const AttendBlock<int8_t>& a, float* k, float* v) {
+  const int64_t n_groups = int8_groups(a.head_dim);
+  for (int64_t d = 0; d < a.head_dim; ++d) {
+    const float* scales = a.k_scales + d / kInt8Group * kBlock;
+    for (int64_t j = 0; j < kBlock; j += kWidth) {
+      store(k + d * kBlock + j, load(a.k + d * kBlock + j) * load(scales + j));
+    }
+  }
+  for (int64_t j = 0; j < kBlock; ++j) {
+    for (int64_t d = 0; d < a.head_dim; d += kWidth) {
+      const float scale = a.v_scales[j * n_groups + d / kInt8Group];
+      store(v + j * a.head_dim + d, load(a.v + j * a.head_dim + d) * scale);
+    }
+  }
+}
+
+constexpr Ops kTable = {rms_norm,       silu_mul,  relu2_mul,     add,
+                        to_half,        from_half, attend<float>, attend<uint16_t>,
+                        attend<int8_t>, from_int8};
 
 }  // namespace
 }  // namespace nearfar

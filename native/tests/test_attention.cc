@@ -64,7 +64,7 @@ struct Made {
     const int64_t d_q = c.n_heads() * c.head_dim, d_kv = c.n_kv_heads * c.head_dim;
     for (int64_t start = 0; start < c.length; start += rows_a_call) {
       const int64_t rows = std::min(rows_a_call, c.length - start);
-      kv.append(0, k.data() + start * d_kv, v.data() + start * d_kv, rows, ops);
+      kv.append(0, {k.data() + start * d_kv, nullptr, v.data() + start * d_kv, rows}, ops);
       attention({kv, 0, start, rows, c.n_heads(), q.data() + start * d_q, out.data() + start * d_q},
                 ops, pool, scratch);
     }

@@ -42,7 +42,7 @@ struct Filled {
 
   void append(int64_t rows, uint32_t seed) {
     const Floats new_k = draw(rows, seed), new_v = draw(rows, seed + 1000);
-    kv.append(layer, new_k.data(), new_v.data(), rows, ops());
+    kv.append(layer, {new_k.data(), new_k.data(), new_v.data(), rows}, ops());
     k.insert(k.end(), new_k.begin(), new_k.end());
     v.insert(v.end(), new_v.begin(), new_v.end());
   }

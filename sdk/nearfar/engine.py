@@ -18,7 +18,7 @@ from nearfar.cancel import Cancel
 from nearfar.config import ExitConfig, ModelConfig
 from nearfar.constraint import Constraint
 from nearfar.exit import confidence, max_softmax, should_exit
-from nearfar.kv_cache import KVDtype
+from nearfar.kv_cache import FULL, KVDtype, Policy
 from nearfar.lower import Lower
 from nearfar.sampling import Sampling, sample
 from nearfar.sequence import Sequence
@@ -67,11 +67,18 @@ class Stepper(Protocol):
 class Engine:
     """Runs sequences on one `Lower`; keeps no state between steps."""
 
-    def __init__(self, lower: Lower, max_len: int, kv_dtype: KVDtype = "f16") -> None:
-        self.lower, self.max_len, self.kv_dtype = lower, max_len, kv_dtype
+    def __init__(
+        self,
+        lower: Lower,
+        max_len: int,
+        kv_dtype: KVDtype = "f16",
+        kv_policy: Policy = FULL,
+    ) -> None:
+        self.lower, self.max_len, self.kv_dtype, self.kv_policy = lower, max_len, kv_dtype, kv_policy
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence:
-        return Sequence(self.lower.new_kv(self.max_len, self.kv_dtype), sampling=sampling, use_exits=use_exits)
+        kv = self.lower.new_kv(self.max_len, self.kv_dtype, self.kv_policy)
+        return Sequence(kv, sampling=sampling, use_exits=use_exits)
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """Compute the pending rows of `s`, append one token and return it; a step that fails appends nothing."""

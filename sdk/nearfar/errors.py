@@ -8,6 +8,7 @@
     │   └── TokenizerError            ... as a tokenizer
     ├── UnsupportedError         4   a sound file that this build cannot run
     ├── ContextError             5   more tokens than the context holds
+    │   └── KVTruncated               ... or a way back to what a window has forgotten
     ├── SchemaError              6   a JSON schema that is wrong or cannot be satisfied
     ├── MissingExtraError        7   an optional package is not installed
     ├── DataError                8   training or evaluation data in the wrong form
@@ -66,6 +67,10 @@ class ContextError(NearfarError):
     """More tokens than the context holds."""
 
     exit_code = 5
+
+
+class KVTruncated(ContextError):
+    """A cut so deep that the window behind it has been forgotten; the text before it must be run again."""
 
 
 class SchemaError(NearfarError):

@@ -26,7 +26,7 @@ from nearfar.detokenize import Detokenizer
 from nearfar.engine import Engine, Stepper
 from nearfar.errors import Cancelled, ContextError, TokenizerError, UnsupportedError, UsageError
 from nearfar.forms import Part
-from nearfar.kv_cache import KVDtype
+from nearfar.kv_cache import FULL, KVDtype, Lambda, Policy, check_dtype
 from nearfar.lower import open_lower
 from nearfar.options import EngineOptions, Head, Lut
 from nearfar.panel_store import vouches_for
@@ -40,6 +40,7 @@ from nearfar.weights import Weights
 FinishReason = Literal["stop", "eos", "length", "cancelled"]
 Prompt = str | Seq[int] | Seq[Part]  # text, token ids, or the parts that nearfar.forms builds
 
+ANY_LENGTH = 2**31 - 1  # positions of a cache whose memory does not grow with them
 MODELS = Path(__file__).parent / "models"  # what the wheel ships
 
 
@@ -114,6 +115,7 @@ class LLM:
         threads: int | None = None,
         n_ctx: int | None = None,
         kv_dtype: KVDtype = "f16",
+        kv_policy: Policy = FULL,
         lut: Lut = "off",
         head: Head = "file",
         cache: str | Path | None = None,
@@ -122,7 +124,10 @@ class LLM:
 
         `backend`: "native" (the C++ engine), "numpy" (the readable reference), "llama" (llama-cpp-python), or None
         for the best one: ours, or llama-cpp-python for an architecture or tensor type that ours does not run.
-        `n_ctx`: positions to keep at most (default: what the model was trained for).
+        `n_ctx`: positions to keep at most (default: what the model was trained for; with Lambda, any number).
+        `kv_dtype`: keys and values as "f16", "f32", or "int8" (half the memory, near f16 and not equal to it).
+        `kv_policy`: Lambda(sink, window) sees the first `sink` and the last `window` positions, so that prompt and
+        answer may go on far beyond the trained length in constant memory; what has left the window is gone.
         `lut`: "fast" multiplies ternary matrices by table lookup: faster, near the exact answer and not equal to it.
         `head`: "q4" requantises the head to 4.5 bits (other logits); "screened" gives the same tokens and may read less
         of it where only the largest logit counts.
@@ -132,13 +137,13 @@ class LLM:
         """
         backend, path = backend or env.backend(), Path(path)
         options = EngineOptions(threads=threads, lut=lut, cache=cache or env.cache(), head=head)
-        ours = f"lut={lut!r}" if lut != "off" else f"head={head!r}" if head != "file" else ""
+        ours = _only_ours(lut, head, kv_dtype, kv_policy)
         if backend == "llama":
             if ours:
                 raise UsageError(f"{ours} belongs to nearfar's own engine: leave it out, or backend 'llama'")
             return _open_llama(path, n_ctx, threads, why="asked for")
         try:
-            return cls._open_own(path, backend, options, n_ctx, kv_dtype)
+            return cls._open_own(path, backend, options, n_ctx, kv_dtype, kv_policy)
         except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
             if backend is not None or ours or not _has_llama():
                 raise
@@ -150,11 +155,19 @@ class LLM:
 
     @classmethod
     def _open_own(
-        cls, path: Path, backend: str | None, options: EngineOptions, n_ctx: int | None, kv_dtype: KVDtype
+        cls,
+        path: Path,
+        backend: str | None,
+        options: EngineOptions,
+        n_ctx: int | None,
+        kv_dtype: KVDtype,
+        kv_policy: Policy,
     ) -> LLM:
         weights = Weights.open(path, vouched=None if backend == "numpy" else partial(vouches_for, cache=options.cache))
         config = weights.config
-        max_len = config.n_ctx if n_ctx is None else n_ctx
+        check_dtype(kv_dtype)
+        trained = ANY_LENGTH if isinstance(kv_policy, Lambda) else config.n_ctx
+        max_len = trained if n_ctx is None else n_ctx
         if max_len < 2:
             raise UsageError(f"n_ctx={max_len}: expected at least 2 positions")
         try:
@@ -162,7 +175,7 @@ class LLM:
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from error
         lower = open_lower(weights, backend, options)
-        engine = Engine(lower, max_len, kv_dtype)
+        engine = Engine(lower, max_len, kv_dtype, kv_policy)
         return cls(engine, tokenizer, weights.file.metadata, max_len=max_len, backend=lower.name, config=config)
 
     def generate(
@@ -422,6 +435,17 @@ def load(name: str = "nano", **options: Any) -> LLM:
             f"no model named {name!r} is shipped (known: {', '.join(known) or 'none'}); LLM.open takes a path"
         )
     return LLM.open(MODELS / f"{name}.gguf", **options)
+
+
+def _only_ours(lut: Lut, head: Head, kv_dtype: KVDtype, kv_policy: Policy) -> str:
+    """The first option that llama.cpp could not follow, or ""."""
+    chosen = {
+        f"lut={lut!r}": lut != "off",
+        f"head={head!r}": head != "file",
+        f"kv_dtype={kv_dtype!r}": kv_dtype == "int8",
+        f"kv_policy={kv_policy!r}": kv_policy != FULL,
+    }
+    return next((option for option, is_ours in chosen.items() if is_ours), "")
 
 
 def _open_llama(path: Path, n_ctx: int | None, threads: int | None, why: str) -> LLM:

@@ -18,7 +18,7 @@ from nearfar import env
 from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
 from nearfar.errors import MissingExtraError, UsageError
-from nearfar.kv_cache import KVDtype
+from nearfar.kv_cache import FULL, KVDtype, Policy
 from nearfar.options import EngineOptions
 from nearfar.weights import Weights
 
@@ -51,8 +51,8 @@ class Lower(Protocol):
     def screens(self) -> bool:
         """Whether `greedy` costs less than `logits`."""
 
-    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KV:
-        """An empty cache for at most `max_len` positions."""
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16", policy: Policy = FULL) -> KV:
+        """An empty cache for at most `max_len` positions, which a Lambda policy does not all keep."""
 
     def embed(self, ids: Ids) -> Array:
         """i32 [T] -> f32 [T, D]; other modalities pass rows of their own to `forward` instead."""

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from nearfar import env
 from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
-from nearfar.errors import Cancelled, ConfigError, ContextError, EngineBusy, NearfarError, UsageError
-from nearfar.kv_cache import KVDtype
+from nearfar.errors import Cancelled, ConfigError, ContextError, EngineBusy, KVTruncated, NearfarError, UsageError
+from nearfar.kv_cache import FULL, KVDtype, Lambda, Policy, check_dtype
 from nearfar.lower import KV
 from nearfar.lower_numpy import check_ids
 from nearfar.options import EngineOptions
@@ -50,6 +50,8 @@ def _our_errors() -> Iterator[None]:
         raise UsageError(str(error)) from None
     except _core.ContextFull as error:
         raise ContextError(str(error)) from None
+    except _core.KVTruncated as error:
+        raise KVTruncated(str(error)) from None
     except _core.Cancelled as error:
         raise Cancelled(str(error)) from None
     except _core.EngineBusy as error:
@@ -173,11 +175,11 @@ class NativeLower:
         """Each packed matrix; a token reads the bytes of all of them."""
         return [Panel(*panel) for panel in self._model.panels()]
 
-    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> NativeKV:
-        if dtype not in ("f16", "f32"):
-            raise UsageError(f"KV dtype {dtype!r}: expected f16 or f32")
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16", policy: Policy = FULL) -> NativeKV:
+        check_dtype(dtype)
+        sink, window = (policy.sink, policy.window) if isinstance(policy, Lambda) else (0, 0)
         with _our_errors():
-            return NativeKV(self._model.new_kv(max_len, dtype == "f16"), self.first)
+            return NativeKV(self._model.new_kv(max_len, dtype, sink, window), self.first)
 
     def embed(self, ids: NDArray[np.int32]) -> Array:
         check_ids(ids, self.config)

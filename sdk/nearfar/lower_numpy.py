@@ -18,7 +18,7 @@ from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
 from nearfar.errors import ContextError, UsageError
 from nearfar.gguf_reader import TensorType
-from nearfar.kv_cache import KVCache, KVDtype
+from nearfar.kv_cache import FULL, Full, Held, KVCache, KVDtype, Lambda, Policy
 from nearfar.lower import KV
 from nearfar.options import EngineOptions
 from nearfar.quant import (
@@ -76,15 +76,37 @@ def softmax(x: Array) -> Array:
     return p
 
 
-def attention(q: Array, k: Array, v: Array, start: int) -> Array:
-    """q [T, H, hd] from position start, k and v [start + T, KH, hd] -> [T, H * hd]; H / KH queries share a key."""
-    n_rows, n_heads, head_dim = q.shape
-    n_kv_heads = k.shape[1]
-    q = q.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scores = np.einsum("tkgd,skd->kgts", q, k) / np.float32(np.sqrt(head_dim))  # [KH, G, T, S]
-    visible = np.arange(len(k))[None, :] <= (start + np.arange(n_rows))[:, None]  # [T, S]
-    weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
-    o: Array = np.einsum("kgts,skd->tkgd", weights, v)
+def attention(q: Array, held: Held, start: int, policy: Policy = FULL, far_q: Array | None = None) -> Array:
+    """q [T, H, hd] from position start, rotated -> [T, H * hd]; H / KH queries share a key.
+
+    With a Lambda policy row i sees j where i - j < window, and the sinks j < sink from a distance of at most `window`:
+    those that have left the window by their unrotated keys and `far_q` [T, H, hd], the query rotated to position
+    `window` (LM-Infinite, 2308.16137, section 4).  One softmax over both.
+    """
+    position = (start + np.arange(len(q)))[:, None]  # [T, 1]
+    distance = position - np.arange(held.oldest, held.length)  # [T, S]
+    if isinstance(policy, Full):
+        return attend([(q, held.k, held.v, distance >= 0)])
+    assert far_q is not None
+    far = position - np.arange(len(held.sink_k)) >= policy.window  # [T, sinks]
+    return attend(
+        [
+            (far_q, held.sink_k, held.sink_v, far),
+            (q, held.k, held.v, (distance >= 0) & (distance < policy.window)),
+        ]
+    )
+
+
+def attend(parts: list[tuple[Array, Array, Array, NDArray[np.bool_]]]) -> Array:
+    """One softmax over parts of q [T, H, hd], k and v [S, KH, hd], and which keys a row sees [T, S] -> [T, H * hd]."""
+    scores = []
+    for q, k, _, visible in parts:
+        n_rows, n_heads, head_dim = q.shape
+        q = q.reshape(n_rows, k.shape[1], n_heads // k.shape[1], head_dim)
+        score = np.einsum("tkgd,skd->kgts", q, k) / np.float32(np.sqrt(head_dim))  # [KH, G, T, S]
+        scores.append(np.where(visible, score, np.float32(-np.inf)))
+    weights = softmax(np.concatenate(scores, axis=-1))
+    o: Array = np.einsum("kgts,skd->tkgd", weights, np.concatenate([v for _, _, v, _ in parts]))
     return o.reshape(n_rows, n_heads * head_dim)
 
 
@@ -108,8 +130,8 @@ class NumpyLower:
         self._by_lookup = options is not None and options.lut == "fast"
         self._trits: dict[str, tuple[NDArray[np.int8], Array] | None] = {}
 
-    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KVCache:
-        return KVCache(self.config, max_len, dtype)
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16", policy: Policy = FULL) -> KVCache:
+        return KVCache(self.config, max_len, dtype, policy)
 
     def embed(self, ids: NDArray[np.int32]) -> Array:
         check_ids(ids, self.config)
@@ -120,7 +142,7 @@ class NumpyLower:
         start = check_range(h, kv, first, last, self.config)
         if start + len(h) > kv.max_len:
             raise ContextError(f"{start + len(h)} positions: the cache holds {kv.max_len}")
-        before = kv.lengths()
+        before = kv.snapshot()
         try:
             with np.errstate(over="ignore"):  # exp(-gate) may overflow to inf: silu is then -0, as it should be
                 for i in range(first, last):
@@ -155,9 +177,13 @@ class NumpyLower:
         v = self._linear(x, f"{block}.attn_v").reshape(len(x), c.n_kv_heads, c.head_dim)
         if c.has_qk_norms:
             q, k = self._norm(q, f"{block}.attn_q_norm"), self._norm(k, f"{block}.attn_k_norm")
-        cos, sin = rope_angles(c, start, len(x), self._optional("rope_freqs.weight"))
-        kv.append(i, rotate(k, cos, sin, c.rope_pairs), v)
-        o = attention(rotate(q, cos, sin, c.rope_pairs), *kv.read(i), start)  # [T, H * hd]
+        factors = self._optional("rope_freqs.weight")
+        cos, sin = rope_angles(c, start, len(x), factors)
+        far_q = None
+        if isinstance(kv.policy, Lambda):
+            far_q = rotate(q, *rope_angles(c, kv.policy.window, 1, factors), c.rope_pairs)
+        kv.append(i, rotate(k, cos, sin, c.rope_pairs), v, k)
+        o = attention(rotate(q, cos, sin, c.rope_pairs), kv.held(i), start, kv.policy, far_q)  # [T, H * hd]
         if c.has_sub_norms:
             o = self._norm(o, f"{block}.attn_sub_norm")
         h = h + self._linear(o, f"{block}.attn_output")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.errors import KVTruncated
 from nearfar.lower import KV
 from nearfar.sampling import Sampling
 
@@ -64,9 +65,16 @@ class Sequence:
             self.owed[layer] = self.with_owed(layer, rows)
 
     def rewind(self, n: int) -> None:
-        """Keep the first `n` run positions, with the rows that their upper layers still wait for."""
+        """Keep the first `n` run positions, with the rows that their upper layers still wait for.
+
+        Where the cache has forgotten the window behind them, it keeps none, and all ids are pending again.
+        """
         self.ahead.clear()
-        self.kv.truncate(n)
+        try:
+            self.kv.truncate(n)
+        except KVTruncated:
+            n = 0
+            self.kv.truncate(0)
         self.n_run = min(self.n_run, n, self.kv.length(0))
         for layer, rows in list(self.owed.items()):
             waiting = self.kv.length(layer - 1) - self.kv.length(layer)  # positions that got this far, no further
@@ -76,7 +84,7 @@ class Sequence:
                 del self.owed[layer]
 
     def continue_with(self, ids: Ids[int]) -> int:
-        """Take `ids` as the new text, keep the cache of the common beginning; returns its length.
+        """Take `ids` as the new text, keep the cache of the common beginning; returns how much of it was kept.
 
         At least one id stays pending: the row that the next token is computed from.
         """
@@ -87,4 +95,4 @@ class Sequence:
             n += 1
         self.rewind(n)
         self.ids = list(ids)
-        return n
+        return self.n_run

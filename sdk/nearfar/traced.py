@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nearfar.cancel import Cancel
 from nearfar.exit import max_softmax
-from nearfar.kv_cache import KVDtype
+from nearfar.kv_cache import FULL, KVDtype, Policy
 from nearfar.lower import KV, Lower
 
 Array = NDArray[np.float32]
@@ -36,8 +36,8 @@ class TracedLower:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def new_kv(self, max_len: int, dtype: KVDtype = "f16") -> KV:
-        return self._inner.new_kv(max_len, dtype)
+    def new_kv(self, max_len: int, dtype: KVDtype = "f16", policy: Policy = FULL) -> KV:
+        return self._inner.new_kv(max_len, dtype, policy)
 
     def embed(self, ids: NDArray[np.int32]) -> Array:
         with self._stage(f"embed [{len(ids)}]"):

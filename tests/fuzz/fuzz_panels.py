@@ -118,7 +118,7 @@ class Bench:
             spec = self.native._spec(weights.config)
             model = core.Model(spec, matrices, vectors, panels, 0, weights.config.n_layers, 1, isa, lut)
             h = lower.embed(np.array([1, 2], np.int32))
-            model.logits(model.forward(h, model.new_kv(4, True), 0, weights.config.n_layers, None), "final")
+            model.logits(model.forward(h, model.new_kv(4, "f16"), 0, weights.config.n_layers, None), "final")
         except (ValueError, core.EngineFailure) as error:
             return f"engine: {error}"
         return "ran"

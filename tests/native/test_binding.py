@@ -78,7 +78,7 @@ def test_results_outlive_the_engine_and_the_engine_outlives_its_tensors(path: Pa
 
 def test_arrays_of_another_type_or_rank_are_refused_not_converted(weights: Weights) -> None:
     model = lower_native.NativeLower(weights, EngineOptions(threads=1))._model
-    kv = model.new_kv(8, True)
+    kv = model.new_kv(8, "f16")
     for wrong in (np.zeros((1, 256)), np.zeros(256, np.float32), np.zeros((256, 2), np.float32).T):
         with pytest.raises(TypeError):
             model.forward(wrong, kv, 0, 1)

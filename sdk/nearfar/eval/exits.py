@@ -66,7 +66,7 @@ def trace(engine: Engine, name: str, prompt: Sequence[int], tokens: Sequence[int
     """Run `prompt` and `tokens` once through all layers and keep each exit's rows where an answer token was due."""
     lower, config = engine.lower, engine.lower.config
     ids = np.asarray([*prompt, *tokens][:-1], np.int32)
-    kv = lower.new_kv(max(len(ids), 1), engine.kv_dtype)
+    kv = lower.new_kv(max(len(ids), 1), engine.kv_dtype, engine.kv_policy)
     h, start, rows = lower.embed(ids), 0, {}
     for layer in (*(e.layer for e in config.exits), config.n_layers):
         h = lower.forward(h, kv, start, layer)

@@ -16,6 +16,9 @@ class Cancelled(RuntimeError):
 class ContextFull(RuntimeError):
     pass
 
+class KVTruncated(RuntimeError):
+    pass
+
 class EngineFailure(RuntimeError):
     pass
 
@@ -112,8 +115,10 @@ class Model:
     def panels(self) -> list[tuple[str, str, int, int, int]]:
         """(name, kind, rows, cols, bytes) of each packed matrix."""
 
-    def new_kv(self, max_len: int, half: bool) -> KVCache:
-        """An empty cache: f16 if `half`, else f32."""
+    def new_kv(self, max_len: int, dtype: str, sink: int = 0, window: int = 0) -> KVCache:
+        """
+        An empty cache in "f16", "f32" or "int8".  With a window, rows see the last `window` positions and the first `sink` ones; without, all.
+        """
 
     def embed(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
         """i32 [T] -> f32 [T, D]"""

@@ -178,6 +178,9 @@ inline void score(const AttendBlock<Number>& a, const float* q, float* scores) {
   }
 }
 
+// e^x for x <= 0, and 0 where its products with values could be denormal numbers, which are slow.
+inline Vec weight(Vec x) { return x < splat(-80.0f) ? Vec{} : exponential(x); }
+
 // Turns a query's scores into exp(score - max), 0 where not visible; updates max and sum; scales
 // `out` to the new max.
 inline void soften(float* scores, const int64_t* visible, float scale, int64_t head_dim, float& max,
@@ -202,13 +205,12 @@ inline void soften(float* scores, const int64_t* visible, float scale, int64_t h
   for (int64_t j = 0; j < kBlock; j += kLanes) {
     for (int r = 0; r < kRegisters; ++r) {
       float* s = scores + j + r * kWidth;
-      const Vec p = seen(j + r * kWidth) ? exponential(load(s) - new_max) : Vec{};
+      const Vec p = seen(j + r * kWidth) ? weight(load(s) - new_max) : Vec{};
       store(s, p);
       sums[r] += p;
     }
   }
-  const Vec correction =
-      exponential(splat(max - new_max));  // at the start max is -inf: any factor of zero will do
+  const Vec correction = weight(splat(max - new_max));  // at the start max is -inf
   sum = sum * correction[0] + sum_lanes(sums);
   max = new_max;
   for (int64_t d = 0; d < head_dim; d += kWidth) store(out + d, load(out + d) * correction);

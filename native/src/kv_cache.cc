@@ -116,6 +116,7 @@ void KvCache::cut(Layer& layer, int64_t n) const {
   if (n < layer.length) layer.length = n;
   if (layer.length == 0) layer.first_block = 0;
   layer.n_kept = layer.length;
+  layer.first_kept = layer.first_block;
   // A failed append may have left one more block than there are positions.
   layer.blocks.resize(blocks_for(layer.length) - layer.first_block);
   layer.sinks.resize(std::min<size_t>(layer.sinks.size(), blocks_for(layer.length)));
@@ -126,12 +127,13 @@ void KvCache::keep(int layer) {
   forget(l);
   l.forgotten.clear();
   l.n_kept = l.length;
+  l.first_kept = l.first_block;
 }
 
 void KvCache::take_back(int layer) {
   Layer& l = at(layer);
   if (!l.forgotten.empty()) {
-    l.first_block -= static_cast<int64_t>(l.forgotten.size());
+    l.first_block = l.first_kept;
     l.forgotten.insert(l.forgotten.end(), l.blocks.begin(), l.blocks.end());
     l.blocks.swap(l.forgotten);
     l.forgotten.clear();

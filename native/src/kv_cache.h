@@ -106,8 +106,9 @@ class KvCache {
     Blocks blocks;     // positions from first_block * kBlock on
     Blocks sinks;      // positions [0, policy.sink), keys not rotated
     Blocks forgotten;  // by the call at work: those before `blocks` that it found
-    int64_t first_block = 0, n_kept = 0;  // n_kept: positions before the call at work
-    std::atomic<int64_t> length{0};       // atomic for those who look on while the engine works
+    int64_t first_block = 0;
+    int64_t n_kept = 0, first_kept = 0;  // positions and first block before the call at work
+    std::atomic<int64_t> length{0};      // atomic for those who look on while the engine works
   };
   size_t head_bytes() const;  // of one head in a block
   std::shared_ptr<Block> new_block() const;

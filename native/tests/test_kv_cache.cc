@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -141,6 +142,70 @@ TEST_CASE("a shared block is copied before it is written to again") {
   a.append(28, 2);
   CHECK(n_wrong(kv, 1, 128, a.k, a.v) == 0);
   CHECK(n_wrong(*fork, 1, 128, k, v) == 0);
+}
+
+KvShape windowed(int64_t sink, int64_t window, KvType type = KvType::kF32) {
+  KvShape s = shape(type, kMaxWindow);
+  s.policy = {.sink = sink, .window = window};
+  return s;
+}
+
+void run(KvCache& kv, int layer, int64_t rows, uint32_t seed, bool keeps = true) {
+  const Floats x = draw(rows, seed);
+  for (int64_t i = 0; i < rows; i += 128) {
+    const float* at = x.data() + i * kWidth;
+    kv.append(layer, {at, at, at, std::min<int64_t>(128, rows - i)}, ops());
+  }
+  if (keeps) kv.keep(layer);
+}
+
+TEST_CASE("behind a window memory stays constant, and sinks stay") {
+  KvCache kv(windowed(70, 130, KvType::kInt8));
+  size_t bytes = 0;
+  for (int i = 0; i < 100; ++i) {
+    run(kv, 1, 64, i);
+    if (i == 10) bytes = kv.n_bytes();
+  }
+  CHECK(kv.length(1) == 6400);
+  CHECK(kv.n_bytes() == bytes);
+  // Window and slack need four blocks here, the sinks two, of 8.5 bits a number.
+  CHECK(bytes <= 6 * 2 * kHeads * kBlock * (32 + 2));
+  CHECK(static_cast<const int8_t*>(kv.sinks(1, 0, 0))[0] != 0);
+}
+
+TEST_CASE("a cut keeps the window before it whole, or is refused") {
+  KvCache kv(windowed(4, 100));
+  run(kv, 1, 1000, 1);
+  run(kv, 2, 990, 1);
+  CHECK_THROWS_AS(kv.truncate(400), KvTruncated);
+  CHECK_THROWS_AS(kv.fork(400), KvTruncated);
+  CHECK(kv.length(1) == 1000);
+  CHECK_NOTHROW(kv.truncate(1000 - kSlack));
+  CHECK(kv.length(2) == 1000 - kSlack);
+  CHECK_NOTHROW(kv.truncate(0));
+  run(kv, 1, 5, 2);
+  CHECK(kv.length(1) == 5);
+}
+
+TEST_CASE("a call that is taken back leaves the same bytes, however long it was") {
+  for (const int64_t before : {0, 3, 64, 100, 300, 1000}) {
+    for (const int64_t more : {1, 200, 2000}) {
+      KvCache kv(windowed(4, 100));
+      run(kv, 1, before, 1);
+      const size_t bytes = kv.n_bytes();
+      const auto copy = kv.fork(before);
+      run(kv, 1, more, 2, false);
+      kv.take_back(1);
+      CHECK(kv.length(1) == before);
+      CHECK(kv.n_bytes() == bytes);
+      for (int64_t j = std::max<int64_t>(0, before - 100 - kSlack); j < before; ++j) {
+        const auto value = [&](const KvCache& cache) {
+          return at(cache, cache.block(1, j / kBlock, 1), j % kBlock);
+        };
+        CHECK(value(kv) == value(*copy));
+      }
+    }
+  }
 }
 
 TEST_CASE("sizes, layers and lengths that make no sense are refused") {

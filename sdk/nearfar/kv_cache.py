@@ -195,11 +195,13 @@ def round_to(x: Array, dtype: KVDtype) -> Array:
 def round_to_int8(x: Array) -> Array:
     """x [..., hd]: codes of -127..127 times one f16 scale for each 32 values of a head, or its rest."""
     head_dim = x.shape[-1]
-    groups = np.zeros((*x.shape[:-1], -(-head_dim // INT8_GROUP), INT8_GROUP), np.float32)
-    groups.reshape(*x.shape[:-1], -1)[..., :head_dim] = x
+    n_groups = -(-head_dim // INT8_GROUP)
+    padded = np.zeros((*x.shape[:-1], n_groups * INT8_GROUP), np.float32)
+    padded[..., :head_dim] = x
+    groups = padded.reshape(*x.shape[:-1], n_groups, INT8_GROUP)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
     scale = np.minimum(largest / np.float32(127), np.float32(65504)).astype(np.float16).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(scale > 0, np.clip(np.rint(groups / scale), -127, 127), 0)
-    y: Array = (codes * scale).astype(np.float32).reshape(*x.shape[:-1], -1)[..., :head_dim]
+    y: Array = (codes * scale).astype(np.float32).reshape(padded.shape)[..., :head_dim]
     return y

@@ -83,9 +83,12 @@ std::span<const Level> levels() {
       {table("avx512", avx512::kOps, avx512::kMatmul, {avx512::matmul_l3, avx512::lut_tables}),
        has_avx512},
 #elif defined(__aarch64__)
-      {table("neon", neon::kOps, neon::kMatmul), always},  // part of every 64-bit ARM
-      {table("neon_dot", neon::kOps, neon_dot::kMatmul), has_neon_dot},
-      {table("neon_i8mm", neon::kOps, neon_i8mm::kMatmul), has_neon_i8mm},
+      {table("neon", neon::kOps, neon::kMatmul, {neon::matmul_l3, neon::lut_tables}),
+       always},  // part of every 64-bit ARM
+      {table("neon_dot", neon::kOps, neon_dot::kMatmul, {neon::matmul_l3, neon::lut_tables}),
+       has_neon_dot},
+      {table("neon_i8mm", neon::kOps, neon_i8mm::kMatmul, {neon::matmul_l3, neon::lut_tables}),
+       has_neon_i8mm},
 #endif
   };
   return kLevels;

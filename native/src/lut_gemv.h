@@ -70,5 +70,9 @@ namespace avx512 {
 Matmul matmul_l3;
 LutTables lut_tables;
 }  // namespace avx512
+namespace neon {  // of all three levels
+Matmul matmul_l3;
+LutTables lut_tables;
+}  // namespace neon
 
 }  // namespace nearfar

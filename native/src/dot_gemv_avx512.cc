@@ -96,31 +96,39 @@ struct Call {
 
 // ---- unpacking: kStretch or 256 k of a panel, one code a byte, [k / 4][4 blocks][64] ----
 
-template <int kLow, int kHigh, int kUnit, int kIndex = 0>
-inline void unpack_codes(const __m512i* low, const __m512i* high, uint8_t* codes) {
+// Calls use(index, code) for the 4 k of each index, codes of one block of 16 rows as bytes.
+template <int kLow, int kHigh, int kUnit, int kIndex = 0, class Use>
+inline void for_each_code(const __m512i* low, const __m512i* high, const Use& use) {
   if constexpr (kIndex < kUnit / 4) {
     constexpr int kPerLow = 8 / kLow, kMask = (1 << kLow) - 1;
-    __m512i code =
-        _mm512_and_si512(shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]), bytes(kMask));
+    __m512i code = shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]);
+    if constexpr (kLow < 8) code = _mm512_and_si512(code, bytes(kMask));
     if constexpr (kHigh > 0) {
       constexpr int kPerHigh = 8 / kHigh, kHighMask = ((1 << kHigh) - 1) << kLow;
       const __m512i top = shift_down<kIndex % kPerHigh * kHigh - kLow>(high[kIndex / kPerHigh]);
       code = _mm512_ternarylogic_epi32(code, top, bytes(kHighMask), 0xf8);  // code | (top & mask)
     }
-    _mm512_store_si512(codes + kIndex * kStep, code);
-    unpack_codes<kLow, kHigh, kUnit, kIndex + 1>(low, high, codes);
+    use.template operator()<kIndex>(code);
+    for_each_code<kLow, kHigh, kUnit, kIndex + 1>(low, high, use);
   }
 }
 
-// kUnit k whose planes begin at p.
+// The same for block b of a unit whose planes begin at p.
+template <int kLow, int kHigh, int kUnit, class Use>
+inline void for_each_code(const uint8_t* p, int b, const Use& use) {
+  constexpr int kLowSteps = kUnit * kLow / 32, kHighSteps = kUnit * kHigh / 32;
+  __m512i low[kLowSteps], high[kHighSteps + 1];
+  for (int s = 0; s < kLowSteps; ++s) low[s] = load(p + s * kStep + 64 * b);
+  for (int s = 0; s < kHighSteps; ++s) high[s] = load(p + (kLowSteps + s) * kStep + 64 * b);
+  for_each_code<kLow, kHigh, kUnit>(low, high, use);
+}
+
 template <int kLow, int kHigh, int kUnit>
 inline void unpack_unit(const uint8_t* p, uint8_t* codes) {
-  constexpr int kLowSteps = kUnit * kLow / 32, kHighSteps = kUnit * kHigh / 32;
   for (int b = 0; b < kBlocks; ++b) {
-    __m512i low[kLowSteps], high[kHighSteps + 1];
-    for (int s = 0; s < kLowSteps; ++s) low[s] = load(p + s * kStep + 64 * b);
-    for (int s = 0; s < kHighSteps; ++s) high[s] = load(p + (kLowSteps + s) * kStep + 64 * b);
-    unpack_codes<kLow, kHigh, kUnit>(low, high, codes + 64 * b);
+    for_each_code<kLow, kHigh, kUnit>(p, b, [&]<int kIndex>(__m512i code) {
+      _mm512_store_si512(codes + kIndex * kStep + 64 * b, code);
+    });
   }
 }
 
@@ -156,7 +164,7 @@ using Floats = __m512[kBlocks][M];
 template <int M>
 inline void dot(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t n_steps,
                 Tile<M>& sum) {
-#pragma GCC unroll 2
+#pragma GCC unroll 1  // GCC spills accumulators of the large tiles otherwise
   for (int64_t s = 0; s < n_steps; ++s) {
     __m512i code[kBlocks];
     for (int b = 0; b < kBlocks; ++b) code[b] = load(codes + s * kStep + 64 * b);
@@ -341,6 +349,26 @@ struct T5 {
 
 // ---- the grouped schemes: floats over blocks of 256 k ----
 
+// Scheme::kSuper: the integer scale and min of group g of a unit that begins at p, as floats.
+template <Form kForm>
+struct Side {
+  __m512 scale, min;
+
+  Side(const uint8_t* p, int b, int g) {
+    if constexpr (kForm.side == 64) {
+      const __m512i both =
+          _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p + 16 * b)));
+      scale = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+      min = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+    } else if constexpr (kForm.has_min) {
+      scale = load_u8(p + 16 * b);
+      min = load_u8(p + 64 + 16 * b);
+    } else {
+      scale = load_i8(p + 64 * g + 16 * b);
+    }
+  }
+};
+
 // 256 k of a panel (or what is left of K): codes, and the scales of its groups as floats.
 template <PanelKind kKind>
 struct Stretch {
@@ -379,20 +407,13 @@ struct Stretch {
     }
   }
 
-  void unpack_side(const uint8_t* p, int g) {
+  void unpack_side(const uint8_t* p, int first) {
+    constexpr int kGroups = kForm.unit / kForm.group;
     for (int b = 0; b < kBlocks; ++b) {
-      if constexpr (kForm.side == 64) {
-        const __m512i both =
-            _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p + 16 * b)));
-        _mm512_store_ps(&scale[g][16 * b],
-                        _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15))));
-        _mm512_store_ps(&min[g][16 * b], _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4)));
-      } else if constexpr (kForm.has_min) {
-        _mm512_store_ps(&scale[g][16 * b], load_u8(p + 16 * b));
-        _mm512_store_ps(&min[g][16 * b], load_u8(p + 64 + 16 * b));
-      } else {
-        _mm512_store_ps(&scale[g][16 * b], load_i8(p + 16 * b));
-        _mm512_store_ps(&scale[g + 1][16 * b], load_i8(p + 64 + 16 * b));
+      for (int g = 0; g < kGroups; ++g) {
+        const Side<kForm> side(p, b, g);
+        _mm512_store_ps(&scale[first + g][16 * b], side.scale);
+        if constexpr (kForm.has_min) _mm512_store_ps(&min[first + g][16 * b], side.min);
       }
     }
   }
@@ -492,9 +513,77 @@ inline void add_super(const Call& c, const Stretch<kKind>& w, int64_t first, int
   }
 }
 
+// One row of x: codes go from registers into the sums, nothing is stored. A block at a time, so
+// that loads of the next one overlap with the arithmetic of this one.
+template <PanelKind kKind>
+inline void one_row(const Call& c) {
+  using W = Stretch<kKind>;
+  constexpr Form kForm = W::kForm;
+  constexpr int kGroups = kForm.unit / kForm.group > 0 ? kForm.unit / kForm.group : 1;
+  __m512 total[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) total[b] = _mm512_setzero_ps();
+  const uint8_t* p = c.panel;
+  for (int64_t k = 0; k < c.w.cols; k += kForm.block) {
+    const uint8_t* head = p;
+    const float s_x = c.scales(0)[k / kForm.grain];
+    __m512 part[kBlocks], mins[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) part[b] = mins[b] = _mm512_setzero_ps();
+    p += kForm.head;
+    for (int j = 0; j < kForm.block; j += kForm.unit, p += W::kUnitBytes) {
+      const int8_t* q = c.q(0) + k + j;
+      int32_t sum_x[kGroups];
+      for (int g = 0; g < kGroups; ++g) {
+        sum_x[g] = kForm.scheme == Scheme::kGroup
+                       ? c.sums(0)[k / 32]
+                       : group_sum<kForm.group>(c.sums(0), k / kSuper, j / kForm.group + g);
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b) {
+        __m512i sum[kGroups];
+        for (int g = 0; g < kGroups; ++g) sum[g] = _mm512_set1_epi32(-kForm.offset * sum_x[g]);
+        for_each_code<kForm.low, kForm.high, kForm.unit>(
+            p + kForm.side, b, [&]<int kIndex>(__m512i code) {
+              __m512i& to = sum[kIndex / (kForm.group / 4)];
+              to = _mm512_dpbusd_epi32(to, code, broadcast4(q + 4 * kIndex));
+            });
+        if constexpr (kForm.scheme == Scheme::kGroup) {
+          const __m512 scale = _mm512_mul_ps(load_f16(head + 32 * b), _mm512_set1_ps(s_x));
+          total[b] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[0]), total[b]);
+          if constexpr (kForm.has_min) {
+            const __m512 min = _mm512_mul_ps(load_f16(head + 128 + 32 * b), _mm512_set1_ps(s_x));
+            const auto x = static_cast<float>(sum_x[0]);
+            total[b] = _mm512_fmadd_ps(min, _mm512_set1_ps(x), total[b]);
+          }
+        } else {
+          for (int g = 0; g < kGroups; ++g) {
+            const Side<kForm> side(p, b, g);
+            part[b] = _mm512_fmadd_ps(side.scale, _mm512_cvtepi32_ps(sum[g]), part[b]);
+            if constexpr (kForm.has_min) {
+              const auto x = static_cast<float>(sum_x[g]);
+              mins[b] = _mm512_fmadd_ps(side.min, _mm512_set1_ps(x), mins[b]);
+            }
+          }
+        }
+      }
+    }
+    if constexpr (kForm.scheme == Scheme::kSuper) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const __m512 d = _mm512_mul_ps(load_f16(head + 32 * b), _mm512_set1_ps(s_x));
+        total[b] = _mm512_fmadd_ps(d, part[b], total[b]);
+        if constexpr (kForm.has_min) {
+          const __m512 dmin = _mm512_mul_ps(load_f16(head + 128 + 32 * b), _mm512_set1_ps(s_x));
+          total[b] = _mm512_fnmadd_ps(dmin, mins[b], total[b]);
+        }
+      }
+    }
+  }
+  for (int b = 0; b < kBlocks; ++b) c.store(0, b, total[b]);
+}
+
 template <PanelKind kKind>
 struct Grouped {
   static void run(const Call& c) {
+    if (c.m == 1) return one_row<kKind>(c);
     using W = Stretch<kKind>;
     constexpr Form kForm = W::kForm;
     constexpr int kTokens = 3;  // 12 registers of integer sums, 12 of floats

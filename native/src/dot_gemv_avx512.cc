@@ -23,6 +23,7 @@
 // GCC 12's own header leaves the operand of masked-out lanes uninitialized on purpose (its bug
 // 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 namespace nearfar::avx512 {
 namespace {
@@ -34,6 +35,14 @@ constexpr int64_t kStretch = 320;  // k of it: 20 KiB, and a multiple of 16 and 
 constexpr int64_t kSuper = 256;
 
 inline __m512i load(const uint8_t* p) { return _mm512_load_si512(p); }
+inline void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+// A line on its way from memory: into L2 first, then, when it has come near, into L1.
+inline void stream(const uint8_t* p, int64_t ahead) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(p + ahead / 4), _MM_HINT_T0);
+}
 inline __m512i zero() { return _mm512_setzero_si512(); }
 inline __m512i bytes(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
 
@@ -160,17 +169,25 @@ using Tile = __m512i[kBlocks][M];
 template <int M>
 using Floats = __m512[kBlocks][M];
 
-// sum[b][m] += codes . q[m] over 4 n_steps k
+// sum += code . a, in place: left to itself GCC copies accumulators and keeps them in memory too.
+inline void add_dot(__m512i& sum, __m512i code, __m512i a) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(code), "v"(a));
+}
+
+// sum[b][m] += codes . q[m] over 4 n_steps k.  Fetches a line of `next` each step: what comes from
+// memory afterwards, or what is there already.
 template <int M>
 inline void dot(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t n_steps,
-                Tile<M>& sum) {
+                const uint8_t* next, Tile<M>& sum) {
 #pragma GCC unroll 1  // GCC spills accumulators of the large tiles otherwise
   for (int64_t s = 0; s < n_steps; ++s) {
+    prefetch(next + s * 64);
     __m512i code[kBlocks];
     for (int b = 0; b < kBlocks; ++b) code[b] = load(codes + s * kStep + 64 * b);
+#pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       const __m512i a = broadcast4(q + m * q_stride + 4 * s);
-      for (int b = 0; b < kBlocks; ++b) sum[b][m] = _mm512_dpbusd_epi32(sum[b][m], code[b], a);
+      for (int b = 0; b < kBlocks; ++b) add_dot(sum[b][m], code[b], a);
     }
   }
 }
@@ -202,21 +219,32 @@ inline void finish_rows(const Call& c, const int32_t* sums) {
   }
 }
 
-// A stretch of unpacked codes against all tokens.
-inline void add_stretch(const Call& c, const uint8_t* codes, int64_t k, int64_t n_steps,
-                        int32_t* sums) {
+// Unpacked codes against M tokens: sums [M][64] are added to, or made where `fresh`.
+template <int M>
+__attribute__((noinline)) void add_tile(const uint8_t* codes, const int8_t* q, int64_t q_stride,
+                                        int64_t n_steps, const uint8_t* next, bool fresh,
+                                        int32_t* sums) {
+  Tile<M> sum;
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    for (int b = 0; b < kBlocks; ++b) {
+      sum[b][m] = fresh ? zero() : _mm512_load_si512(sums + m * 64 + 16 * b);
+    }
+  }
+  dot<M>(codes, q, q_stride, n_steps, next, sum);
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    for (int b = 0; b < kBlocks; ++b) _mm512_store_si512(sums + m * 64 + 16 * b, sum[b][m]);
+  }
+}
+
+// A stretch of unpacked codes against all tokens. Unpacking waits for memory and tiles do not, so
+// the first tile fetches `next`, what the next stretch will be unpacked from: a line is 4 k.
+inline void add_stretch(const Call& c, const uint8_t* codes, const uint8_t* next, int64_t k,
+                        int64_t n_steps, int32_t* sums) {
   for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
-    int32_t* out = sums + first * 64;
-    Tile<M> sum;
-    for (int m = 0; m < M; ++m) {
-      for (int b = 0; b < kBlocks; ++b) {
-        sum[b][m] = k == 0 ? zero() : _mm512_load_si512(out + m * 64 + 16 * b);
-      }
-    }
-    dot<M>(codes, c.q(first) + k, c.x.q_stride, n_steps, sum);
-    for (int m = 0; m < M; ++m) {
-      for (int b = 0; b < kBlocks; ++b) _mm512_store_si512(out + m * 64 + 16 * b, sum[b][m]);
-    }
+    add_tile<M>(codes, c.q(first) + k, c.x.q_stride, n_steps, first == 0 ? next : codes, k == 0,
+                sums + first * 64);
   });
 }
 
@@ -224,7 +252,8 @@ struct I2 {
   // The fields are masked in place and not shifted: accumulator f collects 4^f times its sum, the
   // arithmetic shift at the end is exact. 8 operations per 256 weights; 16 accumulators hide the
   // latency.
-  static void one(const uint8_t* codes, const int8_t* q, int64_t steps, __m512i (&sum)[kBlocks]) {
+  static void one(const uint8_t* codes, const int8_t* q, int64_t steps, int64_t ahead,
+                  __m512i (&sum)[kBlocks]) {
     const __m512i mask[4] = {bytes(3), bytes(12), bytes(48), bytes(192)};
     __m512i field[kBlocks][4];
     for (int b = 0; b < kBlocks; ++b) {
@@ -233,6 +262,7 @@ struct I2 {
     for (int64_t s = 0; s < steps; ++s, codes += kStep, q += 16) {
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
+        stream(codes + 64 * b, ahead);
         const __m512i v = load(codes + 64 * b);
 #pragma GCC unroll 4
         for (int f = 0; f < 4; ++f) {
@@ -253,7 +283,7 @@ struct I2 {
     alignas(64) int32_t sums[kChunk * 64];
     if (c.m == 1) {
       __m512i sum[kBlocks];
-      one(c.panel, c.q(0), c.w.cols / 16, sum);
+      one(c.panel, c.q(0), c.w.cols / 16, c.w.ahead, sum);
       for (int b = 0; b < kBlocks; ++b) _mm512_store_si512(sums + 16 * b, sum[b]);
     } else {
       alignas(64) uint8_t codes[kStretch * 64];
@@ -262,7 +292,7 @@ struct I2 {
         for (int64_t j = 0; j < n; j += 16) {
           unpack_unit<2, 0, 16>(c.panel + (k + j) / 16 * kStep, codes + j * 64);
         }
-        add_stretch(c, codes, k, n / 4, sums);
+        add_stretch(c, codes, c.panel + (k + n) / 16 * kStep, k, n / 4, sums);
       }
     }
     finish_rows(c, sums);
@@ -273,7 +303,7 @@ struct T5 {
   // 17 operations per 320 weights: fields in place as in i2, trit 4 as t - r = 81 trit4, whose sum
   // is a multiple of 81. Two blocks at a time, a half of the panel.
   static void one_half(const FiveTrits& five, const uint8_t* p, const int8_t* q, int64_t steps,
-                       int32_t* sums) {
+                       int64_t ahead, int32_t* sums) {
     const __m512i mask[4] = {bytes(3), bytes(12), bytes(48), bytes(192)};
     __m512i field[2][5];
     for (int b = 0; b < 2; ++b) {
@@ -282,6 +312,7 @@ struct T5 {
     for (int64_t s = 0; s < steps; ++s, p += 128, q += 20) {
 #pragma GCC unroll 2
       for (int b = 0; b < 2; ++b) {
+        stream(p + 64 * b, ahead);
         const __m512i t = load(p + 64 * b), r = FiveTrits::remainder(t), d = five.fields(r);
 #pragma GCC unroll 4
         for (int f = 0; f < 4; ++f) {
@@ -332,15 +363,17 @@ struct T5 {
     alignas(64) int32_t sums[kChunk * 64];
     const int64_t half_bytes = c.w.panel_bytes / 2, n_steps = half_bytes / 128;
     if (c.m == 1) {
-      one_half(five, c.panel, c.q(0), n_steps, sums);
-      one_half(five, c.panel + half_bytes, c.q(0), n_steps, sums + 32);
+      one_half(five, c.panel, c.q(0), n_steps, c.w.ahead, sums);
+      one_half(five, c.panel + half_bytes, c.q(0), n_steps, c.w.ahead, sums + 32);
     } else {
       alignas(64) uint8_t codes[kStretch * 64];
       constexpr int64_t kSteps = kStretch / 20;
       for (int64_t s = 0; s < n_steps; s += kSteps) {
         const int64_t n = n_steps - s < kSteps ? n_steps - s : kSteps;
         unpack(five, c.panel + s * 128, half_bytes, n, codes);
-        add_stretch(c, codes, s * 20, n * 5, sums);
+        const uint8_t* next = c.panel + (s + n) * 128;  // of both halves, which lie far apart
+        for (int64_t i = 0; i < n * 2; ++i) prefetch(next + half_bytes + i * 64);
+        add_stretch(c, codes, next, s * 20, n * 5, sums);
       }
     }
     finish_rows(c, sums);
@@ -382,6 +415,16 @@ struct Stretch {
   alignas(64) uint8_t unpacked[kInPlace ? 64 : kSuper * 64];
   const uint8_t* codes;
   const uint8_t* head;
+  const uint8_t* next;  // what the next stretch will be unpacked from; null: fetched already
+
+  // The part of it that is as many bytes as group g was unpacked from.
+  const uint8_t* next_of(int64_t g) const {
+    constexpr int kBytes = kBlockBytes * kForm.group / kForm.block, kSteps = kForm.group / 4;
+    if (next == nullptr) return codes;
+    const uint8_t* p = next + g * kBytes;
+    for (int i = 64 * kSteps; i < kBytes; i += 64) prefetch(p + i);  // the steps fetch the others
+    return p;
+  }
 
   void unpack(const uint8_t* p, int64_t k) {
     head = p;
@@ -426,32 +469,63 @@ inline int32_t group_sum(const int32_t* sums, int64_t j, int g) {
   return sums[j * 16 + 2 * g] + sums[j * 16 + 2 * g + 1];
 }
 
-// Scheme::kGroup: total += over the groups of 32 of a stretch, the first of them group j
+// What M tokens bring to the groups of a stretch, side by side: a dozen row pointers would cost the
+// tile vector registers.
+template <int M, int kGroups>
+struct Factors {
+  float scale[kGroups][M];
+  int32_t sum[kGroups][M];    // of q
+  int32_t start[kGroups][M];  // what stands for the offset of the codes
+};
+
+// Integer sums of group g, and what came of them as floats.
+template <PanelKind kKind, int M, class F>
+inline void dot_group(const Call& c, const Stretch<kKind>& w, int64_t first, int64_t k, int64_t g,
+                      const F& factors, Tile<M>& sum) {
+  constexpr Form kForm = kForms[static_cast<int>(kKind)];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    const __m512i start = kForm.offset == 0 ? zero() : _mm512_set1_epi32(factors.start[g][m]);
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) sum[b][m] = start;
+  }
+  dot<M>(w.codes + g * Stretch<kKind>::kGroupStride, c.q(first) + k + g * kForm.group, c.x.q_stride,
+         kForm.group / 4, w.next_of(g), sum);
+}
+
+// Scheme::kGroup: total += over the n groups of 32 of a stretch that begins at k
 template <PanelKind kKind, int M>
-inline void add_groups(const Call& c, const Stretch<kKind>& w, int64_t first, int64_t j, int64_t n,
+inline void add_groups(const Call& c, const Stretch<kKind>& w, int64_t first, int64_t k, int64_t n,
                        Floats<M>& total) {
   constexpr Form kForm = kForms[static_cast<int>(kKind)];
+  Factors<M, kSuper / 32> factors;
+  for (int m = 0; m < M; ++m) {
+    const float* scales = c.scales(first + m) + k / 32;
+    const int32_t* sums = c.sums(first + m) + k / 32;
+    for (int64_t g = 0; g < n; ++g) {
+      factors.scale[g][m] = scales[g];
+      factors.sum[g][m] = sums[g];
+      factors.start[g][m] = -kForm.offset * sums[g];
+    }
+  }
   for (int64_t g = 0; g < n; ++g) {
     Tile<M> sum;
-    for (int m = 0; m < M; ++m) {
-      const __m512i start = _mm512_set1_epi32(-kForm.offset * c.sums(first + m)[j + g]);
-      for (int b = 0; b < kBlocks; ++b) sum[b][m] = start;
-    }
-    dot<M>(w.codes + g * Stretch<kKind>::kGroupStride, c.q(first) + (j + g) * 32, c.x.q_stride, 8,
-           sum);
+    dot_group<kKind, M>(c, w, first, k, g, factors, sum);
+#pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) {
       const __m512 s_w = _mm512_load_ps(&w.scale[g][16 * b]);
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        const __m512 scale = _mm512_mul_ps(s_w, _mm512_set1_ps(c.scales(first + m)[j + g]));
+        const __m512 scale = _mm512_mul_ps(s_w, _mm512_set1_ps(factors.scale[g][m]));
         total[b][m] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[b][m]), total[b][m]);
       }
       if constexpr (kForm.has_min) {
         const __m512 min_w = _mm512_load_ps(&w.min[g][16 * b]);
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j + g]);
-          const auto sum_x = static_cast<float>(c.sums(first + m)[j + g]);
-          total[b][m] =
-              _mm512_fmadd_ps(_mm512_mul_ps(min_w, s_x), _mm512_set1_ps(sum_x), total[b][m]);
+          const __m512 min = _mm512_mul_ps(min_w, _mm512_set1_ps(factors.scale[g][m]));
+          const auto sum_x = static_cast<float>(factors.sum[g][m]);
+          total[b][m] = _mm512_fmadd_ps(min, _mm512_set1_ps(sum_x), total[b][m]);
         }
       }
     }
@@ -464,50 +538,54 @@ inline void add_super(const Call& c, const Stretch<kKind>& w, int64_t first, int
                       Floats<M>& total) {
   constexpr Form kForm = kForms[static_cast<int>(kKind)];
   constexpr int kGroups = kSuper / kForm.group;
+  Factors<M, kGroups> factors;
+  for (int m = 0; m < M; ++m) {
+    for (int g = 0; g < kGroups; ++g) {
+      factors.sum[g][m] = group_sum<kForm.group>(c.sums(first + m), j, g);
+      factors.start[g][m] = -kForm.offset * factors.sum[g][m];
+    }
+  }
   Floats<M> part;
+#pragma GCC unroll 4
   for (int b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) part[b][m] = _mm512_setzero_ps();
   }
   for (int g = 0; g < kGroups; ++g) {
     Tile<M> sum;
-    for (int m = 0; m < M; ++m) {
-      const __m512i start =
-          kForm.offset == 0
-              ? zero()
-              : _mm512_set1_epi32(-kForm.offset * group_sum<kForm.group>(c.sums(first + m), j, g));
-      for (int b = 0; b < kBlocks; ++b) sum[b][m] = start;
-    }
-    dot<M>(w.codes + g * kForm.group * 64, c.q(first) + j * kSuper + g * kForm.group, c.x.q_stride,
-           kForm.group / 4, sum);
+    dot_group<kKind, M>(c, w, first, j * kSuper, g, factors, sum);
+#pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) {
       const __m512 scale = _mm512_load_ps(&w.scale[g][16 * b]);
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         part[b][m] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[b][m]), part[b][m]);
       }
     }
   }
-  for (int b = 0; b < kBlocks; ++b) {
-    const __m512 d = load_f16(w.head + 32 * b);
-    for (int m = 0; m < M; ++m) {
-      const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j]);
-      total[b][m] = _mm512_fmadd_ps(_mm512_mul_ps(d, s_x), part[b][m], total[b][m]);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j]);
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512 d = _mm512_mul_ps(load_f16(w.head + 32 * b), s_x);
+      total[b][m] = _mm512_fmadd_ps(d, part[b][m], total[b][m]);
     }
-  }
-  if constexpr (kForm.has_min) {
-    for (int m = 0; m < M; ++m) {
+    if constexpr (kForm.has_min) {
       __m512 mins[kBlocks];
+#pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) mins[b] = _mm512_setzero_ps();
       for (int g = 0; g < kGroups; ++g) {
-        const auto sum_x = static_cast<float>(group_sum<kForm.group>(c.sums(first + m), j, g));
+        const __m512 sum_x = _mm512_set1_ps(static_cast<float>(factors.sum[g][m]));
+#pragma GCC unroll 4
         for (int b = 0; b < kBlocks; ++b) {
-          mins[b] =
-              _mm512_fmadd_ps(_mm512_load_ps(&w.min[g][16 * b]), _mm512_set1_ps(sum_x), mins[b]);
+          mins[b] = _mm512_fmadd_ps(_mm512_load_ps(&w.min[g][16 * b]), sum_x, mins[b]);
         }
       }
-      const __m512 s_x = _mm512_set1_ps(c.scales(first + m)[j]);
+#pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
-        const __m512 dmin = load_f16(w.head + 128 + 32 * b);
-        total[b][m] = _mm512_fnmadd_ps(_mm512_mul_ps(dmin, s_x), mins[b], total[b][m]);
+        const __m512 dmin = _mm512_mul_ps(load_f16(w.head + 128 + 32 * b), s_x);
+        total[b][m] = _mm512_fnmadd_ps(dmin, mins[b], total[b][m]);
       }
     }
   }
@@ -530,6 +608,7 @@ inline void one_row(const Call& c) {
     for (int b = 0; b < kBlocks; ++b) part[b] = mins[b] = _mm512_setzero_ps();
     p += kForm.head;
     for (int j = 0; j < kForm.block; j += kForm.unit, p += W::kUnitBytes) {
+      for (int i = 0; i < W::kUnitBytes; i += 64) stream(p + i, c.w.ahead);
       const int8_t* q = c.q(0) + k + j;
       int32_t sum_x[kGroups];
       for (int g = 0; g < kGroups; ++g) {
@@ -580,39 +659,52 @@ inline void one_row(const Call& c) {
   for (int b = 0; b < kBlocks; ++b) c.store(0, b, total[b]);
 }
 
+// Unpacked codes against M tokens from `first` on: totals [M][64] are added to, or made where k =
+// 0.
+template <PanelKind kKind, int M>
+__attribute__((noinline)) void add_float_tile(const Call& c, const Stretch<kKind>& w, int64_t first,
+                                              int64_t k, int64_t n, float* totals) {
+  Floats<M> total;
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) {
+      total[b][m] = k == 0 ? _mm512_setzero_ps() : _mm512_load_ps(totals + m * 64 + 16 * b);
+    }
+  }
+  if constexpr (Stretch<kKind>::kForm.scheme == Scheme::kGroup) {
+    add_groups<kKind, M>(c, w, first, k, n / 32, total);
+  } else {
+    add_super<kKind, M>(c, w, first, k / kSuper, total);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) _mm512_store_ps(totals + m * 64 + 16 * b, total[b][m]);
+  }
+}
+
 template <PanelKind kKind>
 struct Grouped {
   static void run(const Call& c) {
     if (c.m == 1) return one_row<kKind>(c);
     using W = Stretch<kKind>;
-    constexpr Form kForm = W::kForm;
     constexpr int kTokens = 3;  // 12 registers of integer sums, 12 of floats
     alignas(64) float totals[kChunk * 64];
     W w;
     for (int64_t k = 0; k < c.w.cols; k += kSuper) {
       const int64_t n = c.w.cols - k < kSuper ? c.w.cols - k : kSuper;
-      w.unpack(c.panel + k / kForm.block * W::kBlockBytes, n);
+      w.unpack(c.panel + k / W::kForm.block * W::kBlockBytes, n);
+      w.next = c.panel + (k + n) / W::kForm.block * W::kBlockBytes;
       for_each_tile<kTokens>(c.m, [&]<int M>(int64_t first) {
-        float* out = totals + first * 64;
-        Floats<M> total;
-        for (int m = 0; m < M; ++m) {
-          for (int b = 0; b < kBlocks; ++b) {
-            total[b][m] = k == 0 ? _mm512_setzero_ps() : _mm512_load_ps(out + m * 64 + 16 * b);
-          }
-        }
-        if constexpr (kForm.scheme == Scheme::kGroup) {
-          add_groups<kKind, M>(c, w, first, k / 32, n / 32, total);
-        } else {
-          add_super<kKind, M>(c, w, first, k / kSuper, total);
-        }
-        for (int m = 0; m < M; ++m) {
-          for (int b = 0; b < kBlocks; ++b) _mm512_store_ps(out + m * 64 + 16 * b, total[b][m]);
-        }
+        add_float_tile<kKind, M>(c, w, first, k, n, totals + first * 64);
+        w.next = nullptr;
       });
     }
     for (int64_t token = 0; token < c.m; ++token) {
-      for (int b = 0; b < kBlocks; ++b)
+      for (int b = 0; b < kBlocks; ++b) {
         c.store(token, b, _mm512_load_ps(totals + token * 64 + 16 * b));
+      }
     }
   }
 };
@@ -628,16 +720,8 @@ struct I2Blocks {
       const uint8_t* p = c.panel + j * kBlockBytes;
       for (int u = 0; u < 16; ++u) unpack_unit<2, 0, 16>(p + 256 + u * kStep, codes + u * 1024);
       for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
-        Tile<M> sum;
-        for (int m = 0; m < M; ++m) {
-          for (int b = 0; b < kBlocks; ++b) sum[b][m] = zero();
-        }
-        dot<M>(codes, c.q(first) + j * kSuper, c.x.q_stride, kSuper / 4, sum);
-        for (int m = 0; m < M; ++m) {
-          for (int b = 0; b < kBlocks; ++b) {
-            _mm512_store_si512(sums + (first + m) * 64 + 16 * b, sum[b][m]);
-          }
-        }
+        add_tile<M>(codes, c.q(first) + j * kSuper, c.x.q_stride, kSuper / 4, p + kBlockBytes, true,
+                    sums + first * 64);
       });
       for (int64_t token = 0; token < c.m; ++token) {
         const __m512i offset = _mm512_set1_epi32(c.sums(token)[j]);

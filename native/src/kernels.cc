@@ -37,6 +37,20 @@ Kernels table(const char* isa, const Ops& ops, Matmul* const (&own)[kPanelKinds]
   return k;
 }
 
+// Bytes that kernels ask memory for ahead of their reads. Intel's hardware prefetch stops at the
+// end of a 4 KiB page; on Zen 4 asking 2 or 8 KiB ahead cost 4-bit kernels a quarter of their
+// speed.
+int64_t fetch_ahead() {
+  static const int64_t kAhead = [] {
+#if defined(__x86_64__)
+    return int64_t{__builtin_cpu_is("intel") ? 8192 : 0};
+#else
+    return int64_t{0};
+#endif
+  }();
+  return kAhead;
+}
+
 bool always() { return true; }
 
 struct Level {
@@ -158,7 +172,9 @@ void matmul(const Kernels& k, const PackedMat& w, const Rows& x, int64_t first, 
                                 std::to_string(ldy) + ": expected [" + std::to_string(x.m) + ", " +
                                 std::to_string(w.rows) + "]");
   }
-  k.matmul[static_cast<int>(w.kind)](w.view(), x, first, last, y.data(), ldy);
+  Panels panels = w.view();
+  panels.ahead = fetch_ahead();
+  k.matmul[static_cast<int>(w.kind)](panels, x, first, last, y.data(), ldy);
 }
 
 void matmul(const Kernels& k, const PackedMat& w, const QuantRows& x, int64_t first, int64_t last,

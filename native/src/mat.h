@@ -104,6 +104,7 @@ struct Panels {
   const uint8_t* data;
   const float* row_scales;  // Scheme::kRow: f32 per row, padded to whole panels; else null
   float scale;              // multiplies every product; 1 unless the file has a `.scale` tensor
+  int64_t ahead = 0;        // bytes that kernels fetch ahead of their reads; 0: hardware does it
 };
 
 // Activations [m, cols] in the form that one grain asks for.

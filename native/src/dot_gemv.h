@@ -31,6 +31,9 @@ extern Matmul* const kMatmul[kPanelKinds];
 namespace avx2 {
 extern Matmul* const kMatmul[kPanelKinds];
 }
+namespace avxvnni {
+extern Matmul* const kMatmul[kPanelKinds];
+}
 namespace avx512 {
 extern Matmul* const kMatmul[kPanelKinds];
 }

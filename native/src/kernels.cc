@@ -64,6 +64,7 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -94,6 +95,8 @@ std::span<const Level> levels() {
       {table("ref", ref::kOps, ref::kMatmul, {ref::matmul_l3, ref::lut_tables}), always},
 #if defined(__x86_64__)
       {table("avx2", avx2::kOps, avx2::kMatmul, {avx2::matmul_l3, avx2::lut_tables}), has_avx2},
+      {table("avxvnni", avx2::kOps, avxvnni::kMatmul, {avx2::matmul_l3, avx2::lut_tables}),
+       has_avxvnni},
       {table("avx512", avx512::kOps, avx512::kMatmul, {avx512::matmul_l3, avx512::lut_tables}),
        has_avx512},
 #elif defined(__aarch64__)
@@ -138,6 +141,7 @@ const Probe& probe(const Kernels& k) {
   [[maybe_unused]] const std::string_view isa = k.isa;
 #if defined(__x86_64__)
   if (isa == "avx2") return avx2::kProbe;
+  if (isa == "avxvnni") return avxvnni::kProbe;
   if (isa == "avx512") return avx512::kProbe;
 #elif defined(__aarch64__)
   if (isa == "neon_dot" || isa == "neon_i8mm") return neon_dot::kProbe;

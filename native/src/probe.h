@@ -26,6 +26,9 @@ extern const Probe kProbe;
 namespace avx2 {
 extern const Probe kProbe;
 }
+namespace avxvnni {
+extern const Probe kProbe;
+}
 namespace avx512 {
 extern const Probe kProbe;
 }

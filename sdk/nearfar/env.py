@@ -11,7 +11,7 @@ from nearfar.errors import ConfigError
 # name -> what it does; `nearfar doctor` prints this table with the values found.
 VARIABLES = {
     "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 4 checksums per layer; where an unexpected error was",
-    "NEARFAR_ISA": "force the kernels: ref, avx2, avx512, neon, neon_dot, neon_i8mm (default: the best of this CPU)",
+    "NEARFAR_ISA": "force kernels: ref, avx2, avxvnni, avx512, neon, neon_dot, neon_i8mm (default: this CPU's best)",
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
     "NEARFAR_CACHE": "where packed matrices stay: auto (default: beside the model), off, or a folder",
     "XDG_CACHE_HOME": "the user's cache folder (default: ~/.cache), used where beside the model cannot be written",
@@ -20,7 +20,7 @@ VARIABLES = {
     "NO_COLOR": "any value: no colours in the terminal (no-color.org)",
 }
 
-ISA_NAMES = ("ref", "avx2", "avx512", "neon", "neon_dot", "neon_i8mm")
+ISA_NAMES = ("ref", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
 BACKENDS = ("native", "numpy", "llama")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,12 +53,23 @@ AARCH64 = Target(
     packages="g++-aarch64-linux-gnu qemu-user libc6-arm64-cross",
 )
 
+# What `make native` builds.
+X86_64 = Target(
+    name="native",
+    configure=(),
+    emulator=("qemu-x86_64",),
+    compiler="c++",
+    nm="nm",
+    packages="g++ qemu-user",
+)
+
 # What differs between CPUs of one family.
 KERNELS = ("--source-file=*test_kernels.cc,*test_ops.cc,*test_attention.cc",)
 # Once for a family: the rest, less what takes long under qemu and is portable C++.
 MOST = ("--test-case-exclude=*by lookup too*,*screen*,*out of memory*,*cancelled*",)
 
 MACHINES = [
+    Machine(X86_64, "Haswell", ("ref", "avx2"), KERNELS),
     Machine(AARCH64, "cortex-a53", ("ref", "neon"), KERNELS),
     Machine(AARCH64, "cortex-a76", ("ref", "neon", "neon_dot"), KERNELS),
     Machine(AARCH64, "max", ("ref", "neon", "neon_dot", "neon_i8mm"), MOST),
@@ -72,6 +84,8 @@ def _tool(name: str) -> str | None:
 @functools.cache
 def build(target: Target) -> Path:
     """The folder with nearfar_tests, built; skips where the tools are missing."""
+    if target is X86_64 and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip(f"this machine is {platform.machine()}: its own compiler makes no x86-64 programs")
     missing = [name for name in (target.compiler, target.emulator[0], "cmake", "ninja") if _tool(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing: apt-get install {target.packages}")

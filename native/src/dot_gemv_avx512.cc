@@ -12,7 +12,8 @@
 // Largest sums, |q| <= 127, all in i32 (2.1e9):
 //   i2      in place, field 3, code 3: 4 * 192 * 127 = 97,536 per 16 k, so K <= 352,000;
 //           pack() refuses K > 2^18
-//   t5      in place, trit 4 as 0, 81, 162: 4 * 162 * 127 = 82,296 per 20 k, so K <= 521,000
+//   t5      in place, field 3 and trit 4 together, up to 128 each: 2 * 4 * 128 * 127 = 130,048 per
+//           20 k, so K <= 330,000
 //   groups of 32: q4 32 * 15 * 127 = 60,960, in place times 16: 975,360; int8 32 * 255 * 127 =
 //           1.1e6, and as much again for the start -128 * sum q;  5 and 6 bits lie between
 #include <immintrin.h>
@@ -141,25 +142,42 @@ inline void unpack_unit(const uint8_t* p, uint8_t* codes) {
   }
 }
 
-// t5: a byte is t = 81 trit4 + r, and r < 81 indexes a table of trits 0..3 as four 2-bit fields.
+// t5: the lowest 6 bits of a byte look up trits 0..3 as four 2-bit fields, and VPERMB ignores the
+// others, which are trit 4.  Where those are 3 the byte is one of the 51 that did not fit, and two
+// more tables say what it holds.  (VPERMI2B with its 128 entries would be three operations on
+// Intel, and 81 trit4 + r four more to take apart.)
+struct FieldTables {
+  alignas(64) uint8_t fields[64], rest[64], trit4[64];
+};
+constexpr FieldTables make_field_tables() {
+  FieldTables t{};
+  const auto fields = [](int r) {
+    return static_cast<uint8_t>(r % 3 | r / 3 % 3 << 2 | r / 9 % 3 << 4 | r / 27 % 3 << 6);
+  };
+  for (int i = 0; i < 64; ++i) {
+    t.fields[i] = fields(i);
+    t.rest[i] = fields(64 + i / 3);
+    t.trit4[i] = static_cast<uint8_t>(i % 3 << 6);
+  }
+  return t;
+}
+constexpr FieldTables kFieldTables = make_field_tables();
+
 struct FiveTrits {
-  __m512i table[2];
+  __m512i table = load(kFieldTables.fields), rest = load(kFieldTables.rest),
+          trit4 = load(kFieldTables.trit4);
 
-  FiveTrits() {
-    alignas(64) uint8_t fields[128];
-    for (int r = 0; r < 128; ++r) {
-      fields[r] = static_cast<uint8_t>(r % 3 | r / 3 % 3 << 2 | r / 9 % 3 << 4 | r / 27 % 3 << 6);
-    }
-    table[0] = load(fields);
-    table[1] = load(fields + 64);
+  // Trits 0..3 of each byte + 1 as 2-bit fields, and trit 4 + 1 in the highest two bits.
+  struct Codes {
+    __m512i fields, last;
+  };
+  Codes unpack(__m512i v) const {
+    const __mmask64 did_not_fit = _mm512_cmpge_epu8_mask(v, bytes(192));
+    const __m512i fields = _mm512_permutexvar_epi8(v, table);
+    const __m512i last = _mm512_and_si512(v, bytes(192));
+    return {_mm512_mask_permutexvar_epi8(fields, did_not_fit, v, rest),
+            _mm512_mask_permutexvar_epi8(last, did_not_fit, v, trit4)};
   }
-
-  // t mod 81: t <= 242, so a difference that wraps around is larger than t.
-  static __m512i remainder(__m512i t) {
-    return _mm512_min_epu8(_mm512_min_epu8(t, _mm512_sub_epi8(t, bytes(81))),
-                           _mm512_sub_epi8(t, bytes(162)));
-  }
-  __m512i fields(__m512i r) const { return _mm512_permutex2var_epi8(table[0], r, table[1]); }
 };
 
 // ---- tiles ----
@@ -300,8 +318,8 @@ struct I2 {
 };
 
 struct T5 {
-  // 17 operations per 320 weights: fields in place as in i2, trit 4 as t - r = 81 trit4, whose sum
-  // is a multiple of 81. Two blocks at a time, a half of the panel.
+  // 14 operations per 320 weights: all fields in place as in i2. Two blocks at a time, a half of
+  // the panel.
   static void one_half(const FiveTrits& five, const uint8_t* p, const int8_t* q, int64_t steps,
                        int64_t ahead, int32_t* sums) {
     const __m512i mask[4] = {bytes(3), bytes(12), bytes(48), bytes(192)};
@@ -313,47 +331,34 @@ struct T5 {
 #pragma GCC unroll 2
       for (int b = 0; b < 2; ++b) {
         stream(p + 64 * b, ahead);
-        const __m512i t = load(p + 64 * b), r = FiveTrits::remainder(t), d = five.fields(r);
+        const FiveTrits::Codes v = five.unpack(load(p + 64 * b));
 #pragma GCC unroll 4
         for (int f = 0; f < 4; ++f) {
-          field[b][f] =
-              _mm512_dpbusd_epi32(field[b][f], _mm512_and_si512(d, mask[f]), broadcast4(q + 4 * f));
+          field[b][f] = _mm512_dpbusd_epi32(field[b][f], _mm512_and_si512(v.fields, mask[f]),
+                                            broadcast4(q + 4 * f));
         }
-        field[b][4] = _mm512_dpbusd_epi32(field[b][4], _mm512_sub_epi8(t, r), broadcast4(q + 16));
+        field[b][4] = _mm512_dpbusd_epi32(field[b][4], v.last, broadcast4(q + 16));
       }
     }
     for (int b = 0; b < 2; ++b) {
       const __m512i low = _mm512_add_epi32(field[b][0], _mm512_srai_epi32(field[b][1], 2));
-      const __m512i high =
-          _mm512_add_epi32(_mm512_srai_epi32(field[b][2], 4), _mm512_srai_epi32(field[b][3], 6));
-      _mm512_store_si512(sums + 16 * b,
-                         _mm512_add_epi32(_mm512_add_epi32(low, high), divide_by_81(field[b][4])));
+      const __m512i mid = _mm512_add_epi32(low, _mm512_srai_epi32(field[b][2], 4));
+      const __m512i high = _mm512_add_epi32(field[b][3], field[b][4]);
+      _mm512_store_si512(sums + 16 * b, _mm512_add_epi32(mid, _mm512_srai_epi32(high, 6)));
     }
-  }
-
-  // A multiple of 81 in i32, exactly: times the inverse of 81 modulo 2^32.
-  static __m512i divide_by_81(__m512i v) {
-    return _mm512_mullo_epi32(v, _mm512_set1_epi32(static_cast<int32_t>(inverse(81))));
-  }
-  static constexpr uint32_t inverse(uint32_t a) {  // Newton: each step doubles the right bits
-    uint32_t x = a;
-    for (int i = 0; i < 5; ++i) x *= 2 - a * x;
-    return x;
   }
 
   static void unpack(const FiveTrits& five, const uint8_t* p, int64_t half_bytes, int64_t steps,
                      uint8_t* codes) {
     for (int64_t s = 0; s < steps; ++s, p += 128, codes += 5 * kStep) {
       for (int b = 0; b < kBlocks; ++b) {
-        const __m512i t = load(p + b / 2 * half_bytes + b % 2 * 64), r = FiveTrits::remainder(t);
-        const __m512i d = five.fields(r);
+        const FiveTrits::Codes v = five.unpack(load(p + b / 2 * half_bytes + b % 2 * 64));
         uint8_t* out = codes + 64 * b;
-        _mm512_store_si512(out, _mm512_and_si512(d, bytes(3)));
-        _mm512_store_si512(out + kStep, _mm512_and_si512(shift_down<2>(d), bytes(3)));
-        _mm512_store_si512(out + 2 * kStep, _mm512_and_si512(shift_down<4>(d), bytes(3)));
-        _mm512_store_si512(out + 3 * kStep, _mm512_and_si512(shift_down<6>(d), bytes(3)));
-        // 0, 81 and 162 end in the bits of 0, 1 and 2
-        _mm512_store_si512(out + 4 * kStep, _mm512_and_si512(_mm512_sub_epi8(t, r), bytes(3)));
+        _mm512_store_si512(out, _mm512_and_si512(v.fields, bytes(3)));
+        _mm512_store_si512(out + kStep, _mm512_and_si512(shift_down<2>(v.fields), bytes(3)));
+        _mm512_store_si512(out + 2 * kStep, _mm512_and_si512(shift_down<4>(v.fields), bytes(3)));
+        _mm512_store_si512(out + 3 * kStep, _mm512_and_si512(shift_down<6>(v.fields), bytes(3)));
+        _mm512_store_si512(out + 4 * kStep, _mm512_and_si512(shift_down<6>(v.last), bytes(3)));
       }
     }
   }

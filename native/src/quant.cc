@@ -87,12 +87,12 @@ void put_t5(uint8_t* panel, int64_t panel_bytes, int64_t row, const uint8_t* cod
   for (int64_t s = 0; s * kT5StepColumns < k; ++s) {
     uint8_t* out = panel + t5_lane(panel_bytes, row, s);
     for (int64_t c = 0; c < 4; ++c) {
-      int byte = 0;
-      for (int64_t f = 4; f >= 0; --f) {
+      const auto trit = [&](int64_t f) {
         const int64_t i = s * kT5StepColumns + 4 * f + c;
-        byte = 3 * byte + (i < k ? code[i] : 0);
-      }
-      out[c] = static_cast<uint8_t>(byte);
+        return i < k ? code[i] : 0;
+      };
+      const int r = trit(0) + 3 * trit(1) + 9 * trit(2) + 27 * trit(3);
+      out[c] = static_cast<uint8_t>(r < 64 ? r | trit(4) << 6 : 192 + 3 * (r - 64) + trit(4));
     }
   }
 }

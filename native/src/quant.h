@@ -13,8 +13,9 @@
 // plane of their low bits and, behind it, one of the bits above.
 //
 //   kind       a panel, in this order                                            bits a weight
-//   kT5        two halves of 32 rows; in each, per 20 k, 2 blocks:
-//              byte c = sum over f = 0..4 of 3^f (w + 1)[4 f + c], 0..242                 1.6
+//   kT5        two halves of 32 rows; in each, per 20 k, 2 blocks, whose byte c holds the
+//              trits + 1 of k = 4 f + c: r = sum over f = 0..3 of 3^f code[f], 0..80, and code[4]
+//              as r | code[4] << 6 where r < 64, else 192 + 3 (r - 64) + code[4]             1.6
 //   kI2        each 16 k: 2 bits of w + 1, w in -1..2                                     2.0
 //   kL3        signed codes of three trits, drawn in lut_gemv.h                           1.67
 //   kI2Blocks  each 256 k: 64 f32 scales, 16 steps as kI2                                 2.13
@@ -72,7 +73,7 @@ PanelKind kind_named(std::string_view name);  // throws std::invalid_argument on
 PackedMat pack(const RawTensor& w, float scale = 1.0f, PanelKind ternary = PanelKind::kI2);
 
 // Raise it with any change of what `pack` writes: panels that were kept are then packed again.
-constexpr int kPanelVersion = 1;
+constexpr int kPanelVersion = 2;
 
 // What `pack` made before, kept by somebody: in a file, say.
 struct KeptPanels {

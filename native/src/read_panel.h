@@ -55,9 +55,12 @@ class PanelRow {
   // The code of weight k, without its offset.
   int code(int64_t k) const {
     if (is_t5_) {
-      int byte = panel_[t5_lane(panel_bytes_, row_, k / kT5StepColumns) + k % 4];
-      for (int64_t f = k % kT5StepColumns / 4; f > 0; --f) byte /= 3;
-      return byte % 3 - form_.offset;
+      const int byte = panel_[t5_lane(panel_bytes_, row_, k / kT5StepColumns) + k % 4];
+      const int low = byte & 63;
+      int r = byte < 192 ? low : 64 + low / 3;
+      if (k % kT5StepColumns >= 16) return (byte < 192 ? byte >> 6 : low % 3) - form_.offset;
+      for (int64_t f = k % kT5StepColumns / 4; f > 0; --f) r /= 3;
+      return r % 3 - form_.offset;
     }
     if (is_l3_) return l3_trit(panel_, row_, k);
     const int64_t i = k % form_.unit;

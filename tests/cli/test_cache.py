@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.conftest import Nearfar
 
-pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
+_core = pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
 
 
 def test_a_run_leaves_panels_that_cache_lists_and_removes(nearfar: Nearfar, story_model: Path, tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_run_leaves_panels_that_cache_lists_and_removes(nearfar: Nearfar, stor
                 "path": str(panels),
                 "bytes": panels.stat().st_size,
                 "sound": True,
-                "layout": "1-i2",
+                "layout": f"{_core.PANEL_VERSION}-i2",
                 "layers": [0, 4],
             }
         ],

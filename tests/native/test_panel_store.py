@@ -25,6 +25,7 @@ from tests.tiny import WEIGHT_TYPES, write_tiny
 _core = pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
 lower_native = pytest.importorskip("nearfar.lower_native", reason="the compiled engine is not built")
 
+VERSION = _core.PANEL_VERSION
 IDS = (np.arange(9) * 7 % 320).astype(np.int32)
 
 
@@ -188,7 +189,7 @@ def test_kernels_of_another_layout_have_panels_of_their_own(
         assert np.array_equal(z, fresh)
     monkeypatch.undo()
     assert run(model, store)[1].state == "hit"
-    assert [name.split(".")[-3] for name in files(store)] == ["1-i2", "1-t5"]
+    assert [name.split(".")[-3] for name in files(store)] == [f"{VERSION}-i2", f"{VERSION}-t5"]
 
 
 def test_products_by_lookup_have_panels_of_their_own(model: Path, store: Path) -> None:
@@ -254,7 +255,7 @@ def test_large_models_keep_their_panels_beside_them(model: Path, monkeypatch: py
     monkeypatch.setattr(panel_store, "SMALLEST", 0)
     assert run(model, "auto")[1].state == "built"
     assert run(model, None)[1].state == "hit"
-    assert files(model.parent) == ["m.gguf", "m.gguf.1-i2.0-2.panels"]
+    assert files(model.parent) == ["m.gguf", f"m.gguf.{VERSION}-i2.0-2.panels"]
 
 
 def test_where_beside_the_model_cannot_be_written_the_users_cache_folder_serves(
@@ -328,7 +329,7 @@ def test_an_open_model_outlives_the_removal_of_its_panels(model: Path, store: Pa
 
 def test_what_a_killed_builder_left_is_cleared_away(model: Path, store: Path) -> None:
     store.mkdir()
-    target = panel_store.panel_path(store, model, "1-i2", 0, 2).name
+    target = panel_store.panel_path(store, model, f"{VERSION}-i2", 0, 2).name
     old, new, other = (store / name for name in (f".{target}.1-1.tmp", f".{target}.2-2.tmp", ".other.1-1.tmp"))
     for path in (old, new, other):
         path.write_bytes(b"half")
@@ -395,5 +396,5 @@ def test_the_list_of_what_is_stored_tells_sound_from_damaged(model: Path, store:
     assert found[part].key is None
     key = found[whole].key
     assert key is not None
-    assert (key.layout, key.first, key.last) == ("1-i2", 0, 2)
+    assert (key.layout, key.first, key.last) == (f"{VERSION}-i2", 0, 2)
     assert found[whole].n_bytes == whole.stat().st_size

@@ -9,7 +9,7 @@
 namespace nearfar {
 
 constexpr int64_t kBlock = 64;      // positions of a KV block
-constexpr int64_t kFewQueries = 4;  // that attention handles with one pass over a block
+constexpr int64_t kFewQueries = 8;  // that attention handles without converting a block first
 constexpr int64_t kInt8Group = 32;  // int8 numbers of a head that share a scale
 
 constexpr int64_t int8_groups(int64_t head_dim) { return (head_dim + kInt8Group - 1) / kInt8Group; }

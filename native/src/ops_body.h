@@ -2,6 +2,8 @@
 // anonymous namespace
 //   kWidth            floats of a vector register (4, 8 or 16)
 //   half_to_float     const uint16_t* -> Vec, kWidth numbers
+//   byte_to_float     const int8_t* -> Vec, kWidth numbers; not __builtin_convertvector, of which
+//                     GCC 12 makes scalar code
 //   float_to_half     Vec -> uint16_t*
 // Vectors are the compiler's own (GCC and clang): element-wise + - * / and ?: are exact on every
 // ISA.  Only builtins here: an inline function of the standard library, compiled for AVX-512, could
@@ -20,7 +22,7 @@ namespace {
 constexpr int kLanes = 16;  // partial sums of every reduction, whatever the register width
 constexpr int kRegisters = kLanes / kWidth;
 constexpr int kColumns = kWidth == 16 ? 4 : 2;
-constexpr int kQueries = kFewQueries;
+constexpr int kQueries = 4;  // of one pass over a block
 
 inline Vec load(const float* p) {
   Vec v;
@@ -28,12 +30,7 @@ inline Vec load(const float* p) {
   return v;
 }
 inline Vec load(const uint16_t* p) { return half_to_float(p); }
-inline Vec load(const int8_t* p) {
-  typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-  Bytes bytes;
-  __builtin_memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
-}
+inline Vec load(const int8_t* p) { return byte_to_float(p); }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, whatever its sign
 inline Vec at_least(Vec x, float low) { return x < splat(low) ? splat(low) : x; }  // NaN stays
@@ -146,6 +143,15 @@ void from_half(const uint16_t* x, int64_t n, float* y) {
   }
 }
 
+// Asks for the memory kAhead behind [p, p + n): the hardware's own prefetch starts anew on every
+// page and comes late.  Past the end of the block this is the next head or nothing, and harmless.
+constexpr int64_t kAhead = 2048, kLine = 64;
+inline void fetch_ahead(const void* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead + i));
+  }
+}
+
 constexpr bool is_coded(const int8_t*) { return true; }
 constexpr bool is_coded(const void*) { return false; }
 
@@ -161,6 +167,7 @@ inline void score(const AttendBlock<Number>& a, const float* q, float* scores) {
       }
       const int64_t end = group + kInt8Group < a.head_dim ? group + kInt8Group : a.head_dim;
       for (int64_t d = group; d < end; ++d) {
+        if (j == 0) fetch_ahead(a.k + d * kBlock, kBlock * sizeof(Number));
         Vec key[kColumns];
         for (int c = 0; c < kColumns; ++c) {
           key[c] = load(a.k + d * kBlock + j + c * kWidth);
@@ -227,6 +234,7 @@ inline void accumulate(const AttendBlock<Number>& a, const float* p, int64_t d, 
     for (int c = 0; c < Columns; ++c) sum[i][c] = load(out + i * head_dim + d + c * kWidth);
   }
   for (int64_t j = first; j < last; ++j) {
+    if (d == 0) fetch_ahead(a.v + j * head_dim, head_dim * sizeof(Number));
     Vec value[Columns];
     for (int c = 0; c < Columns; ++c) {
       value[c] = load(a.v + j * head_dim + d + c * kWidth);

@@ -140,6 +140,36 @@ TEST_CASE("f16 there and back, all of them and what lies between") {
   }
 }
 
+TEST_CASE("from_int8 is code times scale, for every code") {
+  constexpr int64_t kHeadDim = 48;  // a group of 32 and one of 16
+  constexpr int64_t kGroups = int8_groups(kHeadDim);
+  std::vector<int8_t> k(kHeadDim * kBlock), v(k.size());  // no byte behind the last
+  for (size_t i = 0; i < k.size(); ++i) {
+    k[i] = static_cast<int8_t>(i % 256 - 128);
+    v[i] = static_cast<int8_t>(127 - i % 256);
+  }
+  const Floats k_scales = draw(kGroups * kBlock, 9), v_scales = draw(kGroups * kBlock, 10);
+  for (const auto isa : isas_available()) {
+    Floats wide_k(k.size()), wide_v(v.size());
+    AttendBlock<int8_t> block{};
+    block.head_dim = kHeadDim;
+    block.k = k.data();
+    block.v = v.data();
+    block.k_scales = k_scales.data();
+    block.v_scales = v_scales.data();
+    kernels(isa).ops->from_int8(block, wide_k.data(), wide_v.data());
+    int64_t wrong = 0;
+    for (int64_t d = 0; d < kHeadDim; ++d) {
+      for (int64_t j = 0; j < kBlock; ++j) {
+        const int64_t group = d / kInt8Group, in_k = d * kBlock + j, in_v = j * kHeadDim + d;
+        wrong += wide_k[in_k] != k[in_k] * k_scales[group * kBlock + j];
+        wrong += wide_v[in_v] != v[in_v] * v_scales[j * kGroups + group];
+      }
+    }
+    CHECK(wrong == 0);
+  }
+}
+
 TEST_CASE("rotation turns pairs by position times frequency") {
   constexpr int64_t kHeads = 3, kPairs = 4, kPosition = 1'000'003;
   const Floats factors = {1.0f, 2.0f, 4.0f, 8.0f};

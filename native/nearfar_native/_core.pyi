@@ -54,7 +54,7 @@ def product_speed(kind: str, cols: int, n_bytes: int, m: int, threads: int, seco
     (rows, bytes, median seconds, fewest seconds) of a product with `m` rows of activations, its matrix of random codes, `cols` wide and of about `n_bytes`.
     """
 
-PANEL_VERSION: int = 1
+PANEL_VERSION: int = 2
 
 def ternary_kind(isa: str, lut: bool, n_weights: int) -> str:
     """

@@ -6,9 +6,9 @@
 // f16 scale for each kInt8Group numbers of a head and position: behind K and V the scales of K as
 // [head_dim / 32][64], then those of V as [64][head_dim / 32].
 //
-//     layer 0   [block][block][bl··]      length 151     truncate(n) drops blocks
-//     layer 1   [block][block][bl··]      length 151     fork(n) shares full blocks, copies the
-//     partial one layer 2   [block][b···]             length  70     layers above an exit may lag
+//     layer 0   [block][block][bl··]    length 151    truncate(n) drops blocks
+//     layer 1   [block][block][bl··]    length 151    fork(n) shares full blocks, copies the rest
+//     layer 2   [block][b···]           length  70    layers above an exit may lag
 //
 // With a window (LM-Infinite, 2308.16137) a layer keeps the last `window` positions and kSlack
 // more, in whole blocks, and the first `sink` positions a second time, their keys not rotated:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 AUTO, OFF = "auto", "off"
 SUFFIX = ".panels"
+_ANY = f"*.[0-9]*-*.[0-9]*-[0-9]*{SUFFIX}"  # the names that `panel_path` makes; a folder may hold other people's too
 # Smaller models are packed in the time that looking for a file takes.  A folder that the caller names takes any size.
 SMALLEST = 32 << 20  # bytes of matrices
 _ABANDONED_S = 3600  # the age at which a temporary file belongs to nobody any more
@@ -197,7 +198,7 @@ def stored(places: Iterable[Path]) -> list[Stored]:
     found: dict[Path, Stored] = {}
     for place in places:
         if place.is_dir():
-            paths = [*place.glob(f"*{SUFFIX}"), *place.glob(f".*{SUFFIX}.*.tmp")]
+            paths = [*place.glob(_ANY), *place.glob(f".{_ANY}.*.tmp")]
         else:
             paths = [p for folder in folders(place, AUTO) for p in folder.glob(f"{_stem(folder, place)}.*{SUFFIX}")]
         for path in sorted(paths):

@@ -54,6 +54,15 @@ def test_cache_finds_what_lies_beside_a_model_and_leaves_the_model_alone(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "other.gguf.1-i2.0-4.panels"]
 
 
+def test_remove_leaves_files_of_other_programs_that_end_alike(nearfar: Nearfar, tmp_path: Path) -> None:
+    foreign = tmp_path / "house.panels"
+    foreign.write_bytes(b"somebody else's")
+    abandoned = tmp_path / ".m.gguf.1-i2.0-4.panels.12-34.tmp"
+    abandoned.write_bytes(b"")
+    assert "removed" in nearfar("cache", tmp_path, "--remove").out
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
 def test_a_place_that_is_not_there_is_an_error(nearfar: Nearfar, tmp_path: Path) -> None:
     done = nearfar("cache", tmp_path / "nowhere")
     assert done.code == 3

@@ -136,7 +136,7 @@ class LLM:
         Raises FileError, UnsupportedError, MissingExtraError.
         """
         backend, path = backend or env.backend(), Path(path)
-        options = EngineOptions(threads=threads, lut=lut, cache=cache or env.cache(), head=head)
+        options = EngineOptions(threads=threads, lut=lut, cache=env.cache() if cache is None else cache, head=head)
         ours = _only_ours(lut, head, kv_dtype, kv_policy)
         if backend == "llama":
             if ours:

@@ -398,3 +398,8 @@ def test_the_list_of_what_is_stored_tells_sound_from_damaged(model: Path, store:
     assert key is not None
     assert (key.layout, key.first, key.last) == (f"{VERSION}-i2", 0, 2)
     assert found[whole].n_bytes == whole.stat().st_size
+
+
+def test_an_empty_name_of_a_cache_is_refused(model: Path) -> None:
+    with pytest.raises(UsageError, match="expected auto, off or a folder"):
+        LLM.open(model, cache="")

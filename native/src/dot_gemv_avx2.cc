@@ -23,6 +23,7 @@
 namespace nearfar {
 namespace {
 
+// Sums are added to in place: left to itself GCC 12 copies accumulators and spills them.
 inline __m256i add_pairs(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
 template <int kMax>
@@ -33,8 +34,8 @@ struct Dot {
   // An addition of i16 takes a clock: few accumulators suffice, the rest is for loads.
   static constexpr int halves(int m) { return m <= 2 ? 4 : 2; }
 
-  static __m256i add(__m256i sum, __m256i code, __m256i a) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(code, a));
+  static void add(__m256i& sum, __m256i code, __m256i a) {
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(code, a)));
   }
   static __m256i whole(__m256i sum) { return add_pairs(sum); }
 };
@@ -46,10 +47,10 @@ struct Dot<255> {
   static constexpr int kTokens = 4;
   static constexpr int halves(int) { return 2; }
 
-  static __m256i add(__m256i sum, __m256i code, __m256i a) {
+  static void add(__m256i& sum, __m256i code, __m256i a) {
     const __m256i w = _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(128)));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-    return _mm256_add_epi32(sum, add_pairs(pairs));
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(add_pairs(pairs)));
   }
   static __m256i whole(__m256i sum) { return sum; }
 };

@@ -21,8 +21,10 @@ struct Dot {
   // Two a clock, five clocks of latency: 10 accumulators would do, 8 to 12 fit.
   static constexpr int halves(int m) { return m <= 3 ? 4 : 2; }
 
-  static __m256i add(__m256i sum, __m256i code, __m256i a) {
-    return _mm256_dpbusd_avx_epi32(sum, code, a);
+  // In place: left to itself GCC 12 copies accumulators and spills them. Without {vex} assemblers
+  // take the AVX-512 encoding.
+  static void add(__m256i& sum, __m256i code, __m256i a) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(code), "x"(a));
   }
   static __m256i whole(__m256i sum) { return sum; }
 };

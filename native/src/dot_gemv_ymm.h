@@ -2,16 +2,15 @@
 // namespace, and in an anonymous namespace Dot<kMax>, products of unsigned codes of at most kMax
 // with activations, |q| <= 127:
 //
-//   add(sum, code, a)   sum + code . a, for 8 rows x 4 k; `sum` is the level's own
+//   add(sum, code, a)   sum += code . a, for 8 rows x 4 k; `sum` is the level's own
 //   whole(sum)          its i32 lanes, a row each
 //   kRun                how many products a sum that began as zero takes
 //   kFlip               the sums are of code - 128
 //   kTokens, halves(M)  the tiles that fit the 16 registers: rows of x, and halves beside M of them
 //
 // A ymm is half a block of a panel: 8 rows x 4 k. One row of x takes codes from registers, a unit
-// of a panel at a time: decoding is memory's speed, and panels are fetched kAhead before their use.
-// More rows unpack 256 k of a panel to one code a byte, in L1, and run tiles of rows of x over it:
-// unpacking is paid once per 128 rows.
+// of a panel at a time: decoding is memory's speed. More rows unpack 256 k of a panel to one code a
+// byte, in L1, and run tiles of rows of x over it: unpacking is paid once per 128 rows.
 //
 // Largest sums in i32 (2.1e9): of kRow 3 * 127 a k, and pack() refuses K > 2^18: 1.0e8; of a group
 // of 32 at most 32 * 255 * 127 = 1.1e6, and as much again for its offset.
@@ -27,7 +26,6 @@ constexpr int kHalves = 8;         // halves of blocks, of 8 rows, in a panel
 constexpr int64_t kStep = 256;     // bytes of 4 blocks
 constexpr int64_t kChunk = 128;    // rows of x that share an unpacked stretch
 constexpr int64_t kStretch = 256;  // k of it: 16 KiB
-constexpr int64_t kAhead = 4096;   // bytes
 
 inline __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, __m256i v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
@@ -49,13 +47,14 @@ inline __m256i load_i8(const uint8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 
-// The `n_bytes` of a panel kAhead of p; past the last panel that fetches nothing of use and faults
-// nowhere.
+// `n_bytes` on their way from memory: into L2 first, then, when they have come near, into L1. Past
+// the last panel that fetches nothing of use and faults nowhere.
 template <int n_bytes>
-inline void fetch_ahead(const uint8_t* p) {
+inline void stream(const uint8_t* p, int64_t ahead) {
 #pragma GCC unroll 32
   for (int i = 0; i < n_bytes; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(p + ahead + i), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p + ahead / 4 + i), _MM_HINT_T0);
   }
 }
 
@@ -154,25 +153,40 @@ inline void dot(const uint8_t* codes, const int8_t* q, int64_t q_stride, __m256i
 #pragma GCC unroll 1
   for (int s = 0; s < kSteps; s += kRun) {
     __m256i part[H][M];
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 6
       for (int m = 0; m < M; ++m) part[h][m] = zero();
     }
 #pragma GCC unroll 1
     for (int r = 0; r < kRun; ++r, codes += kStep, q += 4) {
       __m256i code[H];
+#pragma GCC unroll 4
       for (int h = 0; h < H; ++h) code[h] = load(codes + 32 * h);
+#pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
         const __m256i a = broadcast4(q + m * q_stride);
-        for (int h = 0; h < H; ++h) part[h][m] = Dot<kMax>::add(part[h][m], code[h], a);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) Dot<kMax>::add(part[h][m], code[h], a);
       }
     }
+#pragma GCC unroll 4
     for (int h = 0; h < H; ++h) {
+#pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
         const __m256i whole = Dot<kMax>::whole(part[h][m]);
         sum[h][m] = s == 0 ? whole : _mm256_add_epi32(sum[h][m], whole);
       }
     }
   }
+}
+
+// The same as a function of its own, where GCC would keep what lies around it in registers and
+// spill the sums.
+template <int kMax, int kSteps, int H, int M>
+__attribute__((noinline)) void dot_alone(const uint8_t* codes, const int8_t* q, int64_t q_stride,
+                                         __m256i (&sum)[H][M]) {
+  dot<kMax, kSteps, H, M>(codes, q, q_stride, sum);
 }
 
 // Calls f.operator()<M>(first token) for tiles of at most kTokens, shared out evenly: 7 are 4 + 3.
@@ -195,7 +209,7 @@ constexpr int64_t kTernaryBytes = kStretch / 16 * kStep;  // of 256 k
 // sums[64] of one row of x over 256 k. Fields 0 and 2, 1 and 3 of a byte share a mask, the second
 // of each after one shift; those of 1 and 3 collect 4 times their sum, and shifting that back is
 // exact.  9 operations (13 with VPMADDUBSW) per 128 weights.
-inline void dot_ternary(const uint8_t* codes, const int8_t* q, int32_t* sums) {
+inline void dot_ternary(const uint8_t* codes, const int8_t* q, int64_t ahead, int32_t* sums) {
   constexpr int kTogether = 4, kSteps = 16;
   using Low = Dot<kTernary>;
   using High = Dot<4 * kTernary>;
@@ -209,16 +223,16 @@ inline void dot_ternary(const uint8_t* codes, const int8_t* q, int32_t* sums) {
     for (int s = 0; s < kSteps; s += kRun) {
 #pragma GCC unroll 1
       for (int r = 0; r < kRun; ++r, p += kStep, x += 16) {
-        fetch_ahead<32 * kTogether>(p);
+        stream<32 * kTogether>(p, ahead);
         const __m256i a0 = broadcast4(x), a1 = broadcast4(x + 4);
         const __m256i a2 = broadcast4(x + 8), a3 = broadcast4(x + 12);
 #pragma GCC unroll 4
         for (int i = 0; i < kTogether; ++i) {
           const __m256i v = load(p + 32 * i), z = shift_down<4>(v);
-          low[i] = Low::add(low[i], masked<3>(v), a0);
-          high[i] = High::add(high[i], masked<12>(v), a1);
-          low[i] = Low::add(low[i], masked<3>(z), a2);
-          high[i] = High::add(high[i], masked<12>(z), a3);
+          Low::add(low[i], masked<3>(v), a0);
+          High::add(high[i], masked<12>(v), a1);
+          Low::add(low[i], masked<3>(z), a2);
+          High::add(high[i], masked<12>(z), a3);
         }
       }
       for (int i = 0; i < kTogether; ++i) {
@@ -241,7 +255,7 @@ inline void for_each_ternary_sum(const Call& c, const uint8_t* p, int64_t j, con
   };
   if (c.m == 1) {
     alignas(32) int32_t sums[kPanelRows];
-    dot_ternary(p, c.q(0) + j * kStretch, sums);
+    dot_ternary(p, c.q(0) + j * kStretch, c.w.ahead, sums);
     for (int h = 0; h < kHalves; ++h) use(0, h, less_offset(0, load(sums + 8 * h)));
     return;
   }
@@ -251,8 +265,8 @@ inline void for_each_ternary_sum(const Call& c, const uint8_t* p, int64_t j, con
     constexpr int H = Dot<kTernary>::halves(M);
     for (int h = 0; h < kHalves; h += H) {
       __m256i sum[H][M];
-      dot<kTernary, kStretch / 4, H, M>(codes + 32 * h, c.q(first) + j * kStretch, c.x.q_stride,
-                                        sum);
+      dot_alone<kTernary, kStretch / 4, H, M>(codes + 32 * h, c.q(first) + j * kStretch,
+                                              c.x.q_stride, sum);
       for (int i = 0; i < H; ++i) {
         for (int m = 0; m < M; ++m) use(first + m, h + i, less_offset(first + m, sum[i][m]));
       }
@@ -337,11 +351,11 @@ inline __m256 group_product(__m256i sum, int32_t sum_q) {
   return _mm256_cvtepi32_ps(sum);
 }
 
-// Sum of q over group g of the 256 k block j.
-template <int kGroup>
-inline int32_t group_sum(const int32_t* sums, int64_t j, int64_t g) {
-  if constexpr (kGroup == 16) return sums[j * 16 + g];
-  return sums[j * 16 + 2 * g] + sums[j * 16 + 2 * g + 1];
+// Sum of q over group g, of the sums from the group's block on.
+template <Form kForm>
+inline int32_t group_sum(const int32_t* sums, int64_t g) {
+  if constexpr (kForm.scheme == Scheme::kGroup || kForm.group == 16) return sums[g];
+  return sums[2 * g] + sums[2 * g + 1];
 }
 
 // Scheme::kGroup: F after one more group.
@@ -394,7 +408,8 @@ inline void dot_unit(const uint8_t* planes, int h, const __m256i* a,
   __m256i part;
   for_each_code<S::kForm.low, S::kForm.high, S::kForm.unit>(
       planes, h, [&]<int kIndex>(__m256i code) {
-        part = Dot<S::kMax>::add(kIndex % kRun == 0 ? zero() : part, code, a[kIndex]);
+        if constexpr (kIndex % kRun == 0) part = zero();
+        Dot<S::kMax>::add(part, code, a[kIndex]);
         if constexpr (kIndex % kRun == kRun - 1) {
           __m256i& sum = sums[kIndex / S::kSteps];
           const __m256i whole = Dot<S::kMax>::whole(part);
@@ -458,6 +473,8 @@ template <PanelKind kKind>
 struct Grouped {
   using S = Shape<kKind>;
   static constexpr Form kForm = S::kForm;
+  static constexpr int kScaleK = kForm.block;  // k of x that share a scale, and a sum
+  static constexpr int kSumK = kForm.scheme == Scheme::kGroup ? 32 : 16;
 
   // ---- one row of x: codes stay in registers ----
 
@@ -469,10 +486,10 @@ struct Grouped {
       const float s_x = c.scales(0)[j];
       __m256 scaled[kHalves], mins[kHalves];
       for (int h = 0; h < kHalves; ++h) scaled[h] = mins[h] = _mm256_setzero_ps();
-      fetch_ahead<kForm.head>(p);
+      stream<kForm.head>(p, c.w.ahead);
       p += kForm.head;
       for (int k = 0; k < kForm.block; k += kForm.unit, p += S::kUnitBytes, q += kForm.unit) {
-        fetch_ahead<S::kUnitBytes>(p);
+        stream<S::kUnitBytes>(p, c.w.ahead);
         __m256i a[kForm.unit / 4];
         for (int i = 0; i < kForm.unit / 4; ++i) a[i] = broadcast4(q + 4 * i);
         for (int h = 0; h < kHalves; ++h) {
@@ -487,7 +504,7 @@ struct Grouped {
           } else {
             for (int g = 0; g < S::kGroups; ++g) {
               const Side<kKind> side(p, h, g);
-              const int32_t sum_q = group_sum<kForm.group>(c.sums(0), j, k / kForm.group + g);
+              const int32_t sum_q = group_sum<kForm>(c.sums(0) + j * 16, k / kForm.group + g);
               scaled[h] =
                   _mm256_fmadd_ps(side.scale, group_product<kKind>(sums[g], sum_q), scaled[h]);
               if constexpr (kForm.has_min) {
@@ -510,29 +527,40 @@ struct Grouped {
 
   // ---- M rows of x: tiles over unpacked codes ----
 
-  // Adds the groups of a stretch, of n k from k on, to the totals of H halves and M tokens.
+  // Adds the groups of a stretch, of n k from k on, to the totals of H halves and M tokens. A
+  // function of its own, and everything it reads in variables of its own: stores may not change
+  // them.
   template <int H, int M>
-  static void add_tile(const Call& c, const Stretch<kKind>& w, int64_t first, int h0, int64_t k,
-                       int64_t n, Totals& totals) {
+  __attribute__((noinline)) static void add_tile(const Call& c, const Stretch<kKind>& w,
+                                                 int64_t first, int h0, int64_t k, int64_t n,
+                                                 Totals& totals) {
+    const int8_t* q = c.q(first) + k;
+    const float* scales = c.scales(first) + k / kScaleK;
+    const int32_t* sums = c.sums(first) + k / kSumK;
+    const int64_t q_stride = c.x.q_stride, n_scales = c.x.n_scales, n_sums = c.x.n_sums;
+    const uint8_t* codes = w.codes + 32 * h0;
+    const uint8_t* head = w.head;
+    float* total = totals.of(first, h0);
     __m256 scaled[H][M], mins[H][M];
     for (int h = 0; h < H; ++h) {
       for (int m = 0; m < M; ++m) scaled[h][m] = mins[h][m] = _mm256_setzero_ps();
     }
     for (int64_t g = 0; g < n / kForm.group; ++g) {
       __m256i sum[H][M];
-      dot<S::kMax, S::kSteps, H, M>(w.codes + g * Stretch<kKind>::kGroupStride + 32 * h0,
-                                    c.q(first) + k + g * kForm.group, c.x.q_stride, sum);
+      dot<S::kMax, S::kSteps, H, M>(codes, q, q_stride, sum);
+      codes += Stretch<kKind>::kGroupStride;
+      q += kForm.group;
+#pragma GCC unroll 4
       for (int h = 0; h < H; ++h) {
         const __m256 scale = w.scale_of(g, h0 + h), min = w.min_of(g, h0 + h);
+#pragma GCC unroll 6
         for (int m = 0; m < M; ++m) {
+          const int32_t sum_q = group_sum<kForm>(sums + m * n_sums, g);
           if constexpr (kForm.scheme == Scheme::kGroup) {
-            const int64_t j = k / 32 + g;
-            float* total = totals.of(first + m, h0 + h);
-            _mm256_store_ps(
-                total, add_group<kKind>(_mm256_load_ps(total), scale, min, c.scales(first + m)[j],
-                                        sum[h][m], c.sums(first + m)[j]));
+            float* out = total + m * kPanelRows + 8 * h;
+            _mm256_store_ps(out, add_group<kKind>(_mm256_load_ps(out), scale, min,
+                                                  scales[m * n_scales + g], sum[h][m], sum_q));
           } else {
-            const int32_t sum_q = group_sum<kForm.group>(c.sums(first + m), k / kStretch, g);
             scaled[h][m] =
                 _mm256_fmadd_ps(scale, group_product<kKind>(sum[h][m], sum_q), scaled[h][m]);
             if constexpr (kForm.has_min) {
@@ -546,10 +574,9 @@ struct Grouped {
     if constexpr (kForm.scheme == Scheme::kSuper) {
       for (int h = 0; h < H; ++h) {
         for (int m = 0; m < M; ++m) {
-          float* total = totals.of(first + m, h0 + h);
-          _mm256_store_ps(
-              total, add_super<kKind>(_mm256_load_ps(total), w.head, h0 + h,
-                                      c.scales(first + m)[k / kStretch], scaled[h][m], mins[h][m]));
+          float* out = total + m * kPanelRows + 8 * h;
+          _mm256_store_ps(out, add_super<kKind>(_mm256_load_ps(out), head, h0 + h,
+                                                scales[m * n_scales], scaled[h][m], mins[h][m]));
         }
       }
     }
@@ -610,7 +637,9 @@ struct Float {
     const auto* p = reinterpret_cast<const Value*>(c.panel) + k * kPanelRows + 8 * h0;
     const float* x = c.x.x + (c.i + first) * c.x.x_stride;
     for (; k < end; ++k, p += kPanelRows) {
-      if constexpr (M == 1) fetch_ahead<H * 8 * sizeof(Value)>(reinterpret_cast<const uint8_t*>(p));
+      if constexpr (M == 1) {
+        stream<H * 8 * sizeof(Value)>(reinterpret_cast<const uint8_t*>(p), c.w.ahead);
+      }
       __m256 a[M];
       for (int m = 0; m < M; ++m) a[m] = _mm256_set1_ps(x[m * c.x.x_stride + k]);
       for (int h = 0; h < H; ++h) {
@@ -648,8 +677,8 @@ void matmul(const Panels& w, const Rows& x, int64_t first, int64_t last, float* 
 
 }  // namespace
 
-// By PanelKind. Five trits a byte need a table of 81 entries, too much for shuffles of 16: ternary
-// weights are kI2 here.
+// By PanelKind. Taking five trits apart costs more than the bytes save here: ternary weights are
+// kI2.
 Matmul* const NF_LEVEL::kMatmul[kPanelKinds] = {matmul<Float<float>>,
                                                 matmul<Float<F16>>,
                                                 matmul<Float<BF16>>,

@@ -14,7 +14,7 @@ uint64_t multiply(int64_t n_steps) {
   for (__m256i& s : sum) s = _mm256_setzero_si256();
   for (int64_t step = 0; step < n_steps; ++step) {
 #pragma GCC unroll 16
-    for (__m256i& s : sum) s = _mm256_dpbusd_avx_epi32(s, a, b);
+    for (__m256i& s : sum) asm volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s) : "x"(a), "x"(b));
   }
   for (int j = 1; j < kSums; ++j) sum[0] = _mm256_add_epi32(sum[0], sum[j]);
   return static_cast<uint64_t>(_mm256_extract_epi64(sum[0], 0));

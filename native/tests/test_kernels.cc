@@ -131,6 +131,26 @@ TEST_CASE("a row's bits do not depend on the other rows, nor on how panels are h
   }
 }
 
+// 128 rows share what a kernel unpacks, and a prompt seldom ends there.
+TEST_CASE("rows beyond the first 128 have the bits that they have alone") {
+  for (std::string_view isa : isas_available()) {
+    if (isa == "ref") continue;  // one product at a time
+    for (TensorType type : kTypes) {
+      const int64_t k = columns(type)[1], n = 65;
+      const PackedMat w = pack(make_tensor(type, n, k, 23).raw(), 1.0f, PanelKind::kT5);
+      const std::vector<float> x = random_rows(135 * k, 24);
+      for (int64_t m : {129, 135}) {
+        const std::vector<float> whole = product(kernels(isa), w, std::span(x).first(m * k), m);
+        for (int64_t i : {int64_t{0}, int64_t{127}, int64_t{128}, m - 1}) {
+          const std::vector<float> one =
+              product(kernels(isa), w, std::span(x).subspan(i * k, k), 1);
+          REQUIRE(std::equal(one.begin(), one.end(), whole.begin() + i * n));
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("a kernel writes its panels' rows and nothing else") {
   for (std::string_view isa : isas_available()) {
     for (TensorType type : kTypes) {

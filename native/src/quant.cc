@@ -351,7 +351,8 @@ PackedMat packed_from(const KeptPanels& kept) {
   const int grain = form(kind).grain;
   const int block = grain == kGrainFloat ? 1 : grain == 32 ? 32 : 256;
   expect(cols % block == 0, "rows of whole blocks");
-  expect(grain != kGrainRow || cols <= kMaxTernaryColumns, "columns that an i32 can sum");
+  const bool ternary = grain == kGrainRow || grain == kGrainTables;
+  expect(!ternary || cols <= kMaxTernaryColumns, "columns that an i32 can sum");
   expect(std::isfinite(scale), "a finite scale");
   PackedMat m;
   m.kind = kind;

@@ -253,16 +253,19 @@ TEST_CASE("a row of zeros gives zeros by lookup") {
   }
 }
 
-TEST_CASE("where an ISA has no lookups, ref stands in") {
-  const PackedMat w = pack(ternary(3, 256, 61).raw(), 1.0f, PanelKind::kL3);
-  const std::vector<float> x = normal_rows(256, 62);
-  QuantRows rows;
-  quantize_rows(x, 1, 256, kGrainTables, rows);
-  for (std::string_view isa : isas_available()) {
-    if (kernels(isa).lut_tables != nullptr) continue;
-    std::vector<float> y(3);
-    matmul(kernels(isa), w, rows, y);
-    CHECK(y == product(kernels("ref"), w, x, 1));
+TEST_CASE("kernels without lookups refuse the mode, and say what to do") {
+  Kernels without = kernels();
+  without.lut_tables = nullptr;
+  CHECK_THROWS_WITH_AS(ternary_kind(without, true, 1), doctest::Contains("lut \"off\""),
+                       std::invalid_argument);
+  CHECK(ternary_kind(without, false, 1) == PanelKind::kI2);
+}
+
+TEST_CASE("kept panels of more columns than an i32 can sum are refused") {
+  const int64_t cols = (int64_t{1} << 18) + 256;
+  for (PanelKind kind : {PanelKind::kI2, PanelKind::kL3}) {
+    CHECK_THROWS_WITH_AS(packed_from(KeptPanels{kind, 1, cols, 1.0f, {}, {}}),
+                         doctest::Contains("i32"), std::invalid_argument);
   }
 }
 

@@ -4,7 +4,8 @@
                           -> else pack matrix by matrix into one, map that       ->  "built"
                           -> no folder, no room, not wanted                      ->  "off": the engine packs into memory
 
-The store never decides what a model computes: a file that is stale, damaged or of another version is packed again.
+A file that is stale, damaged or of another version is packed again.  The digests find damage and are no signature:
+who can write into the folder can change what a model computes, as with the model file itself, but nothing else.
 """
 
 from __future__ import annotations

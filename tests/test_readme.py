@@ -30,13 +30,17 @@ REDUCED = {
         "nearfar run {} || [ $? -eq 1 ]",
         "a later model may make another call, and the check may refuse it",
     ),
+    "nearfar bench roofline": (
+        "set -- {}; nearfar bench roofline --quick --parts machine,kernels --kinds i2 --rows 1 --threads 1 > /dev/null",
+        "minutes: one kernel, roughly",
+    ),
     "nearfar bench": ("nearfar bench {} --rounds 1 --prompt 16 --tokens 8", "minutes: a few tokens of one round"),
     "nearfar eval": ("nearfar eval --help", "needs corpora and an hour; tests/sdk covers it"),
     "nearfar calibrate": ("nearfar calibrate --help", "needs corpora and many minutes; tests/sdk covers it"),
     "nearfar train": ("nearfar train --help", "needs corpora and half an hour; tests/cloud covers it"),
     "nearfar chat": ("nearfar chat {} < /dev/null", "waits for a person"),
-    "python bench/": ("python -m py_compile {root}/bench/{}", "measures for minutes: the script compiles"),
-    "python tests/fuzz/": ("python -m py_compile {root}/tests/fuzz/fuzz_gguf.py", "ten minutes: the script compiles"),
+    "python bench/": ("set -- {}; python -m py_compile {root}/bench/$1", "measures for minutes: the script compiles"),
+    "python tests/fuzz/": ("set -- {}; python -m py_compile {root}/tests/fuzz/$1", "ten minutes: the script compiles"),
 }
 
 

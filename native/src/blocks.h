@@ -93,12 +93,7 @@ struct Q4KBlock {
 };
 void decode_q4_k(const uint8_t* block, Q4KBlock& out);
 
-// as Q4KBlock, code 0..31
-struct Q5KBlock {
-  uint8_t code[kSuper];
-  uint8_t scale[kSuper / 32], min[kSuper / 32];
-  uint16_t d, dmin;
-};
+using Q5KBlock = Q4KBlock;  // code 0..31
 void decode_q5_k(const uint8_t* block, Q5KBlock& out);
 
 // value = d * scale[j] * code, j = k / 16, code -32..31

@@ -11,11 +11,15 @@ constexpr int kSums = 12;  // two a clock, five clocks of latency; unrolled, or 
 uint64_t multiply(int64_t n_steps) {
   __m256i sum[kSums];
   const __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
-  for (__m256i& s : sum) s = _mm256_setzero_si256();
+#pragma GCC unroll 16
+  for (int j = 0; j < kSums; ++j) sum[j] = _mm256_setzero_si256();
   for (int64_t step = 0; step < n_steps; ++step) {
 #pragma GCC unroll 16
-    for (__m256i& s : sum) asm volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(s) : "x"(a), "x"(b));
+    for (int j = 0; j < kSums; ++j) {
+      asm volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum[j]) : "x"(a), "x"(b));
+    }
   }
+#pragma GCC unroll 16
   for (int j = 1; j < kSums; ++j) sum[0] = _mm256_add_epi32(sum[0], sum[j]);
   return static_cast<uint64_t>(_mm256_extract_epi64(sum[0], 0));
 }

@@ -5,20 +5,19 @@
 // is the bottleneck of prefill (one zmm a clock on Zen 4, two on Zen 5 and Intel's servers);
 // everything else is there to keep it fed.
 //
-// Two ideas. One row of x from i2, t5 or q4 is memory's speed: codes are masked in place and never
-// shifted. Everything else unpacks a stretch of a panel to one code a byte, in L1, and runs tiles
-// of rows of x over it: unpacking is paid once per 128 rows.
+// Two ideas. One row of x takes codes from registers, a unit of a panel at a time: memory sets the
+// pace. More rows unpack a stretch of a panel to one code a byte, in L1, and run tiles of rows of x
+// over it: unpacking is paid once per 128 rows.
 //
 // Largest sums, |q| <= 127, all in i32 (2.1e9):
 //   i2      in place, field 3, code 3: 4 * 192 * 127 = 97,536 per 16 k, so K <= 352,000;
 //           pack() refuses K > 2^18
 //   t5      in place, field 3 and trit 4 together, up to 128 each: 2 * 4 * 128 * 127 = 130,048 per
 //           20 k, so K <= 330,000
-//   groups of 32: q4 32 * 15 * 127 = 60,960, in place times 16: 975,360; int8 32 * 255 * 127 =
-//           1.1e6, and as much again for the start -128 * sum q;  5 and 6 bits lie between
+//   groups of 32: q4 32 * 15 * 127 = 60,960; int8 32 * 255 * 127 = 1.1e6, and as much again for the
+//           start -128 * sum q; 5 and 6 bits lie between
 #include <immintrin.h>
 
-#include "check.h"
 #include "dot_gemv.h"
 
 // GCC 12's own header leaves the operand of masked-out lanes uninitialized on purpose (its bug
@@ -26,16 +25,16 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
-namespace nearfar::avx512 {
+namespace nearfar {
 namespace {
 
-constexpr int kBlocks = 4;         // of 16 rows in a panel
-constexpr int64_t kStep = 256;     // bytes of 4 blocks
-constexpr int64_t kChunk = 128;    // rows of x that share an unpacked stretch
-constexpr int64_t kStretch = 320;  // k of it: 20 KiB, and a multiple of 16 and 20
+constexpr int kBlocks = 4, kParts = kBlocks;  // of 16 rows in a panel
+constexpr int64_t kStretch = 320;             // k: 20 KiB unpacked, and a multiple of 16 and 20
 constexpr int64_t kSuper = 256;
 
+using Vector = __m512i;
 inline __m512i load(const uint8_t* p) { return _mm512_load_si512(p); }
+inline void store(uint8_t* p, __m512i v) { _mm512_store_si512(p, v); }
 inline void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
 }
@@ -65,8 +64,6 @@ inline __m512 load_i8(const uint8_t* p) {
       _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// Shifts bytes up or down by a constant; bits of the neighbours come along and are masked off
-// afterwards.
 template <int kBits>
 inline __m512i shift_down(__m512i v) {
   if constexpr (kBits > 0) return _mm512_srli_epi16(v, kBits);
@@ -74,20 +71,24 @@ inline __m512i shift_down(__m512i v) {
   return v;
 }
 
-// One panel and the rows [i, i + m) of x, at most kChunk.
-struct Call {
-  const Panels& w;
-  const Rows& x;
-  const uint8_t* panel;
-  int64_t n;  // first row of w
-  int64_t i, m;
-  float* y;
-  int64_t ldy;
+template <int kMask>
+inline __m512i masked(__m512i v) {
+  return _mm512_and_si512(v, bytes(kMask));
+}
+template <int kMask>
+inline __m512i with_top(__m512i v, __m512i top) {
+  return _mm512_ternarylogic_epi32(v, top, bytes(kMask), 0xf8);
+}
 
-  const int8_t* q(int64_t token) const { return x.q + (i + token) * x.q_stride; }
-  const int32_t* sums(int64_t token) const { return x.sums + (i + token) * x.n_sums; }
-  const float* scales(int64_t token) const { return x.scales + (i + token) * x.n_scales; }
+}  // namespace
+}  // namespace nearfar
 
+#include "dot_gemv_tiles.h"
+
+namespace nearfar {
+namespace {
+
+struct Call : CallBase {
   int32_t sum_q(int64_t token) const {
     int32_t sum = 0;
     for (int64_t j = 0; j < x.n_sums; ++j) sum += sums(token)[j];
@@ -103,44 +104,6 @@ struct Call {
     _mm512_mask_storeu_ps(y + (i + token) * ldy + n + 16 * b, mask, v);
   }
 };
-
-// ---- unpacking: kStretch or 256 k of a panel, one code a byte, [k / 4][4 blocks][64] ----
-
-// Calls use(index, code) for the 4 k of each index, codes of one block of 16 rows as bytes.
-template <int kLow, int kHigh, int kUnit, int kIndex = 0, class Use>
-inline void for_each_code(const __m512i* low, const __m512i* high, const Use& use) {
-  if constexpr (kIndex < kUnit / 4) {
-    constexpr int kPerLow = 8 / kLow, kMask = (1 << kLow) - 1;
-    __m512i code = shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]);
-    if constexpr (kLow < 8) code = _mm512_and_si512(code, bytes(kMask));
-    if constexpr (kHigh > 0) {
-      constexpr int kPerHigh = 8 / kHigh, kHighMask = ((1 << kHigh) - 1) << kLow;
-      const __m512i top = shift_down<kIndex % kPerHigh * kHigh - kLow>(high[kIndex / kPerHigh]);
-      code = _mm512_ternarylogic_epi32(code, top, bytes(kHighMask), 0xf8);  // code | (top & mask)
-    }
-    use.template operator()<kIndex>(code);
-    for_each_code<kLow, kHigh, kUnit, kIndex + 1>(low, high, use);
-  }
-}
-
-// The same for block b of a unit whose planes begin at p.
-template <int kLow, int kHigh, int kUnit, class Use>
-inline void for_each_code(const uint8_t* p, int b, const Use& use) {
-  constexpr int kLowSteps = kUnit * kLow / 32, kHighSteps = kUnit * kHigh / 32;
-  __m512i low[kLowSteps], high[kHighSteps + 1];
-  for (int s = 0; s < kLowSteps; ++s) low[s] = load(p + s * kStep + 64 * b);
-  for (int s = 0; s < kHighSteps; ++s) high[s] = load(p + (kLowSteps + s) * kStep + 64 * b);
-  for_each_code<kLow, kHigh, kUnit>(low, high, use);
-}
-
-template <int kLow, int kHigh, int kUnit>
-inline void unpack_unit(const uint8_t* p, uint8_t* codes) {
-  for (int b = 0; b < kBlocks; ++b) {
-    for_each_code<kLow, kHigh, kUnit>(p, b, [&]<int kIndex>(__m512i code) {
-      _mm512_store_si512(codes + kIndex * kStep + 64 * b, code);
-    });
-  }
-}
 
 // t5: the lowest 6 bits of a byte look up trits 0..3 as four 2-bit fields, and VPERMB ignores the
 // others, which are trit 4.  Where those are 3 the byte is one of the 51 that did not fit, and two
@@ -210,18 +173,6 @@ inline void dot(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t
   }
 }
 
-// Calls f.operator()<M>(first token) for tiles of at most kTokens, shared out evenly: 7 are 4 + 3.
-template <int kTokens, int M = kTokens, class F>
-inline void call_tile(int64_t tokens, int64_t first, const F& f) {
-  if (tokens == M) return f.template operator()<M>(first);
-  if constexpr (M > 1) call_tile<kTokens, M - 1>(tokens, first, f);
-}
-template <int kTokens, class F>
-inline void for_each_tile(int64_t m, const F& f) {
-  const int64_t n = (m + kTokens - 1) / kTokens;
-  for (int64_t t = 0; t < n; ++t) call_tile<kTokens>((t + 1) * m / n - t * m / n, t * m / n, f);
-}
-
 // ---- Scheme::kRow: i32 sums over all of K ----
 
 // y from sum q*code, [kChunk][64] as the tiles left them
@@ -259,9 +210,9 @@ __attribute__((noinline)) void add_tile(const uint8_t* codes, const int8_t* q, i
 // A stretch of unpacked codes against all tokens. Unpacking waits for memory and tiles do not, so
 // the first tile fetches `next`, what the next stretch will be unpacked from: a line is 4 k.
 inline void add_stretch(const Call& c, const uint8_t* codes, const uint8_t* next, int64_t k,
-                        int64_t n_steps, int32_t* sums) {
+                        int64_t n_steps, bool fresh, int32_t* sums) {
   for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
-    add_tile<M>(codes, c.q(first) + k, c.x.q_stride, n_steps, first == 0 ? next : codes, k == 0,
+    add_tile<M>(codes, c.q(first) + k, c.x.q_stride, n_steps, first == 0 ? next : codes, fresh,
                 sums + first * 64);
   });
 }
@@ -271,7 +222,7 @@ struct I2 {
   // arithmetic shift at the end is exact. 8 operations per 256 weights; 16 accumulators hide the
   // latency.
   static void one(const uint8_t* codes, const int8_t* q, int64_t steps, int64_t ahead,
-                  __m512i (&sum)[kBlocks]) {
+                  int32_t* sums) {
     const __m512i mask[4] = {bytes(3), bytes(12), bytes(48), bytes(192)};
     __m512i field[kBlocks][4];
     for (int b = 0; b < kBlocks; ++b) {
@@ -293,16 +244,14 @@ struct I2 {
       const __m512i low = _mm512_add_epi32(field[b][0], _mm512_srai_epi32(field[b][1], 2));
       const __m512i high =
           _mm512_add_epi32(_mm512_srai_epi32(field[b][2], 4), _mm512_srai_epi32(field[b][3], 6));
-      sum[b] = _mm512_add_epi32(low, high);
+      _mm512_store_si512(sums + 16 * b, _mm512_add_epi32(low, high));
     }
   }
 
   static void run(const Call& c) {
     alignas(64) int32_t sums[kChunk * 64];
     if (c.m == 1) {
-      __m512i sum[kBlocks];
-      one(c.panel, c.q(0), c.w.cols / 16, c.w.ahead, sum);
-      for (int b = 0; b < kBlocks; ++b) _mm512_store_si512(sums + 16 * b, sum[b]);
+      one(c.panel, c.q(0), c.w.cols / 16, c.w.ahead, sums);
     } else {
       alignas(64) uint8_t codes[kStretch * 64];
       for (int64_t k = 0; k < c.w.cols; k += kStretch) {
@@ -310,7 +259,7 @@ struct I2 {
         for (int64_t j = 0; j < n; j += 16) {
           unpack_unit<2, 0, 16>(c.panel + (k + j) / 16 * kStep, codes + j * 64);
         }
-        add_stretch(c, codes, c.panel + (k + n) / 16 * kStep, k, n / 4, sums);
+        add_stretch(c, codes, c.panel + (k + n) / 16 * kStep, k, n / 4, k == 0, sums);
       }
     }
     finish_rows(c, sums);
@@ -354,11 +303,11 @@ struct T5 {
       for (int b = 0; b < kBlocks; ++b) {
         const FiveTrits::Codes v = five.unpack(load(p + b / 2 * half_bytes + b % 2 * 64));
         uint8_t* out = codes + 64 * b;
-        _mm512_store_si512(out, _mm512_and_si512(v.fields, bytes(3)));
-        _mm512_store_si512(out + kStep, _mm512_and_si512(shift_down<2>(v.fields), bytes(3)));
-        _mm512_store_si512(out + 2 * kStep, _mm512_and_si512(shift_down<4>(v.fields), bytes(3)));
-        _mm512_store_si512(out + 3 * kStep, _mm512_and_si512(shift_down<6>(v.fields), bytes(3)));
-        _mm512_store_si512(out + 4 * kStep, _mm512_and_si512(shift_down<6>(v.last), bytes(3)));
+        _mm512_store_si512(out, masked<3>(v.fields));
+        _mm512_store_si512(out + kStep, masked<3>(shift_down<2>(v.fields)));
+        _mm512_store_si512(out + 2 * kStep, masked<3>(shift_down<4>(v.fields)));
+        _mm512_store_si512(out + 3 * kStep, masked<3>(shift_down<6>(v.fields)));
+        _mm512_store_si512(out + 4 * kStep, masked<3>(shift_down<6>(v.last)));
       }
     }
   }
@@ -378,7 +327,7 @@ struct T5 {
         unpack(five, c.panel + s * 128, half_bytes, n, codes);
         const uint8_t* next = c.panel + (s + n) * 128;  // of both halves, which lie far apart
         for (int64_t i = 0; i < n * 2; ++i) prefetch(next + half_bytes + i * 64);
-        add_stretch(c, codes, next, s * 20, n * 5, sums);
+        add_stretch(c, codes, next, s * 20, n * 5, s == 0, sums);
       }
     }
     finish_rows(c, sums);
@@ -467,13 +416,6 @@ struct Stretch {
   }
 };
 
-// Sum of q over group g of the 256 k block j.
-template <int kGroup>
-inline int32_t group_sum(const int32_t* sums, int64_t j, int g) {
-  if constexpr (kGroup == 16) return sums[j * 16 + g];
-  return sums[j * 16 + 2 * g] + sums[j * 16 + 2 * g + 1];
-}
-
 // What M tokens bring to the groups of a stretch, side by side: a dozen row pointers would cost the
 // tile vector registers.
 template <int M, int kGroups>
@@ -546,7 +488,7 @@ inline void add_super(const Call& c, const Stretch<kKind>& w, int64_t first, int
   Factors<M, kGroups> factors;
   for (int m = 0; m < M; ++m) {
     for (int g = 0; g < kGroups; ++g) {
-      factors.sum[g][m] = group_sum<kForm.group>(c.sums(first + m), j, g);
+      factors.sum[g][m] = group_sum<kForm>(c.sums(first + m) + j * 16, g);
       factors.start[g][m] = -kForm.offset * factors.sum[g][m];
     }
   }
@@ -602,13 +544,14 @@ template <PanelKind kKind>
 inline void one_row(const Call& c) {
   using W = Stretch<kKind>;
   constexpr Form kForm = W::kForm;
-  constexpr int kGroups = kForm.unit / kForm.group > 0 ? kForm.unit / kForm.group : 1;
+  constexpr int kGroups = kForm.unit / kForm.group;
   __m512 total[kBlocks];
   for (int b = 0; b < kBlocks; ++b) total[b] = _mm512_setzero_ps();
   const uint8_t* p = c.panel;
   for (int64_t k = 0; k < c.w.cols; k += kForm.block) {
     const uint8_t* head = p;
     const float s_x = c.scales(0)[k / kForm.grain];
+    const int32_t* sums = c.sums(0) + (kForm.scheme == Scheme::kGroup ? k / 32 : k / kSuper * 16);
     __m512 part[kBlocks], mins[kBlocks];
     for (int b = 0; b < kBlocks; ++b) part[b] = mins[b] = _mm512_setzero_ps();
     p += kForm.head;
@@ -617,9 +560,7 @@ inline void one_row(const Call& c) {
       const int8_t* q = c.q(0) + k + j;
       int32_t sum_x[kGroups];
       for (int g = 0; g < kGroups; ++g) {
-        sum_x[g] = kForm.scheme == Scheme::kGroup
-                       ? c.sums(0)[k / 32]
-                       : group_sum<kForm.group>(c.sums(0), k / kSuper, j / kForm.group + g);
+        sum_x[g] = group_sum<kForm>(sums, j / kForm.group + g);
       }
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
@@ -664,8 +605,7 @@ inline void one_row(const Call& c) {
   for (int b = 0; b < kBlocks; ++b) c.store(0, b, total[b]);
 }
 
-// Unpacked codes against M tokens from `first` on: totals [M][64] are added to, or made where k =
-// 0.
+// Unpacked codes against M tokens from `first` on: totals [M][64] are added to, or made at k = 0.
 template <PanelKind kKind, int M>
 __attribute__((noinline)) void add_float_tile(const Call& c, const Stretch<kKind>& w, int64_t first,
                                               int64_t k, int64_t n, float* totals) {
@@ -723,11 +663,12 @@ struct I2Blocks {
     alignas(64) uint8_t codes[kSuper * 64];
     for (int64_t j = 0; j < c.w.cols / kSuper; ++j) {
       const uint8_t* p = c.panel + j * kBlockBytes;
-      for (int u = 0; u < 16; ++u) unpack_unit<2, 0, 16>(p + 256 + u * kStep, codes + u * 1024);
-      for_each_tile<6>(c.m, [&]<int M>(int64_t first) {
-        add_tile<M>(codes, c.q(first) + j * kSuper, c.x.q_stride, kSuper / 4, p + kBlockBytes, true,
-                    sums + first * 64);
-      });
+      if (c.m == 1) {
+        I2::one(p + 256, c.q(0) + j * kSuper, 16, c.w.ahead, sums);
+      } else {
+        for (int u = 0; u < 16; ++u) unpack_unit<2, 0, 16>(p + 256 + u * kStep, codes + u * 1024);
+        add_stretch(c, codes, p + kBlockBytes, j * kSuper, kSuper / 4, true, sums);
+      }
       for (int64_t token = 0; token < c.m; ++token) {
         const __m512i offset = _mm512_set1_epi32(c.sums(token)[j]);
         for (int b = 0; b < kBlocks; ++b) {
@@ -753,14 +694,8 @@ struct I2Blocks {
 
 inline __m512 widen(const float* p) { return _mm512_load_ps(p); }
 
-struct F16 {
-  uint16_t bits;
-};
 inline __m512 widen(const F16* p) { return load_f16(reinterpret_cast<const uint8_t*>(p)); }
 
-struct BF16 {
-  uint16_t bits;
-};
 inline __m512 widen(const BF16* p) {
   const __m256i h = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -791,20 +726,9 @@ struct Float {
   }
 };
 
-template <class Kernel>
-void matmul(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y, int64_t ldy) {
-  NF_DCHECK(w.cols == x.cols);
-  for (int64_t p = first; p < last; ++p) {
-    const uint8_t* panel = w.data + p * w.panel_bytes;
-    for (int64_t i = 0; i < x.m; i += kChunk) {
-      Kernel::run({w, x, panel, p * kPanelRows, i, x.m - i < kChunk ? x.m - i : kChunk, y, ldy});
-    }
-  }
-}
-
 }  // namespace
 
-Matmul* const kMatmul[kPanelKinds] = {
+Matmul* const avx512::kMatmul[kPanelKinds] = {
     matmul<Float<float>>,
     matmul<Float<F16>>,
     matmul<Float<BF16>>,
@@ -819,6 +743,7 @@ Matmul* const kMatmul[kPanelKinds] = {
     matmul<Grouped<PanelKind::kQ4K>>,
     matmul<Grouped<PanelKind::kQ5K>>,
     matmul<Grouped<PanelKind::kQ6K>>,
+    nullptr,  // kL3: lut_gemv_avx512.cc
 };
 
-}  // namespace nearfar::avx512
+}  // namespace nearfar

@@ -16,17 +16,15 @@
 // of 32 at most 32 * 255 * 127 = 1.1e6, and as much again for its offset.
 #include <immintrin.h>
 
-#include "check.h"
 #include "dot_gemv.h"
 
 namespace nearfar {
 namespace {
 
-constexpr int kHalves = 8;         // halves of blocks, of 8 rows, in a panel
-constexpr int64_t kStep = 256;     // bytes of 4 blocks
-constexpr int64_t kChunk = 128;    // rows of x that share an unpacked stretch
-constexpr int64_t kStretch = 256;  // k of it: 16 KiB
+constexpr int kHalves = 8, kParts = kHalves;  // halves of blocks, of 8 rows, in a panel
+constexpr int64_t kStretch = 256;             // k: 16 KiB unpacked
 
+using Vector = __m256i;
 inline __m256i load(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, __m256i v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
 inline __m256i zero() { return _mm256_setzero_si256(); }
@@ -58,8 +56,6 @@ inline void stream(const uint8_t* p, int64_t ahead) {
   }
 }
 
-// Shifts bytes down (or up) by a constant; bits of the neighbours come along and are masked off
-// afterwards.
 template <int kBits>
 inline __m256i shift_down(__m256i v) {
   if constexpr (kBits > 0) return _mm256_srli_epi16(v, kBits);
@@ -71,20 +67,20 @@ inline __m256i masked(__m256i v) {
   return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(kMask)));
 }
 
-// One panel and the rows [i, i + m) of x, at most kChunk.
-struct Call {
-  const Panels& w;
-  const Rows& x;
-  const uint8_t* panel;
-  int64_t n;  // first row of w
-  int64_t i, m;
-  float* y;
-  int64_t ldy;
+template <int kMask>
+inline __m256i with_top(__m256i v, __m256i top) {
+  return _mm256_or_si256(v, masked<kMask>(top));
+}
 
-  const int8_t* q(int64_t token) const { return x.q + (i + token) * x.q_stride; }
-  const int32_t* sums(int64_t token) const { return x.sums + (i + token) * x.n_sums; }
-  const float* scales(int64_t token) const { return x.scales + (i + token) * x.n_scales; }
+}  // namespace
+}  // namespace nearfar
 
+#include "dot_gemv_tiles.h"
+
+namespace nearfar {
+namespace {
+
+struct Call : CallBase {
   // y = v * w.scale for the rows of half h that exist
   void store(int64_t token, int h, __m256 v) const {
     const int64_t rows = w.rows - n - 8 * h;
@@ -100,42 +96,6 @@ struct Call {
     }
   }
 };
-
-// ---- codes: of half h of a unit whose planes begin at p ----
-
-// Calls use.operator()<index>(code) for the 4 k of each index, 8 rows of codes as bytes.
-template <int kLow, int kHigh, int kUnit, int kIndex = 0, class Use>
-inline void for_each_code(const __m256i* low, const __m256i* high, const Use& use) {
-  if constexpr (kIndex < kUnit / 4) {
-    constexpr int kPerLow = 8 / kLow;
-    __m256i code = shift_down<kIndex % kPerLow * kLow>(low[kIndex / kPerLow]);
-    if constexpr (kLow < 8) code = masked<(1 << kLow) - 1>(code);
-    if constexpr (kHigh > 0) {
-      constexpr int kPerHigh = 8 / kHigh;
-      const __m256i top = shift_down<kIndex % kPerHigh * kHigh - kLow>(high[kIndex / kPerHigh]);
-      code = _mm256_or_si256(code, masked<((1 << kHigh) - 1) << kLow>(top));
-    }
-    use.template operator()<kIndex>(code);
-    for_each_code<kLow, kHigh, kUnit, kIndex + 1>(low, high, use);
-  }
-}
-template <int kLow, int kHigh, int kUnit, class Use>
-inline void for_each_code(const uint8_t* p, int h, const Use& use) {
-  constexpr int kLowSteps = kUnit * kLow / 32, kHighSteps = kUnit * kHigh / 32;
-  __m256i low[kLowSteps], high[kHighSteps + 1];
-  for (int s = 0; s < kLowSteps; ++s) low[s] = load(p + s * kStep + 32 * h);
-  for (int s = 0; s < kHighSteps; ++s) high[s] = load(p + (kLowSteps + s) * kStep + 32 * h);
-  for_each_code<kLow, kHigh, kUnit>(low, high, use);
-}
-
-// One code a byte, [k / 4][8 halves][32].
-template <int kLow, int kHigh, int kUnit>
-inline void unpack_unit(const uint8_t* p, uint8_t* codes) {
-  for (int h = 0; h < kHalves; ++h) {
-    for_each_code<kLow, kHigh, kUnit>(
-        p, h, [&]<int kIndex>(__m256i code) { store(codes + kIndex * kStep + 32 * h, code); });
-  }
-}
 
 // ---- tiles ----
 
@@ -187,18 +147,6 @@ template <int kMax, int kSteps, int H, int M>
 __attribute__((noinline)) void dot_alone(const uint8_t* codes, const int8_t* q, int64_t q_stride,
                                          __m256i (&sum)[H][M]) {
   dot<kMax, kSteps, H, M>(codes, q, q_stride, sum);
-}
-
-// Calls f.operator()<M>(first token) for tiles of at most kTokens, shared out evenly: 7 are 4 + 3.
-template <int M, class F>
-inline void call_tile(int64_t tokens, int64_t first, const F& f) {
-  if (tokens == M) return f.template operator()<M>(first);
-  if constexpr (M > 1) call_tile<M - 1>(tokens, first, f);
-}
-template <int kTokens, class F>
-inline void for_each_tile(int64_t m, const F& f) {
-  const int64_t n = (m + kTokens - 1) / kTokens;
-  for (int64_t t = 0; t < n; ++t) call_tile<kTokens>((t + 1) * m / n - t * m / n, t * m / n, f);
 }
 
 // ---- 2-bit ternary: i32 sums of 256 k, as they are or scaled ----
@@ -349,13 +297,6 @@ inline __m256 group_product(__m256i sum, int32_t sum_q) {
   constexpr int kOffset = Shape<kKind>::kOffset;
   if constexpr (kOffset != 0) sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(kOffset * sum_q));
   return _mm256_cvtepi32_ps(sum);
-}
-
-// Sum of q over group g, of the sums from the group's block on.
-template <Form kForm>
-inline int32_t group_sum(const int32_t* sums, int64_t g) {
-  if constexpr (kForm.scheme == Scheme::kGroup || kForm.group == 16) return sums[g];
-  return sums[2 * g] + sums[2 * g + 1];
 }
 
 // Scheme::kGroup: F after one more group.
@@ -609,14 +550,8 @@ struct Grouped {
 
 inline __m256 widen(const float* p) { return _mm256_load_ps(p); }
 
-struct F16 {
-  uint16_t bits;
-};
 inline __m256 widen(const F16* p) { return load_f16(reinterpret_cast<const uint8_t*>(p)); }
 
-struct BF16 {
-  uint16_t bits;
-};
 inline __m256 widen(const BF16* p) {
   const __m128i h = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -663,17 +598,6 @@ struct Float {
     totals.store(c);
   }
 };
-
-template <class Kernel>
-void matmul(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y, int64_t ldy) {
-  NF_DCHECK(w.cols == x.cols);
-  for (int64_t p = first; p < last; ++p) {
-    const uint8_t* panel = w.data + p * w.panel_bytes;
-    for (int64_t i = 0; i < x.m; i += kChunk) {
-      Kernel::run({w, x, panel, p * kPanelRows, i, x.m - i < kChunk ? x.m - i : kChunk, y, ldy});
-    }
-  }
-}
 
 }  // namespace
 

@@ -106,9 +106,9 @@ inline MadeTensor make_tensor(TensorType type, int64_t rows, int64_t cols, uint3
 // K of the tests: some blocks, and not only powers of two.
 inline std::vector<int64_t> columns(TensorType type) {
   const int64_t block = block_shape(type).weights;
-  if (block == 1) return {1, 3, 17, 64, 257};
-  if (block == 32) return {32, 64, 96, 256, 1056};
-  return {256, 512, 1280};
+  if (block == 1) return {1, 3, 17, 64, 257, 1023};
+  if (block == 32) return {32, 64, 96, 256, 1024, 1056};
+  return {256, 512, 1024, 1280};
 }
 
 }  // namespace nearfar::tests

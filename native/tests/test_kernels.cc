@@ -111,6 +111,24 @@ TEST_CASE("every ISA gives the bits of ref, for every type, shape and number of 
   }
 }
 
+TEST_CASE("every ISA gives the bits of ref for 1023 rows") {
+  constexpr int64_t kN = 1023;
+  for (TensorType type : kTypes) {
+    const int64_t k = columns(type)[0];
+    for (Ternary how : ternary_kinds(type)) {
+      const MadeTensor t = make_tensor(type, kN, k, 15, how.one_scale_a_row);
+      const PackedMat w = pack(t.raw(), 1.0f, how.ternary);
+      const std::vector<float> x = random_rows(3 * k, 16);
+      const std::vector<float> truth = product(kernels("ref"), w, x, 3);
+      for (std::string_view isa : isas_available()) {
+        REQUIRE_MESSAGE(product(kernels(isa), w, x, 3) == truth, isa << " " << t.name());
+        const std::vector<float> one = product(kernels(isa), w, std::span(x).first(k), 1);
+        REQUIRE_MESSAGE(std::equal(one.begin(), one.end(), truth.begin()), isa << " " << t.name());
+      }
+    }
+  }
+}
+
 TEST_CASE("a row's bits do not depend on the other rows, nor on how panels are handed out") {
   for (std::string_view isa : isas_available()) {
     for (TensorType type : kTypes) {

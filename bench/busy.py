@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import median
 
 from line import machine
-from nearfar.bench.random_model import Recipe, cached, default_folder
-from nearfar.cli.roofline import numbers, settings
-from turns import EngineProcess
+from nearfar.bench.random_model import Recipe, cached
+from nearfar.cli.roofline import settings
+from turns import EngineProcess, new_parser
 
 GOAL = 0.7  # of the fair share
 DEPTH = 32  # prompt tokens before the decoded ones
@@ -70,20 +70,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    summary, examples = (__doc__ or "").split("\n\n")[:2]
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", action="append", metavar="SIZE:TYPE", help="a model (repeatable)")
-    parser.add_argument("--threads", type=numbers(1, 256), default=(2,), metavar="N,..", help="default 2")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns (default 3)")
-    parser.add_argument("--tokens", type=int, default=12, metavar="N", help="tokens of a turn (default 12)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for nearfar: lut=fast, ...")
-    parser.add_argument("--no-llama-cpp-python", action="store_true", help="nearfar alone")
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="where random models are kept")
-    parser.add_argument("--delete", action="store_true", help="delete each model after its rows")
-    parser.add_argument("--json", action="store_true", help="a JSON line a row instead of the table")
-    args = parser.parse_args()
+    args = new_parser(__doc__, threads=(2,), rounds=3, tokens=12).parse_args()
     args.options = settings(args.set)
     return args
 

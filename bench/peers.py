@@ -25,9 +25,9 @@ from statistics import median
 from typing import Any
 
 from line import machine
-from nearfar.bench.random_model import Recipe, cached, default_folder
+from nearfar.bench.random_model import Recipe, cached
 from nearfar.cli.roofline import settings
-from turns import EngineProcess
+from turns import EngineProcess, new_parser
 
 OURS, LLAMA = "nearfar", "llama-cpp-python"
 DEPTH = 32  # prompt tokens before the decoded ones
@@ -98,30 +98,14 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    summary, examples = (__doc__ or "").split("\n\n")[:2]
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", action="append", metavar="SIZE:TYPE", help="a model (repeatable; default: all goals)")
-    parser.add_argument("--threads", type=numbers, default=[1, 2], metavar="N,..", help="default 1,2")
+    parser = new_parser(__doc__, threads=(1, 2), rounds=7, tokens=16)
     parser.add_argument("--tasks", metavar="T,..", help="decode, prefill 128, prefill 512 (default: goals)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns for decode (default 7)")
     parser.add_argument("--prefill-rounds", type=int, default=3, metavar="N", help="turns for prompts (default 3)")
-    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens of a decode turn (default 16)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for nearfar: lut=fast, ...")
     parser.add_argument("--llama-bench", type=Path, action="append", default=[], metavar="PATH", help="another peer")
-    parser.add_argument("--no-llama-cpp-python", action="store_true", help="only the peers that a path points to")
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="where random models are kept")
-    parser.add_argument("--delete", action="store_true", help="delete each model after its rows")
     parser.add_argument("--cpu-time", action="store_true", help="per CPU second, for a busy machine and one thread")
-    parser.add_argument("--json", action="store_true", help="a JSON line a row instead of the table")
     args = parser.parse_args()
     args.options = settings(args.set)
     return args
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def compare(args: argparse.Namespace, model: str, recipe: Recipe, path: Path, threads: int) -> list[Row]:

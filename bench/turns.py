@@ -6,6 +6,7 @@ quiet while it is not its turn.  Run as a script this file is that process: JSON
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,6 +14,29 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+
+def new_parser(doc: str | None, *, threads: tuple[int, ...], rounds: int, tokens: int) -> argparse.ArgumentParser:
+    """The options of a bench that lets engines take turns on random models; `doc` is its docstring."""
+    from nearfar.bench.random_model import default_folder
+    from nearfar.cli.roofline import numbers
+
+    summary, examples = (doc or "").split("\n\n")[:2]
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    default = ",".join(map(str, threads))
+    add("--only", action="append", metavar="SIZE:TYPE", help="a model (repeatable)")
+    add("--threads", type=numbers(1, 256), default=threads, metavar="N,..", help=f"default {default}")
+    add("--rounds", type=int, default=rounds, metavar="N", help="turns (default %(default)s)")
+    add("--tokens", type=int, default=tokens, metavar="N", help="tokens of a turn (default %(default)s)")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="for nearfar: lut=fast, ...")
+    add("--no-llama-cpp-python", action="store_true", help="without llama-cpp-python")
+    add("--folder", type=Path, default=default_folder(), help="where random models are kept")
+    add("--delete", action="store_true", help="delete each model after its rows")
+    add("--json", action="store_true", help="a JSON line a row instead of the table")
+    return parser
 
 
 class EngineProcess:

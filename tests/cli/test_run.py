@@ -90,6 +90,21 @@ def test_the_same_seed_gives_the_same_text(nearfar: Nearfar, story_model: Path) 
     assert first == again != other
 
 
+def test_a_window_lets_text_go_on_beyond_the_context(nearfar: Nearfar, story_model: Path) -> None:
+    with LLM.open(story_model) as llm:
+        beyond = llm.max_len + 20
+    words = ["run", "--model", story_model, "--max-tokens", str(beyond), "--json", "the inn"]
+    assert len(json.loads(nearfar(*words, "--window", "64", "--kv", "int8").out)["tokens"]) == beyond
+    assert len(json.loads(nearfar(*words).out)["tokens"]) < beyond
+
+
+@pytest.mark.parametrize(("option", "word"), [("--kv", "int4"), ("--window", "0"), ("--window", "wide")])
+def test_a_cache_that_does_not_exist_is_refused(nearfar: Nearfar, model: Path, option: str, word: str) -> None:
+    done = nearfar("run", "--model", model, option, word, "turn on the fan")
+    assert done.code == 2
+    assert word in done.err
+
+
 def test_a_home_of_ones_own_is_read(tmp_path: Path) -> None:
     path = tmp_path / "home.json"
     path.write_text('{"entities": [{"name": "lamp", "area": "attic", "domain": "light"}]}')

@@ -81,6 +81,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="file",
         help="of 4.5 bits (other logits), or screened by a smaller copy (the same tokens)",
     )
+    parser.add_argument("--kv", choices=("f16", "f32", "int8"), default="f16", help="keys and values (int8: near f16)")
+    parser.add_argument(
+        "--window",
+        type=whole(1, 1 << 24),
+        metavar="N",
+        help="see the first 16 and the last N positions only: text of any length in constant memory",
+    )
     parser.add_argument(
         "--n-ctx", type=whole(1, 1 << 24), metavar="N", help="positions of the cache (default: the model's)"
     )
@@ -160,6 +167,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def open_model(args: argparse.Namespace, model: str) -> LLM:
     """`nano` is the shipped model, anything else the path of a GGUF file."""
+    from nearfar.kv_cache import FULL, Lambda
     from nearfar.llm import LLM
 
     return LLM.open(
@@ -167,6 +175,8 @@ def open_model(args: argparse.Namespace, model: str) -> LLM:
         backend=args.backend,
         threads=args.threads,
         n_ctx=args.n_ctx,
+        kv_dtype=args.kv,
+        kv_policy=FULL if args.window is None else Lambda(window=args.window),
         lut=args.lut,
         head=args.head,
         cache=args.cache,

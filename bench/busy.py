@@ -23,6 +23,7 @@ from statistics import median
 from line import machine
 from nearfar.bench.random_model import Recipe, cached
 from nearfar.cli.roofline import settings
+from nearfar.errors import NearfarError
 from turns import EngineProcess, new_parser
 
 GOAL = 0.7  # of the fair share
@@ -131,4 +132,7 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except NearfarError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -27,6 +27,7 @@ from typing import Any
 from line import machine
 from nearfar.bench.random_model import Recipe, cached
 from nearfar.cli.roofline import settings
+from nearfar.errors import NearfarError
 from turns import EngineProcess, new_parser
 
 OURS, LLAMA = "nearfar", "llama-cpp-python"
@@ -205,4 +206,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except NearfarError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

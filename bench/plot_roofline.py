@@ -50,7 +50,8 @@ def main() -> int:
         records = read(args.records)
         draw(records, args.threads or most_threads(records), args.picture)
     except (OSError, ValueError) as error:
-        print(f"plot_roofline: {error}", file=sys.stderr)
+        wanted = "expected what `nearfar bench roofline --json` printed"
+        print(f"plot_roofline: {args.records}: {error}; {wanted}", file=sys.stderr)
         return 2
     return 0
 

@@ -196,7 +196,10 @@ _NANO_MARKS = {
 
 
 def _nano(turns: Sequence[Turn], ends: Ends) -> list[Part]:
-    parts = [part for turn in turns for part in (_mark(_NANO_MARKS[turn.role]), Part(turn.text))]
+    parts = []
+    for turn in turns:
+        spoken = turn.role in ("user", "assistant")  # as in the rows that nano was trained on
+        parts += [_mark(_NANO_MARKS[turn.role]), Part(" " + turn.text.lstrip() if spoken else turn.text)]
     return [*parts, _mark(forms.ASSISTANT)]
 
 

@@ -3,11 +3,14 @@
 A part says whether its text is a control token and whether the model is asked to write it.  Text that comes from people
 or corpora never becomes a control token, because only parts marked `control` are encoded as such.
 
-    intents     <|s|>hwu64<|u|>text<|c|>{"intent":…,"slots":{…}}<|e|>
-    dialogue    <|s|>setting<|u|>…<|c|>{"call":…,"args":{…}}<|r|>{…}<|a|>…<|e|>
-    home        <|s|>kitchen: light ceiling light, …<|u|>text<|c|>{"intent":…,"slots":{…}}<|r|>ok<|a|>reply<|e|>
+    intents     <|s|>hwu64<|u|> text<|c|>{"intent":…,"slots":{…}}<|e|>
+    dialogue    <|s|>setting<|u|> …<|c|>{"call":…,"args":{…}}<|r|>{…}<|a|> …<|e|>
+    home        <|s|> kitchen: light ceiling light, …<|u|> text<|c|>{"intent":…,"slots":{…}}<|r|>ok<|a|>reply<|e|>
     journal     <|s|>facts<|c|>{"journal":…,"evidence":[…]}<|e|>
     plain       text<|e|>
+
+Texts begin with a space, and so does every value in the JSON between `<|c|>` and `<|a|>`: a word and the same word after
+a space are different tokens, and copying is the one thing a small model does well.  `tight` takes the spaces away.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-ROWS_VERSION = 1  # the key `nearfar.rows` of a GGUF file
+ROWS_VERSION = 2  # the key `nearfar.rows` of a GGUF file
 PAD, END, USER, ASSISTANT, CALL, RESULT, SETTING = CONTROLS = (
     "<|pad|>",
     "<|e|>",
@@ -83,6 +86,29 @@ def neutral(text: str) -> str:
     return text.replace("<|", "< |")
 
 
+def said(text: str) -> str:
+    """`text` as rows hold what somebody says: after a space, and nothing in it looks like a control token."""
+    return " " + neutral(text).lstrip()
+
+
+def spaced(value: Any) -> Any:
+    """A JSON value with a space before every text in it; keys and numbers as they are."""
+    if isinstance(value, str):
+        return " " + value.lstrip() if value.strip() else value
+    if isinstance(value, Mapping):
+        return {key: spaced(item) for key, item in value.items()}
+    return [spaced(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def tight(value: Any) -> Any:
+    """A JSON value without spaces around the texts in it: what an answer means."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, Mapping):
+        return {key: tight(item) for key, item in value.items()}
+    return [tight(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def group_slots(slots: Iterable[tuple[str, str]]) -> dict[str, str | list[str]]:
     """(type, value) pairs as a mapping; a type that occurs twice holds the list of its values."""
     grouped: dict[str, str | list[str]] = {}
@@ -103,7 +129,7 @@ def intent_prompt(label_space: str, text: str) -> Parts:
         Part(SETTING, control=True),
         Part(neutral(label_space)),
         Part(USER, control=True),
-        Part(neutral(text)),
+        Part(said(text)),
         Part(CALL, control=True),
     )
 
@@ -111,7 +137,7 @@ def intent_prompt(label_space: str, text: str) -> Parts:
 def intent_answer(intent: str, slots: Iterable[tuple[str, str]] = ()) -> Parts:
     """The answer to `intent_prompt`."""
     return (
-        Part(neutral(compact({"intent": intent, "slots": group_slots(slots)})), answer=True),
+        Part(neutral(compact({"intent": intent, "slots": spaced(group_slots(slots))})), answer=True),
         Part(END, control=True, answer=True),
     )
 
@@ -123,7 +149,12 @@ def service_line(service: str, methods: Mapping[str, Sequence[str]]) -> str:
 
 def call_json(call: str, args: Mapping[str, Any]) -> str:
     """One API call of a dialogue."""
-    return compact({"call": call, "args": dict(args)})
+    return compact({"call": call, "args": spaced(args)})
+
+
+def result_json(values: Mapping[str, Any]) -> str:
+    """What an API call of a dialogue gave back."""
+    return compact(spaced(values))
 
 
 def dialogue(setting: str, turns: Iterable[Turn]) -> Parts:
@@ -142,7 +173,7 @@ def dialogue(setting: str, turns: Iterable[Turn]) -> Parts:
         written = turn.speaker == "a"
         parts += [
             Part(ASSISTANT if written else USER, control=True, answer=written),
-            Part(neutral(turn.text), answer=written),
+            Part(said(turn.text), answer=written),
         ]
     return tuple(parts)
 
@@ -170,16 +201,16 @@ def home_prompt(setting: str, text: str) -> Parts:
     """Ask for the call that `text` wants in the home described by `setting` (`Home.setting()`)."""
     return (
         Part(SETTING, control=True),
-        Part(home_text(setting)),
+        Part(said(home_text(setting))),
         Part(USER, control=True),
-        Part(home_text(text)),
+        Part(said(home_text(text))),
         Part(CALL, control=True),
     )
 
 
 def home_answer(intent: str, slots: Mapping[str, Any] | None = None) -> str:
     """The call of a home row; `none` has no slots."""
-    return compact({"intent": intent} if slots is None else {"intent": intent, "slots": dict(slots)})
+    return compact({"intent": intent} if slots is None else {"intent": intent, "slots": spaced(slots)})
 
 
 def home_reply_prompt(prompt: Parts, call: str, result: str) -> Parts:
@@ -219,7 +250,7 @@ def journal_facts(part_of_day: str, entries: Sequence[JournalEntry]) -> str:
             *([f"{e.steps} steps"] * bool(e.steps)),
             *([f"{e.floors:+d} floors"] * bool(e.floors)),
         ]
-        lines.append(f"{n} {e.kind}{f' [{e.name}]' if e.name else ''} {e.motion} {' '.join(more)}")
+        lines.append(f"{n} {e.kind}{f' [ {e.name}]' if e.name else ''} {e.motion} {' '.join(more)}")
     return f"journal: {part_of_day}; " + "; ".join(lines)
 
 

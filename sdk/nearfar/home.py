@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from nearfar.errors import NearfarError, UsageError
-from nearfar.forms import home_text
+from nearfar.forms import home_text, tight
 from nearfar.splits import normalise
 
 MAX_CANDIDATES = 8  # entities that a prompt lists; more do not fit the context
@@ -185,7 +185,7 @@ def check(call: str, home: Home, request: str) -> Action | None:
     neither home nor request knows, a number out of range, nothing to act on.
     """
     try:
-        value = json.loads(call)
+        value = tight(json.loads(call))
     except (ValueError, RecursionError):
         raise BadCall(f"not JSON: {call[:80]}") from None
     if not isinstance(value, dict) or not isinstance(value.get("intent"), str):

@@ -170,10 +170,10 @@ def test_held_out_figures_tell_exact_answers_of_each_head() -> None:
     t = Trainer(recipe, ToyBatches(recipe), Budget(tokens=250 * 128))
     rows = [(np.arange(a, a + 6) % 64, np.array([False, False, True, True, True, True])) for a in range(40)]
     packed = dev.pack(rows, recipe.seq_len, recipe.micro_rows, pad_id=0, label_end=set())
-    before = dev.evaluate(t.model, packed, recipe.micro_rows, torch.float32, q8=False)
+    before = dev.evaluate(t.model, packed, torch.float32, q8=False)
     while t.progress < 1:
         t.step()
-    after = dev.evaluate(t.model, packed, recipe.micro_rows, torch.float32, q8=False)
+    after = dev.evaluate(t.model, packed, torch.float32, q8=False)
     assert before["rows"] == after["rows"] == 40
     assert after["tokens"] == 160
     assert before["exact.final"] < 0.1

@@ -35,16 +35,16 @@ class ToyBatches:
     def __init__(self, recipe: Recipe, *, seed: int = 0, always: bool = False, data_sha256: str = "toy") -> None:
         self.recipe, self.seed, self.always, self.data_sha256, self.n = recipe, seed, always, data_sha256, 0
 
-    def next_batch(self, n_sequences: int, phase: str) -> ToyBatch:
+    def next_batch(self, n_sequences: int, phase: str, width: int) -> ToyBatch:
         rng = np.random.default_rng([self.seed, 0 if self.always else self.n])
         self.n += 1
-        shape = (n_sequences, self.recipe.seq_len)
+        shape = (n_sequences, width)
         ids, targets = np.zeros(shape, np.int64), np.full(shape, NO_TARGET, np.int64)
         pos, doc = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for b in range(n_sequences):
             at = d = 0
-            while at < self.recipe.seq_len:
-                n = min(int(rng.integers(4, 12)), self.recipe.seq_len - at)
+            while at < width:
+                n = min(int(rng.integers(4, 12)), width - at)
                 ids[b, at : at + n] = (rng.integers(64) + np.arange(n)) % 64
                 targets[b, at : at + n - 1] = ids[b, at + 1 : at + n]
                 pos[b, at : at + n], doc[b, at : at + n] = np.arange(n), d

@@ -28,6 +28,7 @@ class DevRows:
     answer: NDArray[np.bool_]
     pos: NDArray[np.int64]
     doc: NDArray[np.int64]
+    n_rows: int  # that go through the model at a time; B is a multiple of it
     marks: NDArray[np.bool_]  # answer tokens up to and including the first one that ends the label
 
 
@@ -50,6 +51,7 @@ def pack(rows: Sequence[Encoded], seq_len: int, n_rows: int, pad_id: int, label_
         answer=np.zeros(shape, bool),
         pos=np.zeros(shape, np.int64),
         doc=np.full(shape, -1, np.int64),
+        n_rows=n_rows,
         marks=np.zeros(shape, bool),
     )
     for b, sequence in enumerate(sequences):
@@ -68,7 +70,7 @@ def pack(rows: Sequence[Encoded], seq_len: int, n_rows: int, pad_id: int, label_
     return out
 
 
-def evaluate(model: Decoder, rows: DevRows, n_rows: int, dtype: torch.dtype, *, q8: bool) -> dict[str, float]:
+def evaluate(model: Decoder, rows: DevRows, dtype: torch.dtype, *, q8: bool) -> dict[str, float]:
     """Per head: loss of answer tokens (nats), share of rows with the exact answer, with the exact label."""
     heads = ["final", *(f"exit.{e}" for e in model.shape.exits)]
     loss = dict.fromkeys(heads, 0.0)
@@ -79,8 +81,8 @@ def evaluate(model: Decoder, rows: DevRows, n_rows: int, dtype: torch.dtype, *, 
     with torch.no_grad():
         head = model.head(q8_embedding=q8)
         table = head.to(dtype)
-        for start in range(0, len(rows.ids), n_rows):
-            part = slice(start, start + n_rows)
+        for start in range(0, len(rows.ids), rows.n_rows):
+            part = slice(start, start + rows.n_rows)
             ids, pos, doc = (torch.from_numpy(x[part]) for x in (rows.ids, rows.pos, rows.doc))
             final, exits = model(ids, pos, doc, head, dtype)
             answer, targets = rows.answer[part], rows.targets[part]

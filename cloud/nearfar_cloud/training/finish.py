@@ -41,7 +41,7 @@ def finish(
     trainer.model.eval()
     figures = {
         # f32 and the embedding as the file stores it: the nearest that training comes to the device.
-        name: dev.evaluate(trainer.model, rows, trainer.recipe.micro_rows, torch.float32, q8=True)
+        name: dev.evaluate(trainer.model, rows, torch.float32, q8=True)
         for name, rows in held_out.items()
     }
     made = card(

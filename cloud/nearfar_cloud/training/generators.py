@@ -1,4 +1,4 @@
-"""The sources without end, by name: home requests, journals, skills."""
+"""The sources without end, by name: requests to the home, requests with intents, journals, skills."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nearfar_cloud.training.homes import HomeGenerator
+from nearfar_cloud.training.intents import IntentGenerator
 from nearfar_cloud.training.journals import JournalGenerator
 from nearfar_cloud.training.rows import Row
 from nearfar_cloud.training.skills import SkillGenerator
@@ -22,6 +23,8 @@ class Generator(Protocol):
 def generators(data: Path, seed: int, names: Sequence[str]) -> dict[str, Generator]:
     """Those of `names` that are generators."""
     made: dict[str, Generator] = {}
+    if "intents" in names:
+        made["intents"] = IntentGenerator(data, seed)
     if "home" in names:
         made["home"] = HomeGenerator(data, seed)
     if "journals" in names:

@@ -36,15 +36,15 @@ FILLER_SHARE = 0.3
 
 # Relative frequency of intents, 1 where none is said; not their number of templates, since 194 of 615 ask for states.
 WEIGHTS: dict[str, float] = {
-    "HassTurnOn": 7,
-    "HassTurnOff": 7,
-    "HassLightSet": 5,
-    "HassStartTimer": 9,
-    "HassGetState": 5,
+    "HassTurnOn": 5,
+    "HassTurnOff": 5,
+    "HassLightSet": 4,
+    "HassStartTimer": 7,
+    "HassGetState": 8,
     "HassSetPosition": 2,
 }
 WEIGHTS |= {"HassClimateSetTemperature": 2, "HassListAddItem": 1.5, "HassMediaSearchAndPlay": 2, "HassSetVolume": 1.5}
-WEIGHTS |= {"HassNevermind": 0.3, "HassRespond": 0.3, "HassGetCurrentDate": 0.4, "HassGetCurrentTime": 0.5}
+WEIGHTS |= {"HassNevermind": 0.5, "HassRespond": 0.5, "HassGetCurrentDate": 0.5, "HassGetCurrentTime": 0.6}
 DELAYED_SHARE = 0.65  # of the HassStartTimer rows carry a command for later
 HERE_DOMAINS = ("light", "switch", "fan", "media_player", "input_boolean", "climate")  # what a plain name may be
 # Of the things beside the one that is meant.

@@ -102,6 +102,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "skills": (),
 }
 CALLS_ONLY_IN_DECAY = ("sgd", "coffee")
+SHORT_ROWS = ("intents", "home", "journals", "skills", "support")  # sources whose rows are mostly under 100 tokens
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class _Generated:
 class Mix:
     """Batches without end from the data folder.
 
-    Raises DataError when a source is missing or malformed, ConfigError when `without` names no source.
+    `seq_len` is the width of the sequences, `short_len` that of the sequences of sources with short rows: attention
+    costs the square of the width, and sequences of both widths come in turn at the trainer's bidding.  Raises DataError when a source is missing or malformed, ConfigError when `without` names no source.
     """
 
     def __init__(
@@ -216,6 +218,7 @@ class Mix:
         tokenizer: RowTokenizer,
         *,
         seq_len: int,
+        short_len: int | None = None,
         seed: int,
         without: Sequence[str] = (),
         shares: Shares = SHORT_RUN,
@@ -228,6 +231,7 @@ class Mix:
             raise ConfigError(f"without {', '.join(unknown)}: expected sources of {', '.join(known)}")
         names = [name for name in known if name not in without]
         self.tokenizer, self.seq_len, self.seed, self.without = tokenizer, seq_len, seed, tuple(without)
+        self.widths = {name: short_len if short_len and name in SHORT_ROWS else seq_len for name in names}
         self.prompt_weights = prompt_weights  # of tokens that the user or a tool wrote: stable, decay
         self.shares: dict[Phase, dict[str, float]] = {
             "stable": shares.of("stable", without),
@@ -238,22 +242,23 @@ class Mix:
         self._sources: dict[str, _Files | _Generated] = {
             name: _Generated(made[name], tokenizer)
             if name in made
-            else _tokenised(data, name, tokenizer, self.data_sha256, seq_len, cache)
+            else _tokenised(data, name, tokenizer, self.data_sha256, self.widths[name], cache)
             for name in names
         }
         self._drawn: dict[str, int] = {}  # "source phase-order" -> rows taken
         self._tokens: dict[str, dict[str, int]] = {"stable": dict.fromkeys(names, 0), "decay": dict.fromkeys(names, 0)}
-        self._waiting: list[tuple[str, int]] = []  # (source, row): drawn, not yet placed
+        # width -> (source, row): drawn, not yet placed
+        self._waiting: dict[int, list[tuple[str, int]]] = {width: [] for width in {*self.widths.values(), seq_len}}
         self._orders: dict[str, tuple[int, NDArray[np.int64]]] = {}  # "source phase-order" -> (epoch, rows in order)
 
     # ------------------------------------------------------------ batches
 
-    def next_batch(self, n_sequences: int, phase: Phase) -> Batch:
-        """The next `n_sequences` sequences of `seq_len` tokens.
+    def next_batch(self, n_sequences: int, phase: Phase, width: int | None = None) -> Batch:
+        """The next `n_sequences` sequences of `width` tokens (`seq_len` unless said) from the sources of that width.
 
         Targets that the model writes weigh 1, the others the phase's `prompt_weights`.
         """
-        shape = (n_sequences, self.seq_len)
+        shape = (n_sequences, width or self.seq_len)
         batch = Batch(
             ids=np.full(shape, self.tokenizer.pad_id, np.int64),
             targets=np.full(shape, NO_TARGET, np.int64),
@@ -268,16 +273,18 @@ class Mix:
     def _fill(self, batch: Batch, b: int, phase: Phase) -> None:
         """Sequence b: the longest waiting row that fits, again and again; what is left over is padding."""
         at = n_rows = 0
-        while at < self.seq_len:
-            while len(self._waiting) < LOOKAHEAD:
-                self._waiting.append(self._draw(phase))
-            lengths = [min(len(self._sources[name].row(i)[0]), self.seq_len) for name, i in self._waiting]
-            fitting = [i for i, n in enumerate(lengths) if n <= self.seq_len - at]
+        width = batch.ids.shape[1]
+        waiting = self._waiting[width]
+        while at < width:
+            while len(waiting) < LOOKAHEAD:
+                waiting.append(self._draw(phase, width))
+            lengths = [min(len(self._sources[name].row(i)[0]), width) for name, i in waiting]
+            fitting = [i for i, n in enumerate(lengths) if n <= width - at]
             if not fitting:
                 break
             # The oldest row opens a sequence, so that no row waits for ever.
             choice = 0 if at == 0 else max(fitting, key=lambda i: (lengths[i], -i))
-            name, row = self._waiting.pop(choice)
+            name, row = waiting.pop(choice)
             ids, written = self._sources[name].row(row)
             n = lengths[choice]
             ids, written = ids[:n], written[:n]
@@ -288,15 +295,18 @@ class Mix:
             batch.weights[b, at : at + n - 1] = np.where(written[1:], 1.0, self.prompt_weights[phase == "decay"])
             at, n_rows = at + n, n_rows + 1
         batch.doc[b, at:] = n_rows
-        batch.pos[b, at:] = np.arange(self.seq_len - at)
+        batch.pos[b, at:] = np.arange(width - at)
 
-    def _draw(self, phase: Phase) -> tuple[str, int]:
-        """The next row of the source that is furthest behind its share of this phase's tokens."""
-        shares, tokens = self.shares[phase], self._tokens[phase]
-        total = sum(tokens.values())
-        name = max(shares, key=lambda k: (shares[k] * total - tokens[k], shares[k]))
+    def _draw(self, phase: Phase, width: int) -> tuple[str, int]:
+        """The next row of the source that is furthest behind its share of this phase's tokens of that width."""
+        shares = {name: s for name, s in self.shares[phase].items() if self.widths[name] == width}
+        if not shares:
+            raise ConfigError(f"the mix of the {phase} phase has no source of sequences of {width} tokens")
+        tokens = self._tokens[phase]
+        total, whole = sum(tokens[name] for name in shares), sum(shares.values())
+        name = max(shares, key=lambda k: (shares[k] / whole * total - tokens[k], shares[k]))
         row = self._next_row(name, phase)
-        tokens[name] += min(len(self._sources[name].row(row)[0]), self.seq_len)
+        tokens[name] += min(len(self._sources[name].row(row)[0]), width)
         return name, row
 
     def _next_row(self, name: str, phase: Phase) -> int:
@@ -323,7 +333,7 @@ class Mix:
             "seed": self.seed,
             "drawn": dict(self._drawn),
             "tokens": {phase: dict(count) for phase, count in self._tokens.items()},
-            "waiting": [list(key) for key in self._waiting],
+            "waiting": {str(width): [list(key) for key in rows] for width, rows in self._waiting.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -333,7 +343,7 @@ class Mix:
                 raise DataError(f"the saved position has {key} {state.get(key)}, this mix {mine}: train from the start")
         self._drawn = dict(state["drawn"])
         self._tokens = {phase: dict(count) for phase, count in state["tokens"].items()}
-        self._waiting = [(name, int(row)) for name, row in state["waiting"]]
+        self._waiting = {int(w): [(name, int(row)) for name, row in rows] for w, rows in state["waiting"].items()}
         self._orders = {}
 
     # ------------------------------------------------------------ for the card

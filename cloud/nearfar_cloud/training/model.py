@@ -9,6 +9,8 @@ The exported file computes the same numbers (tests/cloud/test_export.py).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,12 +52,8 @@ def visible(doc: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """q [B, H, T, d], k and v [B, KV, T, d], mask bool [B, 1, T, T] -> [B, H, T, d]; H / KV heads share one k, v."""
     group = q.shape[1] // k.shape[1]
-    grouped = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)  # [B, KV, group * T, d]
-    scores = (grouped @ k.mT).float() * q.shape[-1] ** -0.5
-    scores = scores.unflatten(2, (group, -1)).masked_fill(~mask.unsqueeze(1), -torch.inf)  # [B, KV, group, T, T]
-    p = scores.softmax(-1).to(v.dtype).flatten(2, 3)
-    out: Tensor = (p @ v).unflatten(2, (group, -1)).flatten(1, 2)
-    return out
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class RMSNorm(nn.Module):
@@ -125,15 +123,25 @@ class Decoder(nn.Module):
         return fake_q8_0(self.embedding) if q8_embedding else self.embedding
 
     def forward(
-        self, ids: Tensor, pos: Tensor, doc: Tensor, head: Tensor, dtype: torch.dtype = torch.float32
+        self,
+        ids: Tensor,
+        pos: Tensor,
+        doc: Tensor,
+        head: Tensor,
+        dtype: torch.dtype = torch.float32,
+        exits: Collection[int] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """ids, pos, doc int64 [B, T], head f32 [V, D] -> final rows f32 [B, T, D], and those of each exit by layer."""
+        """ids, pos, doc int64 [B, T], head f32 [V, D] -> final rows f32 [B, T, D], and by layer those of `exits`.
+
+        Left out, `exits` are all that the shape has.
+        """
+        wanted = self.shape.exits if exits is None else exits
         cos, sin = rotation(pos, self.shape.head_dim, self.shape.rope_base)
         mask = visible(doc)
         x = F.embedding(ids, head)
-        exits: dict[int, Tensor] = {}
+        early: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, cos, sin, mask, dtype)
-            if i in self.shape.exits:
-                exits[i] = self.exit_norms[str(i)](x)
-        return self.output_norm(x), exits
+            if i in wanted:
+                early[i] = self.exit_norms[str(i)](x)
+        return self.output_norm(x), early

@@ -14,11 +14,12 @@ from typing import Literal
 from nearfar.errors import ConfigError
 from nearfar_cloud.training.mix import LONG_RUN, Shares
 
-# For a first model in well under an hour (5 to 10 M tokens): what the device is for comes first, language last.
-FIRST_RUN = Shares(
-    stable={"intents": 29, "home": 29, "sgd": 20, "journals": 5, "skills": 4}
-    | {"stories": 4, "books": 3, "coffee": 3, "persona": 3},
-    decay={"intents": 35, "home": 33, "sgd": 14, "journals": 9, "skills": 5, "coffee": 2, "persona": 1, "stories": 1},
+# An hour or two on two cores (10 to 40 M tokens): what the device is for comes first, language last.
+DEVICE_FIRST = Shares(
+    stable={"intents": 29, "home": 22, "journals": 5, "skills": 4}
+    | {"sgd": 26, "stories": 4, "books": 4, "coffee": 3, "persona": 3},
+    decay={"intents": 31, "home": 22, "journals": 5, "skills": 2}
+    | {"sgd": 32, "stories": 2, "books": 1, "coffee": 3, "persona": 2},
 )
 
 TQ_BLOCK = 256  # weights in one block of GGUF's ternary types: every inner width is a multiple of it
@@ -78,11 +79,13 @@ class Recipe:
     shape: Shape
     seq_len: int = 512  # columns of a batch row; documents are packed into it
     micro_rows: int = 4  # rows of one forward pass; larger batches accumulate
+    short: tuple[int, int] | None = None  # rows and columns of a pass of its own for the sources with short rows
     batch_tokens: tuple[int, int] = (2048, 8192)  # at the start and at the end of the stable phase
     peak_lr: float = 3e-3
     final_lr: float = 0.02  # share of the peak that is left at the end
     warmup: float = 0.02  # share of the budget
     decay_from: float = 0.75  # share of the budget
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices; everything else is AdamW's
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     weight_decay: float = 0.1  # on the matrices, and 0 in the decay
@@ -97,12 +100,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.seq_len > self.shape.n_ctx:
             raise ConfigError(f"seq_len={self.seq_len} exceeds the context of {self.shape.n_ctx}")
+        if self.short and not 0 < self.short[1] <= self.seq_len:
+            raise ConfigError(f"short={self.short}: expected rows of 1..{self.seq_len} columns")
         if not 0 <= self.warmup < self.decay_from < 1:
             raise ConfigError(f"warmup={self.warmup}, decay_from={self.decay_from}: expected 0 <= warmup < decay < 1")
 
     @property
+    def passes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the forward passes that one part of a batch takes: short rows, long rows."""
+        return (*([self.short] if self.short else []), (self.micro_rows, self.seq_len))
+
+    @property
     def micro_tokens(self) -> int:
-        return self.seq_len * self.micro_rows
+        return sum(rows * columns for rows, columns in self.passes)
 
     @property
     def sha256(self) -> str:
@@ -117,18 +127,22 @@ def _recipes() -> dict[str, Recipe]:
     return {
         r.name: r
         for r in (
-            Recipe("pico", pico, peak_lr=4e-3, seq_len=256, micro_rows=8, decay_from=0.6, shares=FIRST_RUN),
+            Recipe("pico", pico, peak_lr=4e-3, seq_len=256, micro_rows=8, decay_from=0.6, shares=DEVICE_FIRST),
             Recipe("xs", xs, peak_lr=4e-3),
-            # Half an hour and more on two cores.  The long decay: at 3e-3 ternary weights flip so much that a tenth of
-            # the loss is noise, and many small steps are what teaches copying.
+            # An hour and more on two cores.  The long decay: at 3e-3 ternary weights flip so much that a tenth of the
+            # loss is noise, and many small steps are what teaches copying.
             Recipe(
                 "nano",
                 nano,
-                batch_tokens=(2048, 2048),
+                short=(12, 192),
+                micro_rows=3,
+                batch_tokens=(3840, 3840),
+                peak_lr=6e-3,
+                optimizer="muon",
                 decay_from=0.3,
                 prompt_weights=(0.2, 0.1),
                 prompt_stride=4,
-                shares=FIRST_RUN,
+                shares=DEVICE_FIRST,
             ),
             Recipe("small", small, peak_lr=1.5e-3, batch_tokens=(8192, 65536)),
         )

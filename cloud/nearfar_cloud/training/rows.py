@@ -7,7 +7,6 @@ test file (held_out.py) are left out.
 from __future__ import annotations
 
 import csv
-import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,16 +17,13 @@ from nearfar import forms
 from nearfar.errors import DataError
 from nearfar.forms import Parts, Turn
 from nearfar.splits import RESIDUES, split_residue
-from nearfar_cloud.training import lexicon
 from nearfar_cloud.training.files import DATA_README, field, json_file, json_lines, open_text, pairs
 from nearfar_cloud.training.held_out import test_texts, text_hash
-from nearfar_cloud.training.lexicon import listed
 
 Split = Literal["train", "dev", "test"]
 
-VERSION = 1  # of the rows that these readers make; part of the data hash
+VERSION = 2  # of the rows that these readers make; part of the data hash
 MAX_ROW_CHARS = 1_400  # about 450 tokens: a piece of a dialogue or book that fits sequences of 512
-N_VARIANTS = 3  # each intent row is kept once as written and twice changed (names swapped, case, punctuation)
 DIALOGUE_DAY = "2019-03-01"  # the day on which SGD's speakers say "today"
 RESULT_FIELDS = 6  # of a call's first result
 
@@ -92,70 +88,33 @@ def clinc_domains(data: Path) -> dict[str, list[str]]:
     return found
 
 
-NAMED_SLOTS = listed(
-    "artist|name|person|playlist|album|track|song|place|city|state|restaurant|poi|podcast|radio|entity|movie|game|"
-    "business|device|list"
-)  # a slot whose type contains one of these holds a name
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A request with its intent and the typed spans in it."""
+
+    space: str  # the data set, whose labels these are
+    text: str
+    intent: str
+    slots: tuple[tuple[str, str], ...] = ()
+
+    def parts(self) -> Parts:
+        """The request as a row."""
+        return forms.intent_prompt(self.space, self.text) + forms.intent_answer(self.intent, self.slots)
 
 
-def swap_names(text: str, slots: list[tuple[str, str]], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """The same request about invented names: spans stay spans, which teaches copying instead of recalling."""
-    changed = []
-    for kind, value in slots:
-        named = any(word in kind for word in NAMED_SLOTS) and not value.isdigit()
-        pattern = rf"(?<!\w){re.escape(value)}(?!\w)"
-        if named and value and len(re.findall(pattern, text)) == 1 and rng.random() < 0.7:
-            new = lexicon.invented_name(rng)
-            new = new.title() if value[:1].isupper() else new
-            text = re.sub(pattern, new, text)
-            changed.append((kind, new))
-        else:
-            changed.append((kind, value))
-    if all(value in text for _, value in changed):
-        return text, changed
-    return text, []
-
-
-def restyle(text: str, slots: list[tuple[str, str]], rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    """The same request in another case, with or without its last mark; values change with the text."""
-    roll = rng.random()
-    if roll < 0.5:
-        text, slots = text.lower(), [(kind, value.lower()) for kind, value in slots]
-    elif roll < 0.65 and not any(text.startswith(value) for _, value in slots):
-        text = text[:1].upper() + text[1:]
-    ended = text.rstrip(".?! ") + rng.choice(("", ".", "?", "!"))
-    if rng.random() < 0.5 and all(value in ended for _, value in slots):
-        text = ended
-    return text, slots
-
-
-def _variants(space: str, text: str, intent: str, slots: list[tuple[str, str]], first: Parts) -> Iterator[Row]:
-    yield Row("intents", first)
-    rng = random.Random(f"{space}|{text}")
-    for n in range(1, N_VARIANTS):
-        new_text, new_slots = text, slots
-        if n % 2 == 1:
-            new_text, new_slots = swap_names(text, slots, rng)
-            if slots and not new_slots:
-                new_text, new_slots = text, slots
-        new_text, new_slots = restyle(new_text, new_slots, rng)
-        yield Row("intents", forms.intent_prompt(space, new_text) + forms.intent_answer(intent, new_slots))
+def labelled(data: Path, split: Split = "train") -> Iterator[Labelled]:
+    """The requests of HWU64, SNIPS and CLINC150; training leaves out what a test file repeats."""
+    known = test_texts(data) if split == "train" else frozenset()
+    found = [Labelled("hwu64", text, intent, tuple(slots)) for text, _, intent, slots in hwu64(data, split)]
+    found += [Labelled("snips", text, intent, tuple(slots)) for text, intent, slots in snips(data, split)]
+    found += [Labelled("clinc150", text, intent) for text, intent in clinc150(data, split)]
+    yield from (request for request in found if text_hash(request.text) not in known)
 
 
 def intents(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
-    """HWU64, SNIPS and CLINC150; training has each row `N_VARIANTS` times, every one a little different."""
-    known = test_texts(data) if split == "train" else frozenset()
-    rows = [("hwu64", text, intent, slots) for text, _, intent, slots in hwu64(data, split)]
-    rows += [("snips", text, intent, slots) for text, intent, slots in snips(data, split)]
-    rows += [("clinc150", text, intent, []) for text, intent in clinc150(data, split)]
-    for space, text, intent, slots in rows:
-        if text_hash(text) in known:
-            continue
-        first = forms.intent_prompt(space, text) + forms.intent_answer(intent, slots)
-        if split == "train":
-            yield from _variants(space, text, intent, slots, first)
-        else:
-            yield Row("intents", first)
+    """HWU64, SNIPS and CLINC150, as written; training changes them (intents.py)."""
+    for request in labelled(data, split):
+        yield Row("intents", request.parts())
 
 
 def support(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
@@ -215,38 +174,75 @@ def schema(data: Path, split: Split = "train") -> dict[str, dict[str, list[str]]
     return services
 
 
-def sgd_setting(services: list[str], methods: dict[str, dict[str, list[str]]], *, with_schema: bool) -> str:
-    """The setting of an SGD dialogue: its day and, in half of the rows, what its services can do."""
-    if not with_schema:
-        return DIALOGUE_DAY
+def sgd_setting(services: list[str], methods: dict[str, dict[str, list[str]]]) -> str:
+    """The setting of an SGD dialogue: its day and what its services can do."""
     return "; ".join([DIALOGUE_DAY, *(forms.service_line(name, methods[name]) for name in services)])
 
 
 def sgd(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:
-    """Schema-guided dialogues with their API calls; split "test" is sgd_dev."""
+    """Schema-guided dialogues with their API calls; split "test" is sgd_dev.
+
+    What is learned is the calls.  A dialogue gives its beginning, as far as it fits, and a row for each later call with
+    the turns before it, as evaluation asks: a call in the middle of a window would want values that are out of sight.
+    """
     path = data / "dialogue" / ("sgd_train.jsonl.xz" if split != "test" else "sgd_dev.jsonl.xz")
     methods = schema(data, split)
     for where, row in json_lines(path, "dialogues with API calls"):
-        name, services = field(where, row, "id", str), field(where, row, "services", list)
+        services = field(where, row, "services", list)
         missing = [s for s in services if s not in methods]
         if missing:
             raise DataError(f"{where}: expected services of the schema, found {missing[0]!r}")
-        turns = []
-        for turn in field(where, row, "turns", list):
-            if not isinstance(turn, dict):
-                raise DataError(f"{where}: expected a turn as an object, found {str(turn)[:40]!r}")
-            calls = []
-            for call in turn.get("calls", []):
-                args, result = field(where, call, "args", dict), call.get("result") or {}
-                first = dict(list(result.items())[:RESULT_FIELDS])
-                calls.append((forms.call_json(field(where, call, "method", str), args), forms.compact(first)))
-            turns.append(Turn(field(where, turn, "s", str), field(where, turn, "t", str), tuple(calls)))
-        key = " ".join(turn.text for turn in turns)
-        if split == "test" or _held(key, split):
-            setting = sgd_setting(services, methods, with_schema=split_residue(name, 2) == 0)
+        turns = list(_sgd_turns(where, row))
+        if split == "test" or _held(" ".join(turn.text for turn in turns), split):
+            setting = sgd_setting(services, methods)
             if len(setting) > max_chars // 2:
                 setting = DIALOGUE_DAY  # short sequences have no room for what several services can do
-            yield from _windows(turns, setting, "sgd", max_chars)
+            yield from _dialogue_rows(turns, setting, max_chars)
+
+
+def _sgd_turns(where: str, row: dict[str, Any]) -> Iterator[Turn]:
+    for turn in field(where, row, "turns", list):
+        if not isinstance(turn, dict):
+            raise DataError(f"{where}: expected a turn as an object, found {str(turn)[:40]!r}")
+        calls = []
+        for call in turn.get("calls", []):
+            args, result = field(where, call, "args", dict), call.get("result") or {}
+            first = dict(list(result.items())[:RESULT_FIELDS])
+            calls.append((forms.call_json(field(where, call, "method", str), args), forms.result_json(first)))
+        yield Turn(field(where, turn, "s", str), field(where, turn, "t", str), tuple(calls))
+
+
+def _dialogue_rows(turns: list[Turn], setting: str, max_chars: int) -> Iterator[Row]:
+    """The beginning of a dialogue, then one row a call."""
+    used, last = len(setting), 0
+    while last < len(turns) and (used := used + _chars(turns[last])) <= max_chars:
+        last += 1
+    last = max(last, 1)
+    end = (forms.Part(forms.END, control=True, answer=True),) if last == len(turns) else ()
+    yield Row("sgd", _calls_only(forms.dialogue(setting, turns[:last])) + end)
+    for n in range(last, len(turns)):
+        for call, _ in turns[n].calls[:1]:
+            before = forms.last_turns(turns[:n], max(max_chars - len(setting) - len(call), max_chars // 4))
+            asked = _calls_only(forms.dialogue(setting, before), nothing=True)
+            yield Row(
+                "sgd",
+                (
+                    *asked,
+                    forms.Part(forms.CALL, control=True, answer=True),
+                    forms.Part(forms.neutral(call), answer=True),
+                    forms.Part(forms.RESULT, control=True, answer=True),
+                ),
+            )
+
+
+def _chars(turn: Turn) -> int:
+    return len(turn.text) + sum(len(call) + len(result) for call, result in turn.calls)
+
+
+def _calls_only(parts: Parts, *, nothing: bool = False) -> Parts:
+    """The parts with what the assistant says as mere context (`nothing`: all of it is)."""
+    said = {i + 1 for i, part in enumerate(parts) if part.text == forms.ASSISTANT and part.control}
+    return tuple(part._replace(answer=False) if nothing or i in said else part for i, part in enumerate(parts))
 
 
 def _trim(value: Any) -> Any:
@@ -272,8 +268,8 @@ def coffee(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -
             for call in turn.get("calls", []):
                 method = field(where, call, "name", str)
                 if method != "get_order_details":  # repeats what the dialogue just built
-                    args = forms.compact({"call": method, "args": _trim(call.get("args") or {})})
-                    calls.append((args, forms.compact(_trim(call.get("result") or {}))))
+                    args = forms.call_json(method, _trim(call.get("args") or {}))
+                    calls.append((args, forms.result_json(_trim(call.get("result") or {}))))
             turns.append(Turn(field(where, turn, "s", str), field(where, turn, "t", str)))
             if calls and turns[-1].speaker == "u":  # made after the user spoke, before the answer
                 turns.append(Turn("a", "", tuple(calls)))

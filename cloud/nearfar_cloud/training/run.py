@@ -17,24 +17,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from nearfar.errors import Cancelled, FileError, UsageError
+from nearfar.errors import Cancelled, FileError, NearfarError, UsageError
 from nearfar_cloud.training import dev, rows, tokenizer
 from nearfar_cloud.training.checkpoint import Checkpoints, read
 from nearfar_cloud.training.dev import DevRows
 from nearfar_cloud.training.finish import commit, finish
 from nearfar_cloud.training.homes import HomeGenerator
 from nearfar_cloud.training.journals import JournalGenerator
-from nearfar_cloud.training.mix import Mix
+from nearfar_cloud.training.mix import SHORT_ROWS, Mix
 from nearfar_cloud.training.recipe import Recipe
 from nearfar_cloud.training.schedule import Budget
 from nearfar_cloud.training.trainer import Report, Trainer
 
 DEV_ROWS = {"intents": 300, "home": 150, "sgd": 24, "journals": 40}  # rows of each source that are looked at
+SAME_LOSS = 0.5  # nats between two precisions in the first steps: far more than rounding, far less than a fault
 WATCHED = ("intents", "home")  # the best checkpoint is the best here
 
 
@@ -94,6 +96,7 @@ def train(recipe: Recipe, options: Options) -> Path:
         options.data,
         tok,
         seq_len=recipe.seq_len,
+        short_len=recipe.short[1] if recipe.short else None,
         seed=recipe.seed,
         without=options.without,
         shares=recipe.shares,
@@ -165,7 +168,7 @@ def _checkpoint(
 ) -> float:
     """Look at the held-out rows and save; returns the best dev loss so far.  A disk that is full ends nothing."""
     figures = {
-        name: dev.evaluate(trainer.model, r, trainer.recipe.micro_rows, trainer.dtype, q8=trainer.phase == "decay")
+        name: dev.evaluate(trainer.model, r, trainer.dtype, q8=trainer.phase == "decay")
         for name, r in held_out.items()
     }
     watched = [figures[name]["loss.final"] for name in WATCHED if name in figures]
@@ -262,23 +265,33 @@ def dev_rows(data: Path, tok: tokenizer.RowTokenizer, recipe: Recipe, without: S
         else:
             sample = list(rows.FILE_SOURCES[name](data, "dev", rows.MAX_ROW_CHARS))
             random.Random(f"dev {name}").shuffle(sample)
-        packed[name] = dev.pack(tok.encode_rows(sample[:n]), recipe.seq_len, recipe.micro_rows, tok.pad_id, label_end)
+        n_rows, width = recipe.passes[0 if name in SHORT_ROWS else -1]
+        packed[name] = dev.pack(tok.encode_rows(sample[:n]), width, n_rows, tok.pad_id, label_end)
     return packed
 
 
 def choose_precision(recipe: Recipe, mix: Mix, options: Options, log: Log) -> str:
-    """The recipe's precision; for "auto" three steps of each are timed, after a warm one, and the faster stays."""
+    """The recipe's precision; for "auto" a few steps of each are timed, after a warm one, and the faster stays.
+
+    bf16 is out where its losses are not those of fp32: torch's compiler has been seen to get it wrong on some CPUs.
+    """
     if recipe.precision != "auto":
         return recipe.precision
-    position, seconds = mix.state(), {}
+    position, seconds, losses = mix.state(), {}, {}
     for precision in ("bf16", "fp32"):
+        mix.restore(position)
         trainer = Trainer(recipe, mix, options.budget, precision=precision, compiled=options.compiled)
-        trainer.step()
-        start = time.process_time()
-        for _ in range(3):
+        try:
             trainer.step()
-        seconds[precision] = time.process_time() - start
+            start = time.process_time()
+            losses[precision] = [trainer.step().loss for _ in range(3)]
+            seconds[precision] = time.process_time() - start
+        except NearfarError:  # three steps that were not finite
+            continue
     mix.restore(position)
+    if not all(abs(a - b) < SAME_LOSS for a, b in zip(losses.get("bf16", [inf]), losses["fp32"], strict=False)):
+        log.note(f"bf16 does not compute what fp32 does on this machine (losses {losses}): training in fp32")
+        return "fp32"
     choice = min(seconds, key=lambda p: seconds[p])
     figures = ", ".join(f"{p} {s / 3:.2f}" for p, s in seconds.items())
     log.note(f"CPU seconds a step: {figures}; training in {choice}")

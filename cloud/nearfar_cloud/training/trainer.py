@@ -13,13 +13,16 @@ from torch import Tensor
 
 from nearfar.errors import NearfarError
 from nearfar_cloud.training import schedule
+from nearfar_cloud.training.bitlinear import BitLinear
 from nearfar_cloud.training.checkpoint import Checkpoint, check_same_run
 from nearfar_cloud.training.losses import chunk_loss, head_loss
 from nearfar_cloud.training.model import Decoder
+from nearfar_cloud.training.muon import Muon
 from nearfar_cloud.training.recipe import Recipe
 from nearfar_cloud.training.schedule import Budget, Phase
 
 MAX_BAD_STEPS = 3  # in a row, with a loss or gradient that is not finite
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # what the optimizers keep of each parameter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,7 +46,7 @@ class Batches(Protocol):
 
     data_sha256: str
 
-    def next_batch(self, n_sequences: int, phase: Phase) -> Batch: ...
+    def next_batch(self, n_sequences: int, phase: Phase, width: int) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any]) -> None: ...
 
@@ -73,15 +76,16 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe, self.batches, self.budget, self.precision = recipe, batches, budget, precision
         self.model = Decoder(recipe.shape)
-        self.optimizer = _optimizer(self.model, recipe)
+        self.optimizers = _optimizers(self.model, recipe)
         self.n, self.tokens, self.seconds, self.bad_steps = 0, 0, 0.0, 0
         self.chunk: Callable[..., Any] = chunk_loss
         if compiled:
             self._compile()
 
     def _compile(self) -> None:
-        for block in self.model.blocks:
-            block.compile(dynamic=False)
+        model = self.model
+        for module in (*model.blocks, model.output_norm, *model.exit_norms.values()):
+            module.compile(dynamic=False)
         self.chunk = torch.compile(chunk_loss, dynamic=False)
 
     @property
@@ -102,8 +106,9 @@ class Trainer:
         progress, phase = self.progress, self.phase
         exit_layer = self.recipe.shape.exits[self.n % len(self.recipe.shape.exits)]
         micro = [
-            self.batches.next_batch(self.recipe.micro_rows, phase)
+            self.batches.next_batch(rows, phase, columns)
             for _ in range(schedule.micro_batches(progress, self.recipe))
+            for rows, columns in self.recipe.passes
         ]
         tensors = [thinned(as_tensors(b), self.recipe.prompt_stride, self.n) for b in micro]
         total = sum(float(t.weights[t.targets >= 0].sum()) for t in tensors)
@@ -124,7 +129,7 @@ class Trainer:
         """Add the gradients of one micro-batch; its loss sums, f32 [3]."""
         decay = phase == "decay"
         head = self.model.head(q8_embedding=decay)
-        final, exits = self.model(batch.ids, batch.pos, batch.doc, head, self.dtype)
+        final, exits = self.model(batch.ids, batch.pos, batch.doc, head, self.dtype, (exit_layer,))
         sums = head_loss(
             final,
             exits[exit_layer],
@@ -144,13 +149,14 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
         if torch.isfinite(torch.tensor([norm, loss])).all():
             self.bad_steps = 0
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-                group["weight_decay"] = self.recipe.weight_decay if group["decays"] and phase == "stable" else 0.0
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                    group["weight_decay"] = self.recipe.weight_decay if group["decays"] and phase == "stable" else 0.0
+                optimizer.step()
         else:
             self.bad_steps += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.bad_steps == MAX_BAD_STEPS:
             raise NearfarError(
                 f"step {self.n + 1}: loss {loss}, gradient norm {norm} at lr {lr:.2e}, the third step in a row that is "
@@ -162,8 +168,9 @@ class Trainer:
         """Everything that `restore` needs to go on as if nothing had happened."""
         tensors = {f"model.{k}": v.detach().clone() for k, v in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"adam.{key}.{name}"] = value.detach().clone()
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(p, {}).items():
+                    tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
         tensors["rng"] = torch.get_rng_state()
         state = {
             "recipe": self.recipe.name,
@@ -186,9 +193,10 @@ class Trainer:
         self.batches.restore(state["mix"])
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, p in self.model.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"adam.step.{name}" in tensors:
-                self.optimizer.state[p] = {key: tensors[f"adam.{key}.{name}"] for key in keys}
+            saved = {key: tensors[at] for key in MOMENTS if (at := f"optimizer.{key}.{name}") in tensors}
+            for optimizer in self.optimizers:
+                if saved and any(p is q for group in optimizer.param_groups for q in group["params"]):
+                    optimizer.state[p] = dict(saved)
         torch.set_rng_state(tensors["rng"])
         self.precision = state["precision"]
         self.n, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
@@ -223,9 +231,17 @@ def thinned(batch: Tensors, stride: int, n: int) -> Tensors:
     return batch._replace(weights=weights)
 
 
-def _optimizer(model: Decoder, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; weight decay pulls on the latents of the ternary matrices only."""
-    latents = [p for name, p in model.named_parameters() if name.endswith("latent")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("latent")]
-    groups = [{"params": latents, "decays": True}, {"params": others, "decays": False}]
+def _optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """The recipe's choice for the latents, AdamW for the rest; weight decay pulls on the latents only."""
+    linears = [m for m in model.modules() if isinstance(m, BitLinear)]
+    latents = {"params": [m.latent for m in linears], "decays": True}
+    mine = {id(p) for p in latents["params"]}
+    others = {"params": [p for p in model.parameters() if id(p) not in mine], "decays": False}
+    if recipe.optimizer == "muon":
+        rows = {"rows": [m.sizes for m in linears]}
+        return [Muon([latents | rows], lr=recipe.peak_lr), _adamw([others], recipe)]
+    return [_adamw([latents, others], recipe)]
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, weight_decay=0.0, fused=True)

@@ -14,7 +14,7 @@ from nearfar.cli.answer import answer_facts, print_summary, stream_answer
 from nearfar.cli.terminal import Paint, printable
 from nearfar.cli.words import read_text
 from nearfar.errors import DataError
-from nearfar.forms import CALL_STOPS, ROWS_VERSION, Parts, home_prompt, home_reply_prompt
+from nearfar.forms import CALL_STOPS, ROWS_VERSION, Parts, home_prompt, home_reply_prompt, tight
 from nearfar.home import (
     NO_INTENT,
     Action,
@@ -120,7 +120,7 @@ def checked(action: Action | None) -> str:
 def facts(done: Handled) -> dict[str, Any]:
     """The request for `--json`."""
     try:
-        call = json.loads(done.call.text)
+        call = tight(json.loads(done.call.text))
     except ValueError:
         call = None
     return {

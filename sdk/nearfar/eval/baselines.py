@@ -128,7 +128,8 @@ class LastValues:
         called: dict[str, str] = {}
         for turn in before.turns:
             for call, result in turn.calls:
-                called |= {k: str(v) for k, v in {**json.loads(result), **json.loads(call)["args"]}.items()}
+                known = forms.tight({**json.loads(result), **json.loads(call)["args"]})
+                called |= {k: str(v) for k, v in known.items()}
         args: dict[str, str] = {}
         for slot in sorted({*method.required, *method.optional}):
             value = self._last_mention(slot, text) or called.get(slot)

@@ -113,7 +113,7 @@ def _calls(where: str, name: str, services: tuple[str, ...], turns: list[Any], s
             context = Before(services, tuple(before), service)
             yield Row(f"{name} turn {n}", before[-1].text if before else "", gold, kind, name, context)
             first = dict(list((call.get("result") or {}).items())[:RESULT_FIELDS])
-            made.append((forms.call_json(method, args), forms.compact(first)))
+            made.append((forms.call_json(method, args), forms.result_json(first)))
         before.append(Turn(corpora.field(where, turn, "s", str), corpora.field(where, turn, "t", str), tuple(made)))
 
 

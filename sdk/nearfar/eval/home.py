@@ -94,7 +94,7 @@ def _slot_schema(kind: house.Kind) -> Json:
     if isinstance(kind, str):
         return {"type": "string"}
     if isinstance(kind[0], str):
-        return {"enum": list(kind)}
+        return {"enum": [*kind, *forms.spaced(kind)]}
     return {"type": "number", "minimum": kind[0], "maximum": kind[1]}
 
 

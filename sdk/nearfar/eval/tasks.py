@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from nearfar.errors import ContextError, DataError, FileError
 from nearfar.eval.corpora import json_lines
 from nearfar.eval.intervals import Interval
-from nearfar.forms import CALL_STOPS, Part, Parts
+from nearfar.forms import CALL_STOPS, ROWS_VERSION, Part, Parts
 
 Json = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ class Model(Protocol):
 
 def speaks_rows(model: Model) -> bool:
     """Whether the model was trained on the rows of nearfar.forms."""
-    return "nearfar.rows" in model.metadata
+    return bool(model.metadata.get("nearfar.rows") == ROWS_VERSION)
 
 
 def stop_ids(model: Model) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ import pytest
 from nearfar import forms
 from nearfar.errors import ConfigError, DataError, TokenizerError
 from nearfar_cloud.training import generators, mix, rows, tokenizer
-from nearfar_cloud.training.mix import LONG_RUN, NO_TARGET, PROMPT_WEIGHT, SHORT_RUN, Batch, Mix
+from nearfar_cloud.training.mix import LONG_RUN, NO_TARGET, PROMPT_WEIGHT, Batch, Mix
+from nearfar_cloud.training.recipe import DEVICE_FIRST
 from nearfar_cloud.training.tokenizer import RowTokenizer
 from tests.cloud import mini_data
 
@@ -96,7 +97,7 @@ def test_positions_and_documents_restart_with_each_row(data: Path, tok: RowToken
 
 def test_every_row_in_a_sequence_is_a_row_of_a_source(data: Path, tok: RowTokenizer) -> None:
     known = {tuple(ids.tolist())[:T] for name in rows.FILE_SOURCES for ids, _ in tok.encode_rows(_read(data, name))}
-    made = generators.generators(data, 1, ["home", "journals", "skills"])
+    made = generators.generators(data, 1, ["intents", "home", "journals", "skills"])
     known |= {tuple(ids)[:T] for g in made.values() for i in range(800) for ids in [tok.encode_parts(g.row(i).parts)]}
     batch = make(data, tok).next_batch(30, "stable")
     for ids, doc in zip(batch.ids, batch.doc, strict=True):
@@ -141,7 +142,7 @@ def test_the_decay_draws_dialogues_with_calls_only(data: Path, tok: RowTokenizer
     assert not any(without(m.next_batch(20, "decay")))
 
 
-@pytest.mark.parametrize("table", [LONG_RUN, SHORT_RUN])
+@pytest.mark.parametrize("table", [LONG_RUN, DEVICE_FIRST])
 def test_the_tables_are_percentages_of_known_sources(table: mix.Shares) -> None:
     for part in (table.stable, table.decay):
         assert sum(part.values()) == 100
@@ -184,7 +185,7 @@ def test_the_card_has_a_licence_and_a_credit_for_every_source(data: Path, tok: R
 
 def test_the_cache_gives_the_rows_that_reading_gives(data: Path, tok: RowTokenizer, tmp_path: Path) -> None:
     fresh = make(data, tok, cache=tmp_path).next_batch(5, "stable")
-    assert len(list(tmp_path.glob("*.npz"))) == len(rows.FILE_SOURCES) - 1  # all but support, which has no share
+    assert len(list(tmp_path.glob("*.npz"))) == len(rows.FILE_SOURCES) - 1  # intents are made anew
     assert same(fresh, make(data, tok, cache=tmp_path).next_batch(5, "stable"))
     assert same(fresh, make(data, tok).next_batch(5, "stable"))
 

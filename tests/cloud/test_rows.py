@@ -25,8 +25,8 @@ def read(data: Path, source: str, split: rows.Split = "train", max_chars: int = 
 
 
 def test_an_intent_row_names_its_label_space_and_joins_scenario_and_intent(data: Path) -> None:
-    call = '{"intent":"alarm_set","slots":{"time":"1","house_place":"hall"}}'
-    assert f"<|s|>hwu64<|u|>Wake me at 1 in the hall<|c|>{call}<|e|>" in read(data, "intents")
+    call = '{"intent":"alarm_set","slots":{"time":" 1","house_place":" hall"}}'
+    assert f"<|s|>hwu64<|u|> Wake me at 1 in the hall<|c|>{call}<|e|>" in read(data, "intents")
 
 
 def test_a_repeated_slot_type_becomes_a_list() -> None:
@@ -36,34 +36,28 @@ def test_a_repeated_slot_type_becomes_a_list() -> None:
 
 def test_an_sgd_dialogue_shows_its_calls_results_and_the_day(data: Path) -> None:
     shown = read(data, "sgd")
-    call = '{"call":"FindFood","args":{"cuisine":"greek","city":"San Jose"}}'
+    call = '{"call":"FindFood","args":{"cuisine":" greek","city":" San Jose"}}'
     row = next(r for r in shown if "number 1." in r)
     assert row.endswith(
-        f"<|u|>I want greek food in San Jose, number 1.<|c|>{call}"
-        '<|r|>{"cuisine":"greek","city":"San Jose","name":"greek house"}<|a|>How about greek house?'
-        "<|u|>Thanks, that is all.<|a|>Have a nice day.<|e|>"
+        f"<|u|> I want greek food in San Jose, number 1.<|c|>{call}"
+        '<|r|>{"cuisine":" greek","city":" San Jose","name":" greek house"}<|a|> How about greek house?'
+        "<|u|> Thanks, that is all.<|a|> Have a nice day.<|e|>"
     )
-    assert row.startswith("<|s|>2019-03-01")
-
-
-def test_about_half_of_the_dialogues_say_what_their_services_can_do(data: Path) -> None:
-    shown = read(data, "sgd")
-    with_schema = sum("Food_1: FindFood(cuisine, city)" in row for row in shown)
-    assert 0.2 * len(shown) < with_schema < 0.8 * len(shown)
+    assert row.startswith("<|s|>2019-03-01; Food_1: FindFood(cuisine, city)")
 
 
 def test_ids_and_menus_are_trimmed_from_coffee_orders(data: Path) -> None:
     row = read(data, "coffee")[0]
-    assert '{"call":"add_order_item","args":{"item":"mocha"}}' in row
+    assert '{"call":"add_order_item","args":{"item":" mocha"}}' in row
     assert "order_id" not in row
 
 
 def test_the_second_speaker_of_a_persona_chat_is_the_assistant(data: Path) -> None:
-    assert "<|s|>I like thai.<|u|>Hi!<|a|>Hello thai!<|e|>" in read(data, "persona")
+    assert "<|s|>I like thai.<|u|> Hi!<|a|> Hello thai!<|e|>" in read(data, "persona")
 
 
 def test_worked_answers_lose_their_calculator_marks(data: Path) -> None:
-    assert "<|u|>What is 3 plus 1?<|a|>4<|e|>" in read(data, "gsm8k")
+    assert "<|u|> What is 3 plus 1?<|a|> 4<|e|>" in read(data, "gsm8k")
 
 
 def test_documents_are_cut_between_paragraphs_and_end_once(data: Path) -> None:
@@ -73,7 +67,8 @@ def test_documents_are_cut_between_paragraphs_and_end_once(data: Path) -> None:
     assert all(piece.startswith("The ") for piece in pieces)
 
 
-def test_a_short_sequence_gets_short_windows_of_a_dialogue(tmp_path: Path) -> None:
+def test_every_call_that_is_learned_has_the_turns_before_it_in_its_row(tmp_path: Path) -> None:
+    """The beginning of a dialogue, then a row a call: as evaluation asks."""
     data = mini_data.write(tmp_path)
     long = mini_data.dialogue(0)
     long["turns"] = [turn for i in range(12) for turn in mini_data.dialogue(i)["turns"]]
@@ -82,6 +77,20 @@ def test_a_short_sequence_gets_short_windows_of_a_dialogue(tmp_path: Path) -> No
     assert len(windows) > 4
     assert all(sum(len(p.text) for p in w if not p.control) < 900 for w in windows)
     assert all(next(p.text for p in w if p.text in (forms.USER, forms.ASSISTANT)) == forms.USER for w in windows)
+    later = [w for w in windows if w[-1].text == forms.RESULT]
+    assert later
+    for w in later:
+        written = [p.text for p in w if p.answer]
+        assert (written[0], written[-1], len(written)) == (forms.CALL, forms.RESULT, 3)
+        wanted = json.loads(written[1])["args"]["cuisine"]
+        assert wanted in forms.show(p for p in w if not p.answer)
+    calls = [p.text for w in windows for p in w if p.answer and p.text.startswith('{"call"')]
+    assert len(calls) == sum(len(t.get("calls", [])) for t in long["turns"]) * len(windows_of(data))
+
+
+def windows_of(data: Path) -> list[str]:
+    """The dialogues of the small corpus that train."""
+    return read(data, "sgd", max_chars=10_000)
 
 
 def test_what_the_model_writes_is_marked_and_nothing_else(data: Path) -> None:
@@ -89,10 +98,12 @@ def test_what_the_model_writes_is_marked_and_nothing_else(data: Path) -> None:
     written = forms.show(p for p in row.parts if p.answer)
     given = forms.show(p for p in row.parts if not p.answer)
     assert '{"call":"FindFood"' in written
-    assert "How about" in written
+    assert "<|a|>" in written
     assert "<|u|>" not in written
     assert "I want" in given
-    assert "house?" not in given
+    assert "How about" in given  # what the assistant of these dialogues says is context: its calls are learned
+    reply = next(rows.persona(data)).parts
+    assert "Hello" in forms.show(p for p in reply if p.answer)
 
 
 def test_text_that_looks_like_a_control_token_is_neutralised(tmp_path: Path) -> None:
@@ -108,7 +119,7 @@ def test_text_that_looks_like_a_control_token_is_neutralised(tmp_path: Path) -> 
     ("file", "row", "message"),
     [
         ("dialogue/sgd_train.jsonl.xz", {"id": "1", "services": ["Food_1"]}, "line 1: expected 'turns' as list"),
-        ("dialogue/sgd_train.jsonl.xz", {"id": 7, "services": [], "turns": []}, "expected 'id' as str, found int '7'"),
+        ("dialogue/sgd_train.jsonl.xz", {"services": 7, "turns": []}, "expected 'services' as list, found int '7'"),
         ("dialogue/sgd_train.jsonl.xz", {"id": "1", "services": ["Bus_9"], "turns": []}, "found 'Bus_9'"),
         ("intents/snips_train.jsonl.xz", {"text": "a", "intent": "b", "slots": [["c"]]}, "pairs of text"),
         ("intents/hwu64_train.jsonl.xz", {"text": "a", "intent": "b", "slots": []}, "expected 'scenario'"),
@@ -170,16 +181,3 @@ def test_out_of_scope_rows_of_clinc_never_train() -> None:
     outside = {row[0] for part in ("oos_train", "oos_val") for row in content[part]}
     assert len(outside) == 200
     assert not outside & {text for text, _ in rows.clinc150(SHARED)}
-
-
-@needs_shared
-def test_slots_of_augmented_rows_are_still_spans_of_their_text() -> None:
-    checked = 0
-    for row in rows.intents(SHARED):
-        if row.parts[1].text == "snips":
-            slots = json.loads(row.parts[5].text)["slots"]
-            for value in slots.values():
-                for span in value if isinstance(value, list) else [value]:
-                    checked += 1
-                    assert forms.neutral(span) in row.parts[3].text
-    assert checked > 50_000

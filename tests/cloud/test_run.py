@@ -25,7 +25,7 @@ from nearfar.lower import open_lower  # noqa: E402
 from nearfar.weights import Weights  # noqa: E402
 from nearfar_cloud.training import cli  # noqa: E402
 from nearfar_cloud.training import tokenizer as tokenizers  # noqa: E402
-from nearfar_cloud.training.recipe import FIRST_RUN, RECIPES, Recipe, Shape  # noqa: E402
+from nearfar_cloud.training.recipe import DEVICE_FIRST, RECIPES, Recipe, Shape  # noqa: E402
 from nearfar_cloud.training.run import Options, train  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
 from tests.cloud import mini_data  # noqa: E402
@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 def recipe_for(tokenizer: tokenizers.RowTokenizer) -> Recipe:
     shape = Shape(tokenizer.n_vocab, 256, 2, 4, 2, 256, 128, exits=(1,))
     return Recipe(
-        "micro", shape, seq_len=128, micro_rows=2, batch_tokens=(256, 512), precision="fp32", shares=FIRST_RUN
+        "micro", shape, seq_len=128, micro_rows=2, batch_tokens=(256, 512), precision="fp32", shares=DEVICE_FIRST
     )
 
 

@@ -58,6 +58,15 @@ def test_the_same_seed_gives_the_same_losses() -> None:
     assert other.step().loss != runs[0][0][0]
 
 
+def test_short_and_long_rows_are_passes_of_their_own_in_one_step() -> None:
+    t = trainer(short=(3, 16), micro_rows=2, batch_tokens=(112, 112))
+    asked = []
+    original = t.batches.next_batch
+    t.batches.next_batch = lambda n, phase, width: asked.append((n, width)) or original(n, phase, width)
+    assert t.step().tokens == 3 * 16 + 2 * 32
+    assert asked == [(3, 16), (2, 32)]
+
+
 def test_exits_take_turns() -> None:
     t = trainer()
     assert [t.step().exit_layer for _ in range(4)] == [1, 2, 1, 2]
@@ -70,9 +79,9 @@ def test_micro_batches_add_up_to_the_large_batch() -> None:
         recipe = tiny_recipe(micro_rows=micro_rows, batch_tokens=(256, 256))
         t = Trainer(recipe, ToyBatches(recipe), Budget(tokens=10_000))
         source = ToyBatches(recipe)
-        both = [source.next_batch(4, "stable") for _ in range(2)]
+        both = [source.next_batch(4, "stable", recipe.seq_len) for _ in range(2)]
         queue = iter(both) if micro_rows == 4 else iter([_joined(both)])
-        t.batches.next_batch = lambda n, phase, queue=queue: next(queue)
+        t.batches.next_batch = lambda n, phase, width, queue=queue: next(queue)
         parts.append((t.step().grad_norm, t.model.embedding.detach().clone()))
     assert parts[0][0] == pytest.approx(parts[1][0], rel=1e-4)
     assert torch.allclose(parts[0][1], parts[1][1], atol=1e-5)
@@ -93,23 +102,26 @@ def test_thinned_prompts_keep_their_weight_on_average_and_answers_always() -> No
         assert w[:, 8:].eq(1).all()
 
 
-def test_weight_decay_ends_with_the_stable_phase() -> None:
-    t = trainer(20 * 128, batch_tokens=(128, 128), decay_from=0.5)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_ends_with_the_stable_phase(optimizer: str) -> None:
+    t = trainer(20 * 128, batch_tokens=(128, 128), decay_from=0.5, optimizer=optimizer)
     seen = []
     while t.progress < 1:
         phase = t.phase
         t.step()
-        seen.append((phase, t.optimizer.param_groups[0]["weight_decay"], t.optimizer.param_groups[1]["weight_decay"]))
+        groups = [group for optimizer in t.optimizers for group in optimizer.param_groups]
+        seen.append((phase, groups[0]["weight_decay"], groups[1]["weight_decay"]))
     assert {s for s in seen if s[0] == "stable"} == {("stable", 0.1, 0.0)}
     assert {s for s in seen if s[0] == "decay"} == {("decay", 0.0, 0.0)}
 
 
-def test_a_run_that_was_interrupted_continues_with_the_same_losses() -> None:
-    unbroken, first = trainer(40 * 128), trainer(40 * 128)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_was_interrupted_continues_with_the_same_losses(optimizer: str) -> None:
+    unbroken, first = (trainer(40 * 128, optimizer=optimizer) for _ in range(2))
     expected = [unbroken.step() for _ in range(16)]
     for _ in range(7):
         first.step()
-    second = trainer(40 * 128)
+    second = trainer(40 * 128, optimizer=optimizer)
     second.restore(first.checkpoint())
     rest = [second.step() for _ in range(9)]
     assert [(r.step, r.loss, r.exit_loss, r.tokens) for r in rest] == [
@@ -133,9 +145,9 @@ def spoil(t: Trainer, at: set[int]) -> None:
     """Make the weights of the batches with these numbers infinite."""
     original = t.batches.next_batch
 
-    def next_batch(n: int, phase: str) -> Any:
+    def next_batch(n: int, phase: str, width: int) -> Any:
         number = t.batches.state()["n"]
-        batch = original(n, phase)
+        batch = original(n, phase, width)
         if number in at:
             batch.weights[:] = np.inf
         return batch

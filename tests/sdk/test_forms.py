@@ -16,25 +16,25 @@ def test_an_intent_row() -> None:
     row = forms.intent_prompt("hwu64", "Wake me at six, ann") + forms.intent_answer(
         "alarm_set", [("time", "six"), ("person", "ann"), ("person", "bo")]
     )
-    call = '{"intent":"alarm_set","slots":{"time":"six","person":["ann","bo"]}}'
-    assert forms.show(row) == f"<|s|>hwu64<|u|>Wake me at six, ann<|c|>{call}<|e|>"
+    call = '{"intent":"alarm_set","slots":{"time":" six","person":[" ann"," bo"]}}'
+    assert forms.show(row) == f"<|s|>hwu64<|u|> Wake me at six, ann<|c|>{call}<|e|>"
     assert forms.show(p for p in row if p.answer) == f"{call}<|e|>"
 
 
 def test_a_dialogue_with_a_call() -> None:
     turns = [
         Turn("u", "A bus to Oslo."),
-        Turn("a", "It leaves at 9.", ((forms.call_json("FindBus", {"to": "Oslo"}), '{"time":"9"}'),)),
+        Turn("a", "It leaves at 9.", ((forms.call_json("FindBus", {"to": "Oslo"}), forms.result_json({"time": "9"})),)),
     ]
     setting = forms.service_line("Buses_1", {"FindBus": ["to", "from"], "BuyTicket": ["to"]})
     row = forms.dialogue(setting, turns)
     assert forms.show(row) == (
-        "<|s|>Buses_1: FindBus(to, from) BuyTicket(to)<|u|>A bus to Oslo."
-        '<|c|>{"call":"FindBus","args":{"to":"Oslo"}}<|r|>{"time":"9"}<|a|>It leaves at 9.'
+        "<|s|>Buses_1: FindBus(to, from) BuyTicket(to)<|u|> A bus to Oslo."
+        '<|c|>{"call":"FindBus","args":{"to":" Oslo"}}<|r|>{"time":" 9"}<|a|> It leaves at 9.'
     )
-    written = '<|c|>{"call":"FindBus","args":{"to":"Oslo"}}<|r|><|a|>It leaves at 9.'
+    written = '<|c|>{"call":"FindBus","args":{"to":" Oslo"}}<|r|><|a|> It leaves at 9.'
     assert forms.show(p for p in row if p.answer) == written
-    assert forms.show(forms.dialogue("", turns[:1])) == "<|u|>A bus to Oslo."
+    assert forms.show(forms.dialogue("", turns[:1])) == "<|u|> A bus to Oslo."
 
 
 def test_a_home_row_is_read_in_lower_case() -> None:
@@ -42,8 +42,8 @@ def test_a_home_row_is_read_in_lower_case() -> None:
     call = forms.home_answer("HassTurnOff", {"area": "kitchen", "domain": "light"})
     row = forms.home_reply_prompt(prompt, call, "ok") + forms.reply("Turned off the lights in the kitchen.")
     assert forms.show(row) == (
-        "<|s|>kitchen: light ceiling light<|u|>turn off the lights."
-        '<|c|>{"intent":"HassTurnOff","slots":{"area":"kitchen","domain":"light"}}<|r|>ok'
+        "<|s|> kitchen: light ceiling light<|u|> turn off the lights."
+        '<|c|>{"intent":"HassTurnOff","slots":{"area":" kitchen","domain":" light"}}<|r|>ok'
         "<|a|>Turned off the lights in the kitchen.<|e|>"
     )
     assert forms.show(p for p in row if p.answer) == f"{call}<|r|>Turned off the lights in the kitchen.<|e|>"
@@ -58,10 +58,27 @@ def test_a_journal_row() -> None:
     facts = forms.journal_facts("late afternoon", entries)
     row = forms.journal_prompt(facts) + forms.journal_answer("In the late afternoon, the user works.", [1])
     assert forms.show(row) == (
-        "<|s|>journal: late afternoon; 1 office [Hasvar Tower] stationary 29 min; "
+        "<|s|>journal: late afternoon; 1 office [ Hasvar Tower] stationary 29 min; "
         "2 station stairs 2 min 80 steps -3 floors<|c|>"
         '{"journal":"In the late afternoon, the user works.","evidence":[1]}<|e|>'
     )
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON_VALUES)
+def test_spaced_values_mean_what_they_meant(value: object) -> None:
+    assert forms.tight(forms.spaced(value)) == forms.tight(value)
+
+
+def test_every_text_of_a_value_is_spaced_and_no_key_or_number() -> None:
+    value = {"a b": "c", "n": 3, "many": ["d", " e", ""], "inner": {"k": "v"}}
+    assert forms.spaced(value) == {"a b": " c", "n": 3, "many": [" d", " e", ""], "inner": {"k": " v"}}
 
 
 def test_running_text_ends_once() -> None:

@@ -69,19 +69,6 @@ LONG_RUN = _shares(
     gsm8k=(2, 0),
     support=(3, 0),
 )
-# For half an hour (about 10 M tokens): the product first, because there is no time for both.
-SHORT_RUN = _shares(
-    sgd=(28, 20),
-    intents=(21, 29),
-    home=(27, 32),
-    journals=(4, 8),
-    skills=(3, 5),
-    books=(6, 2),
-    stories=(3, 1),
-    coffee=(4, 2),
-    persona=(3, 1),
-    gsm8k=(1, 0),
-)
 # The files of the data folder that each source reads.
 FILES: dict[str, tuple[str, ...]] = {
     "intents": ("intents/hwu64_train.jsonl.xz", "intents/snips_train.jsonl.xz", "intents/clinc150_train_val.json.xz"),
@@ -221,7 +208,7 @@ class Mix:
         short_len: int | None = None,
         seed: int,
         without: Sequence[str] = (),
-        shares: Shares = SHORT_RUN,
+        shares: Shares = LONG_RUN,
         cache: Path | None = None,
         prompt_weights: tuple[float, float] = (1.0, PROMPT_WEIGHT),
     ) -> None:

@@ -168,8 +168,7 @@ def _checkpoint(
 ) -> float:
     """Look at the held-out rows and save; returns the best dev loss so far.  A disk that is full ends nothing."""
     figures = {
-        name: dev.evaluate(trainer.model, r, trainer.dtype, q8=trainer.phase == "decay")
-        for name, r in held_out.items()
+        name: dev.evaluate(trainer.model, r, trainer.dtype, q8=trainer.phase == "decay") for name, r in held_out.items()
     }
     watched = [figures[name]["loss.final"] for name in WATCHED if name in figures]
     loss = sum(watched) / len(watched) if watched else float("inf")

@@ -9,8 +9,8 @@ or corpora never becomes a control token, because only parts marked `control` ar
     journal     <|s|>facts<|c|>{"journal":…,"evidence":[…]}<|e|>
     plain       text<|e|>
 
-Texts begin with a space, and so does every value in the JSON between `<|c|>` and `<|a|>`: a word and the same word after
-a space are different tokens, and copying is the one thing a small model does well.  `tight` takes the spaces away.
+Texts begin with a space, and so does every value in the JSON between `<|c|>` and `<|a|>`: a word and the same word
+after a space are different tokens, and copying is what a small model can do.  `tight` takes the spaces away.
 """
 
 from __future__ import annotations

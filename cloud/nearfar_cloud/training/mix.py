@@ -196,7 +196,8 @@ class Mix:
     """Batches without end from the data folder.
 
     `seq_len` is the width of the sequences, `short_len` that of the sequences of sources with short rows: attention
-    costs the square of the width, and sequences of both widths come in turn at the trainer's bidding.  Raises DataError when a source is missing or malformed, ConfigError when `without` names no source.
+    costs the square of the width, and sequences of both widths come in turn at the trainer's bidding.
+    Raises DataError when a source is missing or malformed, ConfigError when `without` names no source.
     """
 
     def __init__(

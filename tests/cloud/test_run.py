@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [trai
 for package in ("tokenizers", "hassil", "safetensors", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra [train])")
 
-from nearfar.errors import DataError, MissingExtraError, UsageError  # noqa: E402
+from nearfar.errors import DataError, MissingExtraError, NearfarError, UsageError  # noqa: E402
 from nearfar.gguf_reader import GGUFFile, TensorType  # noqa: E402
 from nearfar.lower import open_lower  # noqa: E402
 from nearfar.weights import Weights  # noqa: E402
 from nearfar_cloud.training import cli  # noqa: E402
 from nearfar_cloud.training import tokenizer as tokenizers  # noqa: E402
+from nearfar_cloud.training.checkpoint import Checkpoints  # noqa: E402
+from nearfar_cloud.training.mix import Batch, Mix, Phase  # noqa: E402
 from nearfar_cloud.training.recipe import DEVICE_FIRST, RECIPES, Recipe, Shape  # noqa: E402
 from nearfar_cloud.training.run import Options, train  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
@@ -141,6 +144,63 @@ def test_ctrl_c_saves_and_the_resumed_run_has_the_losses_of_an_unbroken_one(
         train(recipe_for(tokenizer), options(data, broken, 3072))
     train(recipe_for(tokenizer), options(data, broken, 3072, resume=True))
     assert losses(broken) == losses(unbroken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_goes_on(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    recipe, draw = recipe_for(tokenizer), Mix.next_batch
+
+    def poisoned(self: Mix, n: int, phase: Phase, width: int | None = None) -> Batch:
+        batch = draw(self, n, phase, width)
+        if sum(sum(count.values()) for count in self.state()["tokens"].values()) > 3000:
+            batch.weights[:] = float("inf")
+        return batch
+
+    monkeypatch.setattr(Mix, "next_batch", poisoned)
+    with pytest.raises(NearfarError, match=r"step \d+: loss .* the third step in a row that is not finite"):
+        train(recipe, options(data, tmp_path, 6000))
+    good = Checkpoints(tmp_path / "checkpoints").newest()
+    assert good is not None
+    assert all(t.isfinite().all() for name, t in good[0].tensors.items() if name.startswith("model."))
+    monkeypatch.setattr(Mix, "next_batch", draw)
+    assert train(recipe, options(data, tmp_path, 6000, resume=True)).is_file()
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_run_costs_a_checkpoint_and_nothing_else(
+    data: Path,
+    tokenizer: tokenizers.RowTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    usage, asked = shutil.disk_usage, []
+
+    def sometimes_full(path: Any) -> Any:
+        asked.append(path)
+        found = usage(path)
+        return found._replace(free=0) if 2 <= len(asked) < 5 else found
+
+    monkeypatch.setattr(shutil, "disk_usage", sometimes_full)
+    assert train(recipe_for(tokenizer), options(data, tmp_path, 4096)).is_file()
+    assert "the checkpoint before it stays; will try again at the next checkpoint" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "checkpoints").newest() is not None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before_it(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    recipe = recipe_for(tokenizer)
+    train(recipe, options(data, tmp_path, 3072))
+    newest = Checkpoints(tmp_path / "checkpoints").last()[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(recipe, options(data, tmp_path, 3072, resume=True))
+    out = capsys.readouterr().out
+    assert f"{newest.name}: damaged checkpoint" in out
+    assert "going on from the one before it" in out
 
 
 def test_a_recipe_of_another_size_than_the_tokenizer_is_refused(

@@ -65,7 +65,8 @@ class _IntegerProduct(torch.autograd.Function):
             y = torch._int_mm(q8.flatten(0, -2), t8.mT).unflatten(0, q.shape[:-1]).float()
         else:
             y = torch.matmul(q.to(t.dtype), t.mT).float()
-        return (y * (step * scale)).to(t.dtype)
+        out: Tensor = (y * (step * scale)).to(t.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

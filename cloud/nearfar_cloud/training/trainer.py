@@ -234,12 +234,11 @@ def thinned(batch: Tensors, stride: int, n: int) -> Tensors:
 def _optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """The recipe's choice for the latents, AdamW for the rest; weight decay pulls on the latents only."""
     linears = [m for m in model.modules() if isinstance(m, BitLinear)]
-    latents = {"params": [m.latent for m in linears], "decays": True}
+    latents: dict[str, Any] = {"params": [m.latent for m in linears], "decays": True}
     mine = {id(p) for p in latents["params"]}
     others = {"params": [p for p in model.parameters() if id(p) not in mine], "decays": False}
     if recipe.optimizer == "muon":
-        rows = {"rows": [m.sizes for m in linears]}
-        return [Muon([latents | rows], lr=recipe.peak_lr), _adamw([others], recipe)]
+        return [Muon([latents | {"rows": [m.sizes for m in linears]}], lr=recipe.peak_lr), _adamw([others], recipe)]
     return [_adamw([latents, others], recipe)]
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from nearfar import forms
+from nearfar import corpora, forms
 from nearfar.errors import ContextError, DataError, FileError, UsageError
-from nearfar.eval import calls, corpora, home, intents
+from nearfar.eval import calls, home, intents
 from nearfar.eval.metrics import parse_answer
 from nearfar.eval.tasks import (
     Figure,

@@ -12,6 +12,7 @@
     ├── SchemaError              6   a JSON schema that is wrong or cannot be satisfied
     ├── MissingExtraError        7   an optional package is not installed
     ├── DataError                8   training or evaluation data in the wrong form
+    │   └── MissingDataError          ... or not in the folder at all
     ├── EngineBusy               9   a second thread entered an engine that is at work
     └── Cancelled              130   stopped on request; everything is as it was before the call
 
@@ -20,6 +21,7 @@ The number is the exit code of the command line.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -93,6 +95,14 @@ class DataError(NearfarError):
     """Training or evaluation data in the wrong form."""
 
     exit_code = 8
+
+
+class MissingDataError(DataError):
+    """A file that the data folder lacks."""
+
+    def __init__(self, path: Path, use: str, hint: str) -> None:
+        super().__init__(f"{path}: missing, needed for {use}; {hint}")
+        self.path = path
 
 
 class EngineBusy(NearfarError):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from nearfar.cli.main import main
+from nearfar.forms import ROWS_VERSION
 from tests.tiny import write_tiny
 
 
@@ -31,7 +32,7 @@ Nearfar = Callable[..., Done]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, an exit after layer 2 that fires often: the calls are nonsense, the way they take is real."""
     path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
-    rows = {"nearfar.rows": 1}
+    rows = {"nearfar.rows": ROWS_VERSION}
     return write_tiny(path, "bitnet", "TQ2_0", exits=(2,), tau=0.1, embedding_type="Q8_0", extra=rows)
 
 

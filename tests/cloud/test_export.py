@@ -189,7 +189,7 @@ def test_the_header_says_what_the_file_is(model: Decoder, tokenizer: RowTokenize
     with GGUFFile.open(written(model, tokenizer, tmp_path / "m.gguf")) as file:
         meta = file.metadata
     assert meta["general.architecture"] == "bitnet"
-    assert (meta["nearfar.role"], meta["nearfar.split_layer"], meta["nearfar.rows"]) == ("full", 3, 1)
+    assert (meta["nearfar.role"], meta["nearfar.split_layer"], meta["nearfar.rows"]) == ("full", 3, 2)
     assert (meta["nearfar.train.recipe"], meta["nearfar.train.seed"], meta["nearfar.train.tokens"]) == ("tiny", 3, 12)
     assert json.loads(meta["nearfar.card"])["name"] == "tiny"
     assert meta["tokenizer.ggml.pre"] == "smollm"

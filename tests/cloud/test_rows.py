@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nearfar import forms
+from nearfar import corpora, forms
 from nearfar.errors import DataError
-from nearfar_cloud.training import files, rows
+from nearfar_cloud.training import rows
 from tests.cloud import mini_data
 from tests.cloud.mini_data import write_lines
 from tests.paths import SHARED, needs_shared
@@ -177,7 +177,7 @@ def test_a_missing_file_names_itself_its_use_and_the_readme(tmp_path: Path) -> N
 
 @needs_shared
 def test_out_of_scope_rows_of_clinc_never_train() -> None:
-    content = json.loads(files.open_text(SHARED / "intents" / "clinc150_train_val.json.xz", "").read())
+    content = json.loads(corpora.open_text(SHARED / "intents" / "clinc150_train_val.json.xz", "").read())
     outside = {row[0] for part in ("oos_train", "oos_val") for row in content[part]}
     assert len(outside) == 200
     assert not outside & {text for text, _ in rows.clinc150(SHARED)}

@@ -13,6 +13,7 @@ from nearfar.cli.main import main
 from nearfar.eval.intervals import Interval
 from nearfar.eval.report import Section, as_json, as_text, shown
 from nearfar.eval.tasks import Figure
+from nearfar.forms import ROWS_VERSION
 from nearfar.splits import split_residue
 from nearfar.weights import Weights
 from tests.tiny import write_tiny
@@ -24,7 +25,7 @@ INTENTS = ("alarm_set", "music_play", "weather_query")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "tiny.gguf"
-    return write_tiny(path, tau=0.2, seed=4, n_ctx=160, extra={"nearfar.rows": 1}, **SMALL)
+    return write_tiny(path, tau=0.2, seed=4, n_ctx=160, extra={"nearfar.rows": ROWS_VERSION}, **SMALL)
 
 
 @pytest.fixture(scope="module")

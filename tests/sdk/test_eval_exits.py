@@ -12,6 +12,7 @@ from nearfar.config import ExitConfig
 from nearfar.errors import UsageError
 from nearfar.eval import exits
 from nearfar.eval.tasks import Row, Task
+from nearfar.forms import ROWS_VERSION
 from nearfar.llm import LLM
 from tests.tiny import write_tiny
 
@@ -31,7 +32,7 @@ def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     path = tmp_path_factory.mktemp("exits") / "m.gguf"
     weight_type, embedding = ("TQ2_0", "Q8_0") if request.param == "native" else ("F32", "F32")
     options = {"n_layers": 6, "exits": (2, 4), "tau": 0.045, "embedding_type": embedding, "seed": 4}
-    write_tiny(path, "bitnet", weight_type, extra={"nearfar.rows": 1}, **options)
+    write_tiny(path, "bitnet", weight_type, extra={"nearfar.rows": ROWS_VERSION}, **options)
     return LLM.open(path, backend=request.param, kv_dtype="f16" if request.param == "native" else "f32")
 
 

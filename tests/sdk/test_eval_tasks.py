@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from nearfar import forms
+from nearfar import corpora, forms
 from nearfar.errors import ContextError, DataError, FileError, UsageError
-from nearfar.eval import calls, corpora, home, intents
+from nearfar.eval import calls, home, intents
 from nearfar.eval.metrics import parse_answer
 from nearfar.eval.tasks import (
     Figure,
@@ -31,6 +31,7 @@ from nearfar.eval.tasks import (
     save_predictions,
     stop_ids,
 )
+from nearfar.forms import ROWS_VERSION
 from tests.paths import SHARED, needs_shared
 
 
@@ -48,7 +49,7 @@ class TableModel:
 
     def __init__(self, answers: dict[str, str], *, rows: bool = True) -> None:
         self.answers, self.asked = answers, []  # type: ignore[var-annotated]
-        self.metadata = {"nearfar.rows": 1} if rows else {}
+        self.metadata = {"nearfar.rows": ROWS_VERSION} if rows else {}
         self.tokenizer = TableTokenizer()
 
     def generate(self, prompt: Any, **options: Any) -> Any:

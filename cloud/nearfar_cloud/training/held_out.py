@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from nearfar.corpora import field, json_file, json_lines, open_text, tar_texts
 from nearfar.splits import HELD_OUT, normalise, split_residue
-from nearfar_cloud.training.files import field, json_file, json_lines, open_text, tar_members
 
 USE = "leak checks"
 MIN_WORDS = 3  # of a string in eval/ that counts: "yes" is one choice there, and a word of everybody
@@ -73,7 +73,7 @@ def _home_sentences(folder: Path) -> Iterator[str]:
     for name in ("home_assistant_intents_en", "assist_eval"):
         path = folder / f"{name}.tar.xz"
         if path.is_file():
-            for member, text in tar_members(path, USE, ".yaml").items():
+            for member, text in tar_texts(path, USE, ".yaml").items():
                 if name == "assist_eval" or member.startswith("tests/"):
                     yield from _strings(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 
 from nearfar import forms
+from nearfar.corpora import tar_texts
 from nearfar.forms import JournalEntry
 from nearfar.splits import split_residue
 from nearfar_cloud.training import lexicon
-from nearfar_cloud.training.files import tar_members
 from nearfar_cloud.training.lexicon import listed
 from nearfar_cloud.training.rows import Row, Split
 
@@ -166,6 +166,6 @@ def _plural(text: str) -> str:
 @cache
 def _known_names(data: Path) -> tuple[str, ...]:
     """Short titles from the pile of media: real words in odd combinations."""
-    piles = tar_members(data / "smart_home" / "home_llm_piles_en.tar.xz", "names of places", "media_names.txt")
+    piles = tar_texts(data / "smart_home" / "home_llm_piles_en.tar.xz", "names of places", "media_names.txt")
     names = {line.strip() for text in piles.values() for line in text.splitlines()}
     return tuple(sorted(name for name in names if 2 < len(name) < 22 and name.replace(" ", "").isalpha()))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nearfar import forms
+from nearfar.corpora import README, field, json_file, json_lines, open_text, pairs
 from nearfar.errors import DataError
 from nearfar.forms import Parts, Turn
 from nearfar.splits import RESIDUES, split_residue
-from nearfar_cloud.training.files import DATA_README, field, json_file, json_lines, open_text, pairs
 from nearfar_cloud.training.held_out import test_texts, text_hash
 
 Split = Literal["train", "dev", "test"]
@@ -340,7 +340,7 @@ def books(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) ->
     folder = data / "text" / "books"
     paths = sorted(folder.glob("*.txt.xz"))
     if not paths:
-        raise DataError(f"{folder}: expected books as .txt.xz, found none; {DATA_README}, or train --without books")
+        raise DataError(f"{folder}: expected books as .txt.xz, found none; {README}, or train --without books")
     for path in paths:
         with open_text(path, "running text") as file:
             yield from _documents(file.read(), "books", split, r"\Z(?!)", max_chars)

@@ -14,10 +14,10 @@ from hassil.expression import Expression, Group, ListReference, RuleReference
 from hassil.parse_expression import parse_sentence
 
 from nearfar import forms, home
+from nearfar.corpora import tar_texts
 from nearfar.errors import DataError
 from nearfar.splits import normalise, split_residue
 from nearfar_cloud.training import rows
-from nearfar_cloud.training.files import tar_members
 from nearfar_cloud.training.held_out import test_texts
 from nearfar_cloud.training.rows import Split
 
@@ -156,7 +156,7 @@ def _templates(name: str, content: dict[str, Any], rules: dict[str, Expression])
 def read_corpus(data: Path, split: Split) -> Corpus:
     """Templates, lists, names: everything that rows are drawn from."""
     archive = data / "smart_home" / "home_assistant_intents_en.tar.xz"
-    files = {k: v for k, v in tar_members(archive, "home requests", ".yaml").items() if "sentences/en/" in k}
+    files = {k: v for k, v in tar_texts(archive, "home requests", ".yaml").items() if "sentences/en/" in k}
     common_name = next((name for name in files if name.endswith("sentences/en/_common.yaml")), None)
     if common_name is None:
         raise DataError(f"{archive.name}: expected sentences/en/_common.yaml")
@@ -175,7 +175,7 @@ def read_corpus(data: Path, split: Split) -> Corpus:
             tree = parse(text)
             lists = frozenset(_lists_of(tree, rules))
             templates["HassStartTimer"].append(Template("HassStartTimer", text, tree, {}, {}, (), "", lists))
-    piles = tar_members(data / "smart_home" / "home_llm_piles_en.tar.xz", "names of devices", "")
+    piles = tar_texts(data / "smart_home" / "home_llm_piles_en.tar.xz", "names of devices", "")
     return Corpus(
         templates={intent: tuple(found) for intent, found in templates.items()},
         lists=common["lists"],

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nearfar import forms, splits
+from nearfar import corpora, forms, splits
 from nearfar.errors import DataError
-from nearfar.eval import corpora
 from nearfar.eval.intervals import bootstrap, wilson
 from nearfar.eval.metrics import group_sums, micro_f1, overlap, parse_answer, slot_pairs
 from nearfar.eval.tasks import Figure, Json, Prediction, Row, Task, prompt_text

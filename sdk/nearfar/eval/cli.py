@@ -108,7 +108,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def run_eval(args: argparse.Namespace) -> int:
     """`nearfar eval`: the table of one model, or of stored answers."""
-    from nearfar.eval.corpora import data_folder
+    from nearfar.corpora import data_folder
     from nearfar.eval.tasks import load_predictions
 
     if args.text is not None:
@@ -289,9 +289,9 @@ def _progress(items: Iterable[T], n: int, what: str) -> Iterator[T]:
 
 def run_calibrate(args: argparse.Namespace) -> int:
     """`nearfar calibrate`: fit, choose, report, and write the copy."""
+    from nearfar.corpora import data_folder
     from nearfar.eval import calibrate as cal
     from nearfar.eval import exits
-    from nearfar.eval.corpora import data_folder
     from nearfar.eval.tasks import speaks_rows
     from nearfar.gguf_reader import GGUFFile
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nearfar import forms
+from nearfar import corpora, forms
 from nearfar import home as house
 from nearfar.errors import DataError, MissingExtraError
-from nearfar.eval import corpora
 from nearfar.eval.intervals import bootstrap, wilson
 from nearfar.eval.metrics import Overlap, group_sums, micro_f1, normal_value, parse_answer
 from nearfar.eval.tasks import Figure, Json, Prediction, Row, Task, prompt_text

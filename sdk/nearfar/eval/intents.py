@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar import forms, splits
+from nearfar import corpora, forms, splits
 from nearfar.errors import DataError
-from nearfar.eval import corpora
 from nearfar.eval.intervals import Interval, bootstrap, wilson
 from nearfar.eval.metrics import auroc, micro_f1, overlap, parse_answer, slot_pairs
 from nearfar.eval.tasks import Figure, Json, Prediction, Row, Task

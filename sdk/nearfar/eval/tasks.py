@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from nearfar.corpora import json_lines
 from nearfar.errors import ContextError, DataError, FileError
-from nearfar.eval.corpora import json_lines
 from nearfar.eval.intervals import Interval
 from nearfar.forms import CALL_STOPS, ROWS_VERSION, Part, Parts
 

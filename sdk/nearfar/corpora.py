@@ -1,4 +1,4 @@
-"""The evaluation files of the data folder, checked while they are read.  First stop of the walk: corpora -> tasks.
+"""Files of the data folder, checked while they are read: the first stop of training and of evaluation.  Ground floor.
 
 Everything that is missing or in the wrong form becomes a DataError that names the file, the line and what was expected.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nearfar import env
-from nearfar.errors import DataError
+from nearfar.errors import DataError, MissingDataError
 
 T = TypeVar("T")
 
@@ -32,10 +32,14 @@ def data_folder(given: str | Path | None) -> Path:
     return folder
 
 
+def _check_file(path: Path, use: str) -> None:
+    if not path.is_file():
+        raise MissingDataError(path, use, README)
+
+
 def open_text(path: Path, use: str) -> io.TextIOBase:
     """The text of `path`; .xz is unpacked.  `use` tells in the error what the file is for."""
-    if not path.is_file():
-        raise DataError(f"{path}: missing, needed for {use}; {README}")
+    _check_file(path, use)
     return lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
 
 
@@ -49,7 +53,9 @@ def json_lines(path: Path, use: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(value, dict):
                     raise DataError(f"{path.name} line {n}: expected a JSON object, found {type(value).__name__}")
                 yield f"{path.name} line {n}", value
-        except (ValueError, lzma.LZMAError, EOFError) as error:
+        except (lzma.LZMAError, EOFError) as error:
+            raise DataError(f"{path.name}: expected text packed with xz, {error}") from None
+        except ValueError as error:
             raise DataError(f"{path.name} line {n}: expected a JSON object, {error}") from None
 
 
@@ -67,8 +73,7 @@ def json_file(path: Path, use: str, kind: type[T]) -> T:
 
 def tar_texts(path: Path, use: str, suffix: str) -> dict[str, str]:
     """name -> text of the members of a .tar.xz whose names end with `suffix`, by name."""
-    if not path.is_file():
-        raise DataError(f"{path}: missing, needed for {use}; {README}")
+    _check_file(path, use)
     texts: dict[str, str] = {}
     try:
         with tarfile.open(path, "r:xz") as tar:
@@ -90,7 +95,7 @@ def field(where: str, row: dict[str, Any], key: str, kind: type[T]) -> T:
     return value
 
 
-def pairs(where: str, row: dict[str, Any], key: str) -> list[tuple[str, str]]:
+def pairs(where: str, row: dict[str, Any], key: str = "slots") -> list[tuple[str, str]]:
     """`row[key]` as (type, value) pairs of text."""
     found = field(where, row, key, list)
     if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in found):

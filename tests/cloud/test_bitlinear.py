@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
 
+from nearfar_cloud.training import bitlinear  # noqa: E402
 from nearfar_cloud.training.bitlinear import BitLinear, quantize_rows, trits, weight_scale  # noqa: E402
 
 # Both sum the same 256 products, in another order and with the scales inside or outside the sum.
@@ -49,6 +50,21 @@ def test_gradients_equal_those_of_autograd_through_the_fake_quantised_product() 
     upstream = 2 * fake_quantised(layer, x) * weights
     expected = upstream.flatten(0, 1).T @ (q * step).flatten(0, 1)
     assert torch.allclose(dw, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_int8_product_is_the_float_one_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    layer, x = layer_and_rows()
+    x.requires_grad_()
+    found = []
+    for has_int8 in (False, True):
+        monkeypatch.setattr(bitlinear, "HAS_INT8", has_int8)
+        y = torch.cat(layer(x, dtype), dim=-1)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, layer.latent))))
+    if dtype == torch.bfloat16:  # the float product is rounded to bf16 before its scales, the integer one after them
+        assert torch.allclose(found[0][0].float(), found[1][0].float(), rtol=2 * MAX_BF16_ROUNDING, atol=1e-6)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_bf16_only_rounds_the_output() -> None:

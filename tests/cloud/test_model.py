@@ -63,12 +63,13 @@ def test_an_exit_gives_the_rows_of_a_model_that_ends_there() -> None:
     assert torch.equal(exits[2], final)
 
 
-def test_attention_equals_torch() -> None:
+def test_attention_is_the_softmax_of_its_definition() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     mask = visible(torch.tensor([[0] * 5 + [1] * 4, [0] * 9]))
     wide = [x.repeat_interleave(2, dim=1) for x in (k, v)]
-    expected = functional.scaled_dot_product_attention(q, *wide, attn_mask=mask)
+    scores = (q @ wide[0].mT * 8**-0.5).masked_fill(~mask, -torch.inf)
+    expected = scores.softmax(-1) @ wide[1]
     assert torch.allclose(attention(q, k, v, mask), expected, atol=MAX_SUM_ORDER_ERROR)
 
 

@@ -234,6 +234,16 @@ def test_the_verb_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
         cli.run(verb("nano", "--budget", "1m"))
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(data: Path, tmp_path: Path) -> None:
+    command = ("nano", "--tokens", "1000", "--data", str(data), "--out", str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="--device tpu: expected cpu or cuda"):
+        cli.run(verb(*command, "--device", "tpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="finds no GPU; train on cpu"):
+            cli.run(verb(*command, "--device", "cuda"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_verb_knows_exactly_the_recipes() -> None:
     assert set(cli.RECIPE_NAMES) == set(RECIPES)
 

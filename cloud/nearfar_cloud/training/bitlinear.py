@@ -61,7 +61,7 @@ class _IntegerProduct(torch.autograd.Function):
         q8, t8 = q.to(torch.int8), t.to(torch.int8)
         ctx.save_for_backward(q8, step, t8, scale)
         ctx.x_dtype, ctx.dtype = x.dtype, t.dtype
-        if HAS_INT8:
+        if HAS_INT8 and x.device.type == "cpu":
             y = torch._int_mm(q8.flatten(0, -2), t8.mT).unflatten(0, q.shape[:-1]).float()
         else:
             y = torch.matmul(q.to(t.dtype), t.mT).float()

@@ -34,7 +34,7 @@ class Checkpoint:
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().numpy().tobytes())
+    return zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:

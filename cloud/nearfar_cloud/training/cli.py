@@ -24,8 +24,8 @@ def add_verb(verbs: Any) -> None:
         help="train a model of a recipe on the corpora of a folder",
         description="Train a model of a recipe on the corpora of a folder, and write it as a GGUF file with its card.",
         epilog="examples:\n"
-        "  nearfar train nano --budget 30m --data corpora --out runs/nano\n"
-        "  nearfar train nano --budget 30m --data corpora --out runs/nano --resume\n"
+        "  nearfar train nano --budget 2h --data corpora --out runs/nano\n"
+        "  nearfar train nano --budget 2h --data corpora --out runs/nano --resume\n"
         "  nearfar train pico --tokens 200000 --data corpora --out runs/pico --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,6 +40,7 @@ def add_verb(verbs: Any) -> None:
         "--without", metavar="SOURCE", action="append", default=[], help="leave out a source (repeatable)"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="threads (default: all cores)")
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu, or cuda where there is a GPU")
     parser.add_argument("--no-compile", action="store_true", help="run without torch's compiler (slower)")
     parser.add_argument("--json", action="store_true", help="progress as JSON lines")
     parser.set_defaults(run=run)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from nearfar_cloud.training.recipe import RECIPES
-    from nearfar_cloud.training.run import Options, set_threads, train
+    from nearfar_cloud.training.run import Options, checked_device, set_threads, train
     from nearfar_cloud.training.schedule import Budget, parse_seconds
 
     set_threads(args.threads or env.threads())
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         without=tuple(args.without),
         compiled=not args.no_compile,
+        device=checked_device(args.device),
         as_json=args.json,
     )
     path = train(RECIPES[args.recipe], options)

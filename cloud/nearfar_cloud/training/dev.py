@@ -83,14 +83,14 @@ def evaluate(model: Decoder, rows: DevRows, dtype: torch.dtype, *, q8: bool) -> 
         table = head.to(dtype)
         for start in range(0, len(rows.ids), rows.n_rows):
             part = slice(start, start + rows.n_rows)
-            ids, pos, doc = (torch.from_numpy(x[part]) for x in (rows.ids, rows.pos, rows.doc))
+            ids, pos, doc = (torch.from_numpy(x[part]).to(model.device) for x in (rows.ids, rows.pos, rows.doc))
             final, exits = model(ids, pos, doc, head, dtype)
             answer, targets = rows.answer[part], rows.targets[part]
             n += int(answer.sum())
             b, t = np.nonzero(answer)
             full_pick: NDArray[Any] | None = None
             for name, h in zip(heads, [final, *exits.values()], strict=True):
-                logits = (h[torch.from_numpy(b), torch.from_numpy(t)].to(dtype) @ table.mT).float()
+                logits = (h[torch.from_numpy(b), torch.from_numpy(t)].to(dtype) @ table.mT).float().cpu()
                 want = torch.from_numpy(targets[b, t])
                 loss[name] += float(torch.nn.functional.cross_entropy(logits, want, reduction="sum"))
                 pick = logits.argmax(-1).numpy()

@@ -42,6 +42,7 @@ def export(
     `card` is the JSON of card.py; its "train" part becomes the keys `nearfar.train.*`.  Raises ConfigError where the
     shape does not fit ternary blocks or the tokenizer, FileError where the disk says no.
     """
+    model = model.cpu()
     shape = model.shape
     if linear in TERNARY and not shape.packs:
         raise ConfigError(f"d_model={shape.d_model}, d_ff={shape.d_ff}: ternary blocks need multiples of 256")

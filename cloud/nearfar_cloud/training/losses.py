@@ -25,7 +25,7 @@ def chunk_loss(
     log_pf = torch.log_softmax((final @ table.mT).float(), -1)
     log_pe = torch.log_softmax((early @ table.mT).float(), -1)
     pf, pe = log_pf.exp(), log_pe.exp()
-    hit = (torch.arange(table.shape[0]) == t).float()  # [M, V]
+    hit = (torch.arange(table.shape[0], device=t.device) == t).float()  # [M, V]
     ce_final, ce_exit = -(w * log_pf.gather(1, t)).sum(), -(w * log_pe.gather(1, t)).sum()
     total = ce_final + exit_weight * (1 - kl) * ce_exit
     if kl:
@@ -58,7 +58,7 @@ class HeadLoss(torch.autograd.Function):
         table = head.detach().to(dtype)
         f, e = final.detach().to(dtype), early.detach().to(dtype)
         d_final, d_early, d_head = torch.empty_like(final), torch.empty_like(early), torch.zeros_like(head)
-        sums = torch.zeros(3)
+        sums = torch.zeros(3, device=final.device)
         for start in range(0, len(targets), CHUNK):
             rows = slice(start, start + CHUNK)
             part, d_final[rows], d_early[rows], d = chunk(

@@ -32,7 +32,7 @@ def fake_q8_0(x: Tensor) -> Tensor:
 
 def rotation(pos: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """pos [B, T] -> cos, sin [B, 1, T, head_dim / 2], f32 (RoFormer, arXiv 2104.09864)"""
-    rates = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    rates = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=pos.device) / head_dim)
     angles = (pos.float().unsqueeze(-1) * rates).unsqueeze(1)
     return angles.cos(), angles.sin()
 
@@ -113,6 +113,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
         self.output_norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.exit_norms = nn.ModuleDict({str(e): RMSNorm(shape.d_model, shape.norm_eps) for e in shape.exits})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embedding.device
 
     def exit_gain(self, e: int) -> Tensor:
         """The gain f32 [D] of the exit after layer `e`."""

@@ -52,6 +52,7 @@ class Options:
     checkpoint_s: float = 60.0
     progress_s: float = 10.0
     compiled: bool = True
+    device: str = "cpu"
     as_json: bool = False
 
 
@@ -108,7 +109,9 @@ def train(recipe: Recipe, options: Options) -> Path:
         options = replace(options, compiled=False)
     held_out = dev_rows(options.data, tok, recipe, mix.without)
     precision = saved.state["precision"] if saved else choose_precision(recipe, mix, options, log)
-    trainer = Trainer(recipe, mix, options.budget, precision=precision, compiled=options.compiled)
+    trainer = Trainer(
+        recipe, mix, options.budget, precision=precision, compiled=options.compiled, device=options.device
+    )
     if saved is not None:
         trainer.restore(saved)
         log.note(f"resumed at step {trainer.n}, {trainer.tokens} tokens, {trainer.seconds:.0f} s")
@@ -276,6 +279,8 @@ def choose_precision(recipe: Recipe, mix: Mix, options: Options, log: Log) -> st
     """
     if recipe.precision != "auto":
         return recipe.precision
+    if options.device != "cpu":
+        return "bf16"
     position, seconds, losses = mix.state(), {}, {}
     for precision in ("bf16", "fp32"):
         mix.restore(position)
@@ -323,3 +328,13 @@ def has_compiler() -> bool:
 def set_threads(n: int | None) -> None:
     """Threads of torch; all the cores that this process may use unless told otherwise."""
     torch.set_num_threads(n or len(os.sched_getaffinity(0)))
+
+
+def checked_device(name: str) -> str:
+    """`name`, if torch can compute there; UsageError otherwise."""
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this PyTorch ({torch.__version__}) finds no GPU; train on cpu")
+    return name

@@ -71,11 +71,18 @@ class Trainer:
     """Owns the latents, the optimizer's moments and the position in the run."""
 
     def __init__(
-        self, recipe: Recipe, batches: Batches, budget: Budget, *, precision: str = "fp32", compiled: bool = False
+        self,
+        recipe: Recipe,
+        batches: Batches,
+        budget: Budget,
+        *,
+        precision: str = "fp32",
+        compiled: bool = False,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.batches, self.budget, self.precision = recipe, batches, budget, precision
-        self.model = Decoder(recipe.shape)
+        self.model = Decoder(recipe.shape).to(device)  # drawn on the CPU: the same start everywhere
         self.optimizers = _optimizers(self.model, recipe)
         self.n, self.tokens, self.seconds, self.bad_steps = 0, 0, 0.0, 0
         self.chunk: Callable[..., Any] = chunk_loss
@@ -110,9 +117,10 @@ class Trainer:
             for _ in range(schedule.micro_batches(progress, self.recipe))
             for rows, columns in self.recipe.passes
         ]
-        tensors = [thinned(as_tensors(b), self.recipe.prompt_stride, self.n) for b in micro]
-        total = sum(float(t.weights[t.targets >= 0].sum()) for t in tensors)
-        sums = torch.zeros(3)
+        whole = [thinned(as_tensors(b), self.recipe.prompt_stride, self.n) for b in micro]
+        total = sum(float(t.weights[t.targets >= 0].sum()) for t in whole)
+        tensors = [Tensors(*(x.to(self.model.device) for x in t)) for t in whole]
+        sums = torch.zeros(3, device=self.model.device)
         for batch in tensors:
             sums += self._backward(batch, exit_layer, phase, total)
         lr = schedule.learning_rate(progress, self.recipe)
@@ -166,11 +174,11 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything that `restore` needs to go on as if nothing had happened."""
-        tensors = {f"model.{k}": v.detach().clone() for k, v in self.model.state_dict().items()}
+        tensors = {f"model.{k}": v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(p, {}).items():
-                    tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
+                    tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().clone()
         tensors["rng"] = torch.get_rng_state()
         state = {
             "recipe": self.recipe.name,
@@ -193,7 +201,7 @@ class Trainer:
         self.batches.restore(state["mix"])
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, p in self.model.named_parameters():
-            saved = {key: tensors[at] for key in MOMENTS if (at := f"optimizer.{key}.{name}") in tensors}
+            saved = {key: tensors[at].to(p.device) for key in MOMENTS if (at := f"optimizer.{key}.{name}") in tensors}
             for optimizer in self.optimizers:
                 if saved and any(p is q for group in optimizer.param_groups for q in group["params"]):
                     optimizer.state[p] = dict(saved)

@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 TEXT ?= turn off the kitchen lights in ten minutes
 MODEL ?= nano
-BUDGET ?= 30m
+BUDGET ?= 2h
 FUZZ_SECONDS ?= 600
 
 PY := $(VENV)/bin/python
@@ -35,7 +35,7 @@ help:
 	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, and as long the panel files"
 	@echo "make bench      the figures of docs/benchmarks.md"
 	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
-	@echo "make train      BUDGET=30m: train nano from DATA=folder"
+	@echo "make train      BUDGET=2h: train nano from DATA=folder"
 	@echo "make eval       the task figures of MODEL=nano on DATA=folder"
 	@echo "make clean      remove $(VENV) and build/"
 

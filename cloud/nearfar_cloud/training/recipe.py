@@ -38,6 +38,9 @@ class Shape:
     exits: tuple[int, ...]  # an exit after each of these numbers of layers; the last one is where the device stops
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
+    weights: Literal["ternary", "float"] = (
+        "ternary"  # of the matrices; float: neither they nor their inputs are rounded
+    )
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -106,7 +109,10 @@ class Recipe:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        fields = asdict(self)
+        if self.shape.weights == "ternary":  # recipes from before there was a choice keep their name
+            del fields["shape"]["weights"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _recipes() -> dict[str, Recipe]:

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _pack_calibrated(master: Master, budget: int, out: Path, args: argparse.Namespace) -> tuple[Packed, dict[str, Any]]:
     """Pack aside, measure that file, and write its calibrated copy: the thresholds count as bytes of the budget too."""
-    from nearfar.eval.cli import calibrate_copy, calibration_facts, held_out
     from nearfar.corpora import data_folder
+    from nearfar.eval.cli import calibrate_copy, calibration_facts, held_out
     from nearfar.llm import LLM
 
     tasks = held_out(data_folder(args.data), None)

@@ -21,7 +21,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: help run setup check test native sanitize sanitize-thread emulate fuzz bench bench-roofline bench-peers bench-busy train eval clean
+.PHONY: help run setup check test native sanitize sanitize-thread emulate fuzz bench bench-roofline bench-peers bench-busy train eval pack-study clean
 
 help:
 	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
@@ -37,6 +37,7 @@ help:
 	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
 	@echo "make train      BUDGET=2h: train nano from DATA=folder"
 	@echo "make eval       the task figures of MODEL=nano on DATA=folder"
+	@echo "make pack-study   BUDGET=10m: one training for many file sizes, against others, on DATA=folder"
 	@echo "make clean      remove $(VENV) and build/"
 
 run: $(VENV)/ready
@@ -96,6 +97,9 @@ train: $(VENV)/dev
 
 eval: $(VENV)/dev
 	$(NEARFAR) eval $(MODEL) $(if $(DATA),--data $(DATA))
+
+pack-study: $(VENV)/dev
+	$(PY) -m nearfar_cloud.training.multi.study --budget $(BUDGET) $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) build

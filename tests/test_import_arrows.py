@@ -10,7 +10,7 @@ import pytest
 from tests.arrows import HOUSES, ROOT, Import, all_imports, circle, house, imports_of, modules
 
 _GROUND = ("errors", "env", "config", "gguf_reader", "gguf_writer", "quant", "weights", "splits", "forms", "home")
-_GROUND += ("digest", "text_table", "corpora")
+_GROUND += ("digest", "text_table", "corpora", "master", "pack")
 GROUND_FLOOR = {f"nearfar.{name}" for name in _GROUND}
 # What each house may import of another one: all of it, or the modules named.
 ARROWS = {

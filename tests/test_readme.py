@@ -38,6 +38,7 @@ REDUCED = {
     "nearfar eval": ("nearfar eval --help", "needs corpora and an hour; tests/sdk covers it"),
     "nearfar calibrate": ("nearfar calibrate --help", "needs corpora and many minutes; tests/sdk covers it"),
     "nearfar train": ("nearfar train --help", "needs corpora and half an hour; tests/cloud covers it"),
+    "nearfar pack": ("nearfar pack --help", "needs a master, an hour of training; tests/cli covers it"),
     "nearfar chat": ("nearfar chat {} < /dev/null", "waits for a person"),
     "python bench/": ("set -- {}; python -m py_compile {root}/bench/$1", "measures for minutes: the script compiles"),
     "python tests/fuzz/": ("set -- {}; python -m py_compile {root}/tests/fuzz/$1", "ten minutes: the script compiles"),

@@ -15,6 +15,7 @@ from typing import Any
 from nearfar.errors import UnsupportedError, WeightsError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "bitnet", "bitnet-b1.58")
+MASTER = "nearfar-master"  # what `nearfar pack` makes models of (master.py); no engine runs it
 
 # Larger than any model in use; smaller than anything that would make a size overflow or an allocation absurd.
 _LIMITS = {"n_layers": 1024, "d_model": 1 << 16, "n_heads": 1024, "d_ff": 1 << 20, "n_vocab": 1 << 22, "n_ctx": 1 << 24}
@@ -107,6 +108,8 @@ class ModelConfig:
         arch = meta.get("general.architecture")
         if not isinstance(arch, str):
             raise WeightsError("the file has no general.architecture: it holds no model")
+        if arch == MASTER:
+            raise UnsupportedError("this is a master, not a model: `nearfar pack` makes models of it")
         if arch not in ARCHITECTURES:
             raise UnsupportedError(
                 f"architecture {arch[:40]!r}: the nearfar engine runs {', '.join(ARCHITECTURES)}; "

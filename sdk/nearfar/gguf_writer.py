@@ -100,15 +100,22 @@ class GGUFWriter:
             raise FileError(f"{self.path} cannot be written: {e.strerror or e}") from None
         return self.path
 
-    def _write_to(self, f: BinaryIO) -> None:
-        f.write(MAGIC + struct.pack("<IQQ", VERSION, len(self._tensors), len(self._metadata)))
-        for key, value in self._metadata.items():
-            f.write(_string(key) + value)
+    def n_bytes(self) -> int:
+        """The size of the file that `write` would make of what has been added so far."""
+        return len(self._header()) + sum(_padded(n_bytes(kind, shape)) for kind, shape, _ in self._tensors.values())
+
+    def _header(self) -> bytes:
+        parts = [MAGIC + struct.pack("<IQQ", VERSION, len(self._tensors), len(self._metadata))]
+        parts += [_string(key) + value for key, value in self._metadata.items()]
         offset = 0
         for name, (kind, shape, _) in self._tensors.items():
-            f.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset))
+            parts.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset))
             offset += _padded(n_bytes(kind, shape))
-        f.write(bytes(_padded(f.tell()) - f.tell()))
+        header = b"".join(parts)
+        return header + bytes(_padded(len(header)) - len(header))
+
+    def _write_to(self, f: BinaryIO) -> None:
+        f.write(self._header())
         for name, (kind, shape, make) in self._tensors.items():
             data = make()
             _check_size(name, kind, shape, data)

@@ -60,6 +60,8 @@ F16_SCALE_GRAIN = 32
 # A group whose largest magnitude is below this counts as zeros: 127 / max stays finite, no 0 * inf.
 SMALLEST_MAX = np.float32(2.0**-120)
 
+SMALLEST_TRIT_SCALE = np.float32(1e-5)  # a matrix of zeros rounds to zeros
+
 _CHUNK = 1 << 14  # blocks decoded at a time: bounds the temporaries to some MB
 
 
@@ -396,8 +398,9 @@ def _pack_tq1_0(codes: U8) -> U8:
 
 
 def quantize(x: F32, kind: TensorType) -> U8:
-    """f32 [..., K] -> raw bytes of F32, F16, BF16, Q8_0 or Q4_0, rounded as ggml's reference quantizers do.
+    """f32 [..., K] -> raw bytes of F32, F16, BF16, Q8_0, Q4_0 or Q3_K.
 
+    All but Q3_K are rounded as ggml's reference quantizers do; the scales of Q3_K are those of `_q3_k_scales`.
     Raises UsageError for a number that is not finite, or too large for the type's scale.
     """
     n_bytes(kind, x.shape)
@@ -411,6 +414,8 @@ def quantize(x: F32, kind: TensorType) -> U8:
     if kind is TensorType.BF16:
         bits = x.reshape(-1).view(np.uint32).astype(np.uint64)
         return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype("<u2").view(np.uint8)  # halves to even
+    if kind is TensorType.Q3_K:
+        return _pack_q3_k(x.reshape(-1, 16, 16))
     blocks = x.reshape(-1, 32)
     if kind is TensorType.Q8_0:
         d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
@@ -421,8 +426,58 @@ def quantize(x: F32, kind: TensorType) -> U8:
         q = np.trunc(blocks * _inverse(d) + np.float32(8.5))
         codes = _pack_nibbles(np.clip(q, 0, 15).astype(np.uint8))
     else:
-        raise UsageError(f"quantizing to {kind.name}: expected F32, F16, BF16, Q8_0 or Q4_0")
+        raise UsageError(f"quantizing to {kind.name}: expected F32, F16, BF16, Q8_0, Q4_0 or Q3_K")
     return np.concatenate([_to_f16(d).view(np.uint8), codes], axis=1).reshape(-1)
+
+
+def round_to_trits(x: F32) -> tuple[NDArray[np.int8], float]:
+    """f32 [N, K] -> trits int8 [N, K] and their one scale, the mean of |x| as f16 (BitNet b1.58, 2402.17764, eq. 1-3).
+
+    The mean is taken in f64: whoever else takes it, in whatever order, finds the same f16.  `pack_ternary` comes next.
+    """
+    mean = np.float32(np.abs(x).mean(dtype=np.float64))
+    scale = _to_f16(np.maximum(mean, SMALLEST_TRIT_SCALE).reshape(1)).astype(np.float32)[0]
+    return np.clip(np.rint(x / scale), -1, 1).astype(np.int8), float(scale)
+
+
+def _pack_q3_k(x: F32) -> U8:
+    """f32 [B, 16, 16]: blocks of 16 groups of 16."""
+    d, scales = _q3_k_scales(x)
+    half = _to_f16(d)  # [B, 1]
+    step = (half.astype(np.float32) * scales)[..., None]  # [B, 16, 1]
+    q = np.divide(x, step, out=np.zeros_like(x), where=step != 0)
+    codes = (np.clip(np.rint(q), -4, 3) + np.float32(4)).astype(np.uint8).reshape(-1, 256)  # 0..7
+    high = (codes >> 2).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
+    six: U8 = (scales + np.float32(32)).astype(np.uint8)  # 0..63
+    tops = (six >> 4).reshape(-1, 4, 4) << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    fields = [high.sum(axis=1, dtype=np.uint8), _pack_tq2_0(codes & np.uint8(3)), _pack_nibbles(six & np.uint8(15))]
+    return np.concatenate([*fields, tops.sum(axis=1, dtype=np.uint8), half.view(np.uint8)], axis=1).reshape(-1)
+
+
+def _q3_k_scales(x: F32) -> tuple[F32, F32]:
+    """f32 [B, 16, 16] -> d [B, 1] and the whole scales -32..31 of each group [B, 16], as f32.
+
+    A group's scale first takes its number of largest magnitude to -4; then it is the one of least squares, weighted
+    with the square of the number, for the codes so found.  ggml goes on to search for better codes; here the one step
+    has to do, and its sums are taken in a fixed order, so that training finds the same bits.
+    """
+    top = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)  # [B, 16, 1]
+    u = x * (np.float32(-4) * _inverse(top))
+    codes = np.clip(np.rint(u), -4, 3)
+    weight = u * u
+    above, below = _folded(weight * x * codes), _folded(weight * codes * codes)  # [B, 16]
+    best: F32 = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    widest: F32 = np.take_along_axis(best, np.abs(best).argmax(axis=-1, keepdims=True), axis=-1)  # [B, 1]
+    whole = np.clip(np.rint(best * (np.float32(-32) * _inverse(widest))), -32, 31)
+    d: F32 = widest / np.float32(-32)
+    return d, whole
+
+
+def _folded(x: F32) -> F32:
+    """[..., 16] -> sums [...], pairs first: the order is a part of the result."""
+    for half in (8, 4, 2, 1):
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
 
 
 def _inverse(d: F32) -> F32:

@@ -43,7 +43,7 @@ class Weights:
         file = GGUFFile.open(path)
         try:
             config = _read_config(file)
-            _check(file, config, vouched is not None and vouched(file))
+            check_tensors(file, config, vouched=vouched is not None and vouched(file))
         except (WeightsError, UnsupportedError) as e:
             raise type(e)(f"{file.path}: {str(e).removeprefix(f'{file.path}: ')}") from None
         return cls(file, config)
@@ -140,7 +140,11 @@ def optional_tensors(c: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _check(file: GGUFFile, c: ModelConfig, vouched: bool) -> None:
+def check_tensors(file: GGUFFile, c: ModelConfig, *, vouched: bool = False) -> None:
+    """Every tensor of the model is there, in its shape, of a type that can be read, and finite.
+
+    `vouched`: the matrices were found finite before.  Raises WeightsError, UnsupportedError.
+    """
     needed: dict[str, Shape] = {"token_embd.weight": (c.n_vocab, c.d_model), "output_norm.weight": (c.d_model,)}
     for i in range(c.n_layers):
         needed |= layer_tensors(c, i)

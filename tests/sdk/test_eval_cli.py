@@ -16,6 +16,7 @@ from nearfar.eval.tasks import Figure
 from nearfar.forms import ROWS_VERSION
 from nearfar.splits import split_residue
 from nearfar.weights import Weights
+from tests.master_file import write_master_file
 from tests.tiny import write_tiny
 
 SMALL = {"n_layers": 2, "exits": (1,), "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 32}
@@ -126,6 +127,21 @@ def test_calibrate_writes_a_copy_whose_exits_fire_or_do_not(
     assert facts["exits"]["exit.1"]["tau"] == pytest.approx(exit_.tau, abs=1e-6)
     assert exit_.isotonic_x
     assert facts["tested"][0]["tau"] == [pytest.approx(0.999)]
+
+
+def test_pack_with_data_calibrates_the_packed_file_within_the_budget(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    master, out_file = write_master_file(tmp_path / "master.gguf"), tmp_path / "out.gguf"
+    args = ("--data", data, "--limit", "8", "--delta", "0.5", "--json", "-o", out_file)
+    code, out, err = run(capsys, "pack", master, "--budget", "840kB", *args)
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["bytes"] == out_file.stat().st_size <= 840_000
+    exit_ = Weights.open(out_file).config.exits[0]
+    assert facts["calibration"]["exits"]["exit.2"]["tau"] == pytest.approx(exit_.tau, abs=1e-6)
+    assert exit_.isotonic_x
+    assert not list(tmp_path.glob(".*")), "the uncalibrated file is gone"
 
 
 def test_calibrate_never_writes_over_the_model(capsys: pytest.CaptureFixture[str], model: Path, data: Path) -> None:

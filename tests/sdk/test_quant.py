@@ -20,6 +20,7 @@ from nearfar.quant import (
     n_bytes,
     pack_ternary,
     quantize,
+    round_to_trits,
     unpack_ternary,
 )
 
@@ -142,6 +143,31 @@ def test_numbers_too_small_for_an_inverse_become_zeros() -> None:
     x = np.full((1, 32), 1e-44, np.float32)
     for kind in (TensorType.Q8_0, TensorType.Q4_0):
         assert not dequantize(quantize(x, kind), kind, (1, 32)).any()
+
+
+def test_three_bits_are_read_by_ggml_as_by_us_and_lose_less_than_scales_from_the_largest_number_alone() -> None:
+    x = np.random.default_rng(3).normal(size=(32, 512)).astype(np.float32)
+    x[0], x[1, :16], x[2, 5] = 0, 0, 40
+    raw = quantize(x, TensorType.Q3_K)
+    mine = dequantize(raw, TensorType.Q3_K, x.shape)
+    np.testing.assert_array_equal(mine, _oracle(raw.reshape(-1, 110), TensorType.Q3_K).reshape(x.shape))
+    groups = x[3:].reshape(-1, 16)
+    top = np.take_along_axis(groups, np.abs(groups).argmax(axis=1, keepdims=True), axis=1)
+    by_largest = np.clip(np.rint(groups / (top / -4)), -4, 3) * (top / -4)
+    error, plain = np.square(mine[3:] - x[3:]).mean(), np.square(by_largest - groups).mean()
+    assert error < plain  # although these scales are not rounded to 6 bits
+    assert not mine[0].any()
+    assert not mine[1, :16].any()
+
+
+def test_trits_are_rounded_by_the_mean_and_pack_without_another_rounding() -> None:
+    x = np.random.default_rng(4).normal(size=(16, 256)).astype(np.float32)
+    trits, scale = round_to_trits(x)
+    assert scale == np.float16(np.abs(x).mean(dtype=np.float64))
+    raw = pack_ternary(trits, scale, TensorType.TQ1_0)
+    np.testing.assert_array_equal(dequantize(raw, TensorType.TQ1_0, x.shape), trits * np.float32(scale))
+    assert set(np.unique(trits)) == {-1, 0, 1}
+    assert not round_to_trits(np.zeros((2, 256), np.float32))[0].any()
 
 
 # ---- trits

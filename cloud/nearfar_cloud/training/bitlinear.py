@@ -81,11 +81,12 @@ class BitLinear(nn.Module):
     """Several matrices [n, K], one per name, that share their input: x [..., K] -> one [..., n] each.
 
     Their latents lie under each other in one parameter, so that the input is quantised once and multiplied once;
-    each matrix keeps a scale of its own.
+    each matrix keeps a scale of its own.  With `ternary=False` nothing is rounded: the float twin of the layer.
     """
 
-    def __init__(self, n_in: int, outputs: dict[str, int], init_std: float) -> None:
+    def __init__(self, n_in: int, outputs: dict[str, int], init_std: float, *, ternary: bool = True) -> None:
         super().__init__()
+        self.ternary = ternary
         self.names, self.sizes = tuple(outputs), tuple(outputs.values())
         self.latent = nn.Parameter(torch.randn(sum(self.sizes), n_in) * init_std)
 
@@ -99,6 +100,8 @@ class BitLinear(nn.Module):
 
     def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """x [..., K] -> one [..., n] of `dtype` (of the product) a name"""
+        if not self.ternary:
+            return torch.split(x.to(dtype) @ self.latent.to(dtype).mT, list(self.sizes), dim=-1)
         parts = self.latent.detach().split(self.sizes)
         scales = [weight_scale(p) for p in parts]
         t = torch.cat([trits(p, s) for p, s in zip(parts, scales, strict=True)]).to(dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def add_verb(verbs: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument(
         "--without", metavar="SOURCE", action="append", default=[], help="leave out a source (repeatable)"
+    )
+    parser.add_argument(
+        "--weights", choices=("ternary", "float"), default="ternary", help="float: the twin that rounds nothing"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="threads (default: all cores)")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu, or cuda where there is a GPU")
@@ -76,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
         device=checked_device(args.device),
         as_json=args.json,
     )
-    path = train(RECIPES[args.recipe], options)
+    recipe = RECIPES[args.recipe]
+    path = train(replace(recipe, shape=replace(recipe.shape, weights=args.weights)), options)
     if not args.json:
         print(path)
     return 0

@@ -40,29 +40,38 @@ def export(
     """Write the model as one GGUF file, whole or not at all.
 
     `card` is the JSON of card.py; its "train" part becomes the keys `nearfar.train.*`.  Raises ConfigError where the
-    shape does not fit ternary blocks or the tokenizer, FileError where the disk says no.
+    shape does not fit ternary blocks or the tokenizer, FileError where the disk says no.  A float twin becomes F16.
     """
     model = model.cpu()
     shape = model.shape
+    if shape.weights == "float":
+        linear = TensorType.F16
     if linear in TERNARY and not shape.packs:
         raise ConfigError(f"d_model={shape.d_model}, d_ff={shape.d_ff}: ternary blocks need multiples of 256")
     if tokenizer.n_vocab != shape.n_vocab:
         raise ConfigError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {shape.n_vocab}")
     writer = GGUFWriter(path)
-    _add_architecture(writer, model, linear, str(card.get("name", "nearfar")))
-    _add_tokenizer(writer, tokenizer)
-    _add_nearfar(writer, model, card)
+    add_keys(writer, model, tokenizer, card)
+    if linear in FILE_TYPES:
+        writer.add("general.file_type", FILE_TYPES[linear])
     _add_tensors(writer, model, linear, embedding)
     return writer.write()
 
 
-def _add_architecture(writer: GGUFWriter, model: Decoder, linear: TensorType, name: str) -> None:
+def add_keys(
+    writer: GGUFWriter, model: Decoder, tokenizer: RowTokenizer, card: Mapping[str, Any], architecture: str = ARCH
+) -> None:
+    """Every key of the file but its type: sizes, tokenizer, exits, card."""
+    writer.add("general.architecture", architecture)
+    _add_sizes(writer, model, str(card.get("name", "nearfar")))
+    _add_tokenizer(writer, tokenizer)
+    _add_nearfar(writer, model, card)
+
+
+def _add_sizes(writer: GGUFWriter, model: Decoder, name: str) -> None:
     shape = model.shape
-    writer.add("general.architecture", ARCH)
     writer.add("general.name", name)
     writer.add("general.license", "apache-2.0")
-    if linear in FILE_TYPES:
-        writer.add("general.file_type", FILE_TYPES[linear])
     writer.add("general.quantization_version", 2)
     writer.add(f"{ARCH}.block_count", shape.n_layers)
     writer.add(f"{ARCH}.context_length", shape.n_ctx)
@@ -118,6 +127,10 @@ def _add_tensors(writer: GGUFWriter, model: Decoder, linear: TensorType, embeddi
             writer.add_tensor(f"blk.{i}.{name}.weight", getattr(block, name).gain.detach().numpy())
         for module in block.children():
             if isinstance(module, BitLinear):
+                if not module.ternary:
+                    for name, part in zip(module.names, module.latent.detach().split(module.sizes), strict=True):
+                        writer.add_tensor(f"blk.{i}.{name}.weight", part.numpy(), linear)
+                    continue
                 for name, (trits, scale) in module.matrices().items():
                     if linear in FLOATS:
                         writer.add_tensor(f"blk.{i}.{name}.weight", trits.float().numpy() * scale, linear)

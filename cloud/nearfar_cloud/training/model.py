@@ -75,13 +75,13 @@ class Block(nn.Module):
         super().__init__()
         d, ff, eps = shape.d_model, shape.d_ff, shape.norm_eps
         self.n_heads, self.n_kv_heads = shape.n_heads, shape.n_kv_heads
-        std = d**-0.5
+        std, ternary = d**-0.5, shape.weights == "ternary"
         self.attn_norm, self.attn_sub_norm = RMSNorm(d, eps), RMSNorm(d, eps)
         self.ffn_norm, self.ffn_sub_norm = RMSNorm(d, eps), RMSNorm(ff, eps)
-        self.qkv = BitLinear(d, {"attn_q": d, "attn_k": shape.d_kv, "attn_v": shape.d_kv}, std)
-        self.wo = BitLinear(d, {"attn_output": d}, std)
-        self.gate_up = BitLinear(d, {"ffn_gate": ff, "ffn_up": ff}, std)
-        self.down = BitLinear(ff, {"ffn_down": d}, ff**-0.5)
+        self.qkv = BitLinear(d, {"attn_q": d, "attn_k": shape.d_kv, "attn_v": shape.d_kv}, std, ternary=ternary)
+        self.wo = BitLinear(d, {"attn_output": d}, std, ternary=ternary)
+        self.gate_up = BitLinear(d, {"ffn_gate": ff, "ffn_up": ff}, std, ternary=ternary)
+        self.down = BitLinear(ff, {"ffn_down": d}, ff**-0.5, ternary=ternary)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """x f32 [B, T, D] -> f32 [B, T, D]"""

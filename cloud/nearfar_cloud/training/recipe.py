@@ -39,6 +39,9 @@ class Shape:
     exits: tuple[int, ...]  # an exit after each of these numbers of layers; the last one is where the device stops
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
+    weights: Literal["ternary", "float"] = (
+        "ternary"  # of the matrices; float: neither they nor their inputs are rounded
+    )
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:

@@ -24,6 +24,7 @@ VERBS = {
     "bench": "nearfar.cli.bench",
     "cache": "nearfar.cli.cache",
     "import": "nearfar.cli.import_",
+    "pack": "nearfar.cli.pack",
     "eval": "nearfar.eval.cli",
     "calibrate": "nearfar.eval.cli",
     "completion": "nearfar.cli.completion",

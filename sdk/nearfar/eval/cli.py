@@ -291,26 +291,14 @@ def run_calibrate(args: argparse.Namespace) -> int:
     """`nearfar calibrate`: fit, choose, report, and write the copy."""
     from nearfar.corpora import data_folder
     from nearfar.eval import calibrate as cal
-    from nearfar.eval import exits
-    from nearfar.eval.tasks import speaks_rows
-    from nearfar.gguf_reader import GGUFFile
 
     started, out = time.perf_counter(), Path(args.output)
     source = model_path(args.model)
     if out.exists() and out.samefile(source):
         raise UsageError(f"{out}: expected another name than the model's; the thresholds go into a copy")
     with open_model(args, args.model) as llm:
-        engine = exits.engine_of(llm)
-        if not speaks_rows(llm):
-            raise UsageError(f"{source} was not trained on nearfar's rows (no key nearfar.rows): nothing to ask it")
         tasks = held_out(data_folder(args.data), args.rows)
-        total = sum(min(args.limit, len(task.rows)) for task in tasks)
-        found = exits.answers_at_full_depth(llm, tasks, args.limit)
-        traces = [t for _, t in _progress(found, total, "answers at full depth")]
-        result = cal.calibrate(engine.lower, traces, delta=args.delta)
-    mix = {task.name: sum(t.id.startswith(f"{task.name}:") for t in traces) for task in tasks}
-    with GGUFFile.open(source) as file:
-        cal.write_calibrated(file, out, result, mix)
+        result, mix = calibrate_copy(llm, source, out, tasks, limit=args.limit, delta=args.delta)
     picture = Path(args.plot) if args.plot else out.with_suffix(".reliability.png")
     drawn = cal.plot(result, picture)
     if args.plot and not drawn:
@@ -322,6 +310,28 @@ def run_calibrate(args: argparse.Namespace) -> int:
     }
     print(json.dumps(facts, ensure_ascii=False) if args.json else calibration_text(result, facts))
     return 0
+
+
+def calibrate_copy(
+    llm: LLM, source: Path, out: Path, tasks: Sequence[Task], *, limit: int, delta: float
+) -> tuple[Calibration, dict[str, int]]:
+    """Measure `llm`, the open file `source`, and write its calibrated copy; also gives the answers per data set."""
+    from nearfar.eval import calibrate as cal
+    from nearfar.eval import exits
+    from nearfar.eval.tasks import speaks_rows
+    from nearfar.gguf_reader import GGUFFile
+
+    engine = exits.engine_of(llm)
+    if not speaks_rows(llm):
+        raise UsageError(f"{source} was not trained on nearfar's rows (no key nearfar.rows): nothing to ask it")
+    total = sum(min(limit, len(task.rows)) for task in tasks)
+    found = exits.answers_at_full_depth(llm, tasks, limit)
+    traces = [t for _, t in _progress(found, total, "answers at full depth")]
+    result = cal.calibrate(engine.lower, traces, delta=delta)
+    mix = {task.name: sum(t.id.startswith(f"{task.name}:") for t in traces) for task in tasks}
+    with GGUFFile.open(source) as file:
+        cal.write_calibrated(file, out, result, mix)
+    return result, mix
 
 
 def held_out(folder: Path, more: str | None) -> list[Task]:

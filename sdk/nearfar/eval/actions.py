@@ -6,7 +6,7 @@ A system prompt of about 900 tokens is over nano's context, hence the eight; how
 a figure of its own.  The corpus' calls are compared by what they do in the whole home, not by letter: the right call
 may name a thing, its area or its domain.  So "tool and arguments" means: the same intent, on the same things, with the
 same values.  Where the right answer is to ask back, a call of any kind is wrong and "none" is right; right calls that
-nano's table of intents cannot express are "n/a", counted in the split's name and left out of the other figures.
+nano's table of intents cannot express are "n/a", counted in a note and left out of the figures.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def load(folder: Path) -> list[Task]:
     """The device actions.  Raises DataError."""
     found = list(read_turns(folder / FILE))
     rows = [row for row in found if row is not None]
-    split = f"Device actions over described homes ({len(found) - len(rows)} more are n/a: no such call in the rows)"
-    return [replace(home.home_task("actions", split, rows), score=score)]
+    note = f"{len(found) - len(rows)} of the {len(found)} turns are n/a: their right call is none that the rows can say"
+    task = home.home_task("actions", "Device actions over described homes", rows)
+    return [replace(task, score=score, notes=lambda rows: [note])]
 
 
 def read_turns(path: Path) -> Iterator[Row | None]:

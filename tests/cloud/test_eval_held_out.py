@@ -1,13 +1,15 @@
-"""What training and evaluation say about journals is one vocabulary, and no row of one is a row of the other."""
+"""Evaluation asks what training holds out: journals of one vocabulary and no common row, the same pieces of books."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from nearfar.eval import journal
-from nearfar_cloud.training import journals
+from nearfar import forms
+from nearfar.eval import journal, language
+from nearfar_cloud.training import journals, rows
 from tests.cloud import mini_data
+from tests.paths import SHARED, needs_shared
 
 
 def test_training_and_evaluation_know_the_same_kinds_motions_and_parts_of_the_day() -> None:
@@ -49,3 +51,9 @@ def parsed(facts: str) -> journal.Segment:
             journal.JournalEntry(m[1], m[3], int(m[4]), m[2] or "", steps=int(m[5] or 0), floors=int(m[6] or 0))
         )
     return journal.Segment(part, tuple(entries))
+
+
+@needs_shared
+def test_the_books_of_evaluation_are_the_pieces_that_training_holds_out() -> None:
+    held_out = [forms.show(row.parts).removesuffix(forms.END).strip() for row in rows.books(SHARED, "dev")]
+    assert [passage.text for passage in language.books(SHARED)] == held_out

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nearfar.config import MASTER, ModelConfig
+from nearfar.forms import ROWS_VERSION
 from nearfar.gguf_reader import GGUFFile, TensorType
 from nearfar.gguf_writer import GGUFWriter
 from nearfar.master import EMBEDDING, WIDTHS, Point, add_frontier, matrices, pair_names
@@ -34,7 +35,9 @@ def write_master_file(
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """A master of four layers with an exit that was calibrated; `change` may alter or drop (None) a tensor."""
-    base = write_tiny(path.with_suffix(".base"), "bitnet", "F32", exits=(2,), tau=0.1, extra={"nearfar.rows": 1})
+    base = write_tiny(
+        path.with_suffix(".base"), "bitnet", "F32", exits=(2,), tau=0.1, extra={"nearfar.rows": ROWS_VERSION}
+    )
     rng, writer = np.random.default_rng(0), GGUFWriter(path)
     with GGUFFile.open(base) as file:
         config = ModelConfig.from_metadata(file.metadata, file.tensors["token_embd.weight"].shape[0])

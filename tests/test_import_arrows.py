@@ -30,7 +30,7 @@ PLACES = {
     "safetensors": {"nearfar_cloud.training"},
     "hassil": {"nearfar.eval.home", "nearfar_cloud.training"},
     "yaml": {"nearfar.eval.home", "nearfar_cloud.training"},
-    "matplotlib": {"nearfar.eval.calibrate", "nearfar_cloud.training"},
+    "matplotlib": {"nearfar.eval.calibrate", "nearfar.eval.exits", "nearfar_cloud.training"},
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nearfar.cli.main import main
+from nearfar.eval.cli import TASKS
 from nearfar.eval.intervals import Interval
 from nearfar.eval.report import Section, as_json, as_text, shown
 from nearfar.eval.tasks import Figure
@@ -112,6 +113,53 @@ def test_eval_under_a_grammar_keeps_to_the_methods_of_the_dialogue(
     assert not answers["free"].startswith("{")
 
 
+def test_any_gguf_gets_the_whole_table_and_what_has_no_data_says_so(
+    capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+) -> None:
+    """A llama of random weights without exits, rows or chat template; the folder has five of the files."""
+    other = write_tiny(tmp_path / "other.gguf", n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, d_ff=32, n_ctx=2048)
+    (data / "eval").mkdir(exist_ok=True)
+    choice = {"query": "Question: What is wet?", "choices": ["Rain.", "Sand."], "gold": 0}
+    (data / "eval" / "piqa.jsonl.xz").write_bytes(lzma.compress(json.dumps(choice).encode()))
+    args = ("--data", data, "--limit", "1", "--no-grammar", "--no-baselines", "--backend", "numpy", "--json")
+    code, out, err = run(capsys, "eval", other, *args)
+    assert code == 0, err
+    by_name = {t["task"]: t for t in json.loads(out)["tasks"]}
+    assert set(by_name) == set(TASKS)
+    ran = {name for name, t in by_name.items() if t["figures"]}
+    assert ran == {"hwu64", "snips", "clinc150", "sgd", "journal", "piqa"}
+    assert by_name["piqa"]["figures"][0]["free"]["n"] == 1
+    assert by_name["blimp"]["notes"] == ["n/a: blimp_200.jsonl.xz missing"]
+    code, _, err = run(capsys, "eval", other, *args, "--tasks", "piqa,blimp")
+    assert code == 8  # what was asked for has to be there
+    assert "blimp_200.jsonl.xz: missing, needed for pairs of sentences" in err
+
+
+def test_the_catalog_has_the_names_that_the_parser_knows() -> None:
+    from nearfar.eval.catalog import LOADERS
+
+    assert tuple(LOADERS) == TASKS
+
+
+def test_what_exits_save_is_drawn(capsys: pytest.CaptureFixture[str], model: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    picture = tmp_path / "exits.png"
+    args = ("--data", data, "--tasks", "hwu64,exits", "--limit", "2", "--no-baselines", "--no-grammar", "--json")
+    code, out, err = run(capsys, "eval", model, *args, "--plot", picture, "--backend", "numpy")
+    assert code == 0, err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    facts = json.loads(out)
+    points = facts["exit_curves"]["exit.1 alone"]
+    left = [p["left"] for p in points]
+    assert left == sorted(left, reverse=True)  # the stricter, the fewer leave
+    assert all(0 <= p["agreement"] <= 1 for p in points)
+    metrics = [f["metric"] for f in facts["tasks"][-1]["figures"]]
+    assert {f"exit.1 calibration error, {kind}" for kind in ("raw", "as calibrated")} < set(metrics)
+    code, _, err = run(capsys, "eval", model, *args, "--plot", picture, "--tasks", "journal", "--backend", "numpy")
+    assert code == 2  # the last --tasks counts: no exits, no picture
+    assert "--plot draws what the task exits finds" in err
+
+
 def test_calibrate_writes_a_copy_whose_exits_fire_or_do_not(
     capsys: pytest.CaptureFixture[str], model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -165,7 +213,7 @@ def test_a_model_of_other_rows_cannot_be_calibrated(
     ("args", "code", "words"),
     [
         (["eval", "nano", "--data", "nowhere"], 8, "nowhere: expected the folder of the corpora"),
-        (["eval", "missing.gguf", "--data", "."], 8, "missing, needed for intents"),
+        (["eval", "missing.gguf", "--data", ".", "--tasks", "hwu64"], 8, "missing, needed for intents"),
         (["eval"], 2, "expected a model, or --table"),
         (["calibrate", "missing.gguf", "-o", "x.gguf"], 3, "missing.gguf"),
     ],
@@ -182,7 +230,7 @@ def test_unknown_tasks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["eval", "nano", "--tasks", "maths"])
     assert stop.value.code == 2
-    assert "expected some of hwu64,snips,clinc150,sgd,home,exits" in capsys.readouterr().err
+    assert f"expected some of {','.join(TASKS)},exits" in capsys.readouterr().err
 
 
 def test_the_table_for_people_says_what_is_missing() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nearfar.eval.intervals import bootstrap, wilson
+from nearfar.eval.intervals import bootstrap, bootstrap_over, wilson
 from nearfar.eval.metrics import (
     auroc,
     calibration_error,
@@ -59,6 +59,15 @@ def test_the_bootstrap_of_a_share_agrees_with_wilson() -> None:
     counts = np.array([[1.0, 1.0]] * 60 + [[0.0, 1.0]] * 140)
     drawn, exact = bootstrap(counts, ratio), wilson(60, 200)
     assert (drawn.low, drawn.high) == pytest.approx((exact.low, exact.high), abs=0.015)
+
+
+def test_the_bootstrap_of_any_statistic_agrees_with_that_of_sums() -> None:
+    values = np.arange(40.0)
+    found = bootstrap_over(40, lambda drawn: float(values[drawn].mean()), n_draws=1000)
+    summed = bootstrap(np.stack([values, np.ones(40)], 1), lambda s: s[..., 0] / s[..., 1])
+    assert (found.value, found.n) == (19.5, 40)
+    assert (found.low, found.high) == pytest.approx((summed.low, summed.high), abs=1e-9)  # the same draws
+    assert math.isnan(bootstrap_over(0, lambda drawn: 0.0).value)
 
 
 def test_micro_f1_sums_before_it_divides() -> None:

@@ -385,7 +385,7 @@ def test_services_of_a_dialogue_must_be_in_the_schema(tmp_path: Path) -> None:
 @needs_shared
 def test_the_splits_have_the_rows_that_the_table_names() -> None:
     sizes = {t.name: len(t.rows) for t in intents.load(SHARED)}
-    assert sizes == {"hwu64": 1076, "snips": 707, "clinc150": 3200}
+    assert sizes == {"hwu64": 1076, "snips": 707, "clinc150": 3200, "slurp": 1194}
     assert {t.name: len(t.rows) for t in intents.dev_rows(SHARED)} == {"hwu64": 543, "snips": 698, "clinc150": 751}
     sgd = calls.load(SHARED)[0]
     kinds = [r.kind for r in sgd.rows]

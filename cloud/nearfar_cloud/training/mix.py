@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar import forms
+from nearfar import forms, splits
 from nearfar.errors import ConfigError, DataError
 from nearfar_cloud.training import held_out, rows
 from nearfar_cloud.training.generators import Generator, generators
@@ -363,7 +363,8 @@ def _tokenised(
     data: Path, name: str, tokenizer: RowTokenizer, data_sha256: str, seq_len: int, cache: Path | None
 ) -> _Files:
     """The train rows of a file source as ids, from the cache where they are."""
-    readers = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (rows, held_out, forms))
+    modules = (rows, held_out, forms, splits)
+    readers = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules)
     max_chars = min(int(CHARS_PER_TOKEN * seq_len), rows.MAX_ROW_CHARS)
     key = sha256(f"{name} {max_chars} {data_sha256} {tokenizer.sha256} {readers}".encode()).hexdigest()[:16]
     path = cache / f"{name}-{key}.npz" if cache else None

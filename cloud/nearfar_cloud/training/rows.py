@@ -17,13 +17,13 @@ from nearfar import forms
 from nearfar.corpora import README, field, json_file, json_lines, open_text, pairs
 from nearfar.errors import DataError
 from nearfar.forms import Parts, Turn
-from nearfar.splits import RESIDUES, split_residue
+from nearfar.splits import PIECE_CHARS, RESIDUES, pieces, split_residue
 from nearfar_cloud.training.held_out import test_texts, text_hash
 
 Split = Literal["train", "dev", "test"]
 
 VERSION = 2  # of the rows that these readers make; part of the data hash
-MAX_ROW_CHARS = 1_400  # about 450 tokens: a piece of a dialogue or book that fits sequences of 512
+MAX_ROW_CHARS = PIECE_CHARS  # of a dialogue or a book
 DIALOGUE_DAY = "2019-03-01"  # the day on which SGD's speakers say "today"
 RESULT_FIELDS = 6  # of a call's first result
 
@@ -315,24 +315,10 @@ def gsm8k(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) ->
 def _documents(text: str, source: str, split: Split, separator: str, max_chars: int) -> Iterator[Row]:
     """Pieces of at most `max_chars`, cut between paragraphs; one piece in twenty is dev."""
     for document in re.split(separator, text):
-        pieces, piece = [], ""
-        for paragraph in re.split(r"(?<=\n)\n+", document):
-            if len(paragraph) > max_chars:
-                pieces.append(piece)
-                piece = ""
-            while len(paragraph) > max_chars:
-                cut = paragraph.rfind(" ", 0, max_chars) + 1 or max_chars
-                pieces.append(paragraph[:cut])
-                paragraph = paragraph[cut:]
-            if piece and len(piece) + len(paragraph) > max_chars:
-                pieces.append(piece)
-                piece = ""
-            piece += paragraph + "\n"
-        pieces.append(piece.strip("\n"))
-        pieces = [p for p in pieces if p.strip()]
-        for n, p in enumerate(pieces):
+        found = pieces(document, max_chars)
+        for n, p in enumerate(found):
             if _held(p, split):
-                yield Row(source, forms.plain(p, end=n == len(pieces) - 1))
+                yield Row(source, forms.plain(p, end=n == len(found) - 1))
 
 
 def books(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:

@@ -2,10 +2,15 @@
 
     intents   TF-IDF (words 1-2, characters 2-5) and a linear SVM; no slots; its largest margin as confidence
     calls     the most frequent method of the service (which it is told), arguments by the last value that was mentioned
-    home      Home Assistant's own templates through hassil: an upper bound in its language, nothing outside
+    home      Home Assistant's own templates through hassil: an upper bound in its language, nothing outside; for the
+              device actions too, over the eight things that the model sees
+    journal   a template that needs no model
+    language  stories260K on stories where the data folder has it; xz on the rest
+    choices   chance
 
 A baseline answers in the same JSON as a model and is scored by the same function.  Where its package is missing, the
-figures stored in baselines.json stand in and are called stored; `python -m nearfar.eval.baselines DIR` makes that file.
+figures stored in baselines.json stand in and are called stored; `python -m nearfar.eval.baselines DIR` makes that file
+(with names of tasks behind it: those tasks anew).
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ import numpy as np
 
 from nearfar import forms
 from nearfar.errors import MissingExtraError
-from nearfar.eval import calls, home, intents
+from nearfar.eval import calls, choices, home, intents, journal, language
 from nearfar.eval.calls import Before, Method
+from nearfar.eval.catalog import LOADERS
 from nearfar.eval.intervals import Interval
 from nearfar.eval.tasks import Figure, Prediction, Row, Task
 
@@ -35,6 +41,9 @@ NAMES = {
     "intents": "TF-IDF + linear SVM",
     "sgd": "most frequent method, last values",
     "home": "hassil on its own templates",
+    "journal": "a template, no model",
+    "language": "stories260K on stories, xz elsewhere",
+    "choices": "chance",
 }
 
 
@@ -49,6 +58,8 @@ class Baseline:
 
 def baseline(task: Task, folder: Path) -> Baseline:
     """Fit and score the baseline of `task`.  Raises MissingExtraError, DataError."""
+    if task.name in choices.LOADERS:
+        return Baseline(NAMES["choices"], tuple(choices.chance(task)))
     name, answer = _answerer(task.name, folder)
     return Baseline(name, tuple(task.score(task.rows, answer(task.rows))))
 
@@ -68,7 +79,12 @@ Answerer = Callable[[Sequence[Row]], list[Prediction]]
 def _answerer(task_name: str, folder: Path) -> tuple[str, Answerer]:
     if task_name == "sgd":
         return NAMES["sgd"], LastValues(calls.train_rows(folder), folder).answers
-    if task_name == "home":
+    if task_name == "journal":
+        return NAMES["journal"], lambda rows: [Prediction(row.id, journal.floor_answer(row.context)) for row in rows]
+    if task_name == "language":
+        name = NAMES["language"] if language.has_reference(folder) else "xz"
+        return name, lambda rows: language.floor(rows, folder)
+    if task_name in ("home", "actions"):
         return NAMES["home"], home.Templates(folder).answers
     return NAMES["intents"], LinearIntents(intents.train_rows(task_name, folder)).answers
 
@@ -148,10 +164,10 @@ class LastValues:
         return found
 
 
-def make_stored(folder: Path) -> dict[str, Any]:
-    """The content of baselines.json."""
-    tasks: dict[str, Any] = {}
-    for task in (*intents.load(folder), *calls.load(folder), *home.load(folder)):
+def make_stored(folder: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of baselines.json; with `names`, those tasks anew and the others as they are."""
+    tasks: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))["tasks"] if names else {}
+    for task in (task for name, loader in LOADERS.items() if not names or name in names for task in loader(folder)):
         print(f"{task.name} …", file=sys.stderr, flush=True)
         made = baseline(task, folder)
         figures = {
@@ -163,4 +179,4 @@ def make_stored(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    STORED.write_text(json.dumps(make_stored(Path(sys.argv[1])), indent=1) + "\n", encoding="utf-8")
+    STORED.write_text(json.dumps(make_stored(Path(sys.argv[1]), sys.argv[2:]), indent=1) + "\n", encoding="utf-8")

@@ -7,11 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model, real, whole
-from nearfar.errors import MissingExtraError, UsageError
+from nearfar.errors import MissingDataError, MissingExtraError, NearfarError, UsageError
 
 if TYPE_CHECKING:
     from nearfar.eval.calibrate import Calibration
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TASKS = ("hwu64", "snips", "clinc150", "sgd", "home")
+CONTROLS = ("arc_easy", "piqa", "winogrande", "blimp", "gsm8k")  # questions that nano is not expected to answer
+TASKS = ("hwu64", "snips", "clinc150", "slurp", "sgd", "home", "actions", "journal", "language", *CONTROLS)
 EXITS = "exits"
 EXIT_ROWS = 100  # rows of each task that the figures about exits are taken from
 SPEED_ROWS = 20  # rows of each task that are timed with and without exits
@@ -51,15 +53,19 @@ def _add_eval(verbs: Verbs) -> None:
     parser.add_argument("model", nargs="?", help="nano, or the path of a GGUF file")
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
     parser.add_argument(
-        "--tasks", type=_names, default=(*TASKS, EXITS), metavar="LIST", help=f"of {','.join((*TASKS, EXITS))}"
+        "--tasks", type=_names, metavar="LIST", help=f"of {', '.join((*TASKS, EXITS))} (default: all that have data)"
     )
     parser.add_argument(
-        "--limit", type=whole(1, 1 << 20), metavar="N", help="at most N rows of each task, spread evenly"
+        "--limit",
+        type=whole(1, 1 << 20),
+        metavar="N",
+        help="at most N rows of each task, spread evenly (default: all, but of long lists some hundreds)",
     )
     parser.add_argument("--no-grammar", action="store_true", help="leave out the constrained answers")
     parser.add_argument("--no-baselines", action="store_true", help="print stored baselines instead of fitting them")
     parser.add_argument("--save", metavar="FILE", help="store the answers (JSON lines)")
     parser.add_argument("--table", metavar="FILE", help="make the table from stored answers, without a model")
+    parser.add_argument("--plot", metavar="PNG", help="draw what exits save against what they change (task exits)")
     parser.add_argument("--text", metavar="FILE", help="perplexity of this text (UTF-8, plain or .xz) and nothing else")
     parser.add_argument(
         "--tokens", type=whole(2, 1 << 30), default=TEXT_TOKENS, metavar="N", help="of the text (default %(default)s)"
@@ -115,9 +121,13 @@ def run_eval(args: argparse.Namespace) -> int:
         return run_text(args)
     if (args.model is None) == (args.table is None):
         raise UsageError("expected a model, or --table with stored answers, and not both")
+    wants_exits = args.model is not None and (args.tasks is None or EXITS in args.tasks)
+    if args.plot and not wants_exits:
+        raise UsageError("--plot draws what the task exits finds: expected a model, and exits among --tasks")
     started = time.perf_counter()
     folder = data_folder(args.data)
-    tasks = [task.first(args.limit) for task in load_tasks(folder, args.tasks)]
+    tasks, without = load_tasks(folder, args.tasks)
+    tasks = [task.first(args.limit or (None if args.table else task.usual_rows)) for task in tasks]
     facts: dict[str, Any] = {"model": args.model, "table": args.table, "limit": args.limit}
     about_exits: list[Section] = []
     if args.table:
@@ -125,12 +135,14 @@ def run_eval(args: argparse.Namespace) -> int:
     else:
         with open_model(args, args.model) as llm:
             facts["backend"] = llm.backend
+            tasks, others = runnable(llm, tasks)
+            without += others
             predictions = ask(llm, tasks, grammar=not args.no_grammar, save=Path(args.save) if args.save else None)
-            if EXITS in args.tasks:
-                about_exits = exit_section(llm, tasks)
+            if wants_exits:
+                about_exits, facts["exit_curves"] = exit_section(llm, tasks, args.plot)
     sections = [s for task in tasks if (s := section(task, predictions, folder, fit=not args.no_baselines))]
     facts["seconds"] = round(time.perf_counter() - started, 1)
-    _print(sections + about_exits, facts, args.json)
+    _print([*sections, *about_exits, *without], facts, args.json)
     return 0
 
 
@@ -167,18 +179,46 @@ def run_text(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
-    """The named tasks, and the official test files of their sets where the folder has them."""
-    from nearfar.eval import calls, home, intents
+def load_tasks(folder: Path, names: Sequence[str] | None) -> tuple[list[Task], list[Section]]:
+    """The named tasks, with the official test files of their sets where the folder has them.
+
+    Of all tasks (`names` None) those are passed over that lack a file or a package: a section says so for each.
+    Raises DataError and MissingExtraError for tasks that were named, and where there is nothing at all to run.
+    """
+    from nearfar.eval.catalog import LOADERS
 
     tasks: list[Task] = []
-    if {"hwu64", "snips", "clinc150"} & set(names):
-        tasks += [t for t in intents.load(folder) if t.name.removesuffix("_test") in names]
-    if "sgd" in names:
-        tasks += calls.load(folder)
-    if "home" in names:
-        tasks += home.load(folder)
-    return tasks
+    without: list[Section] = []
+    reasons: list[NearfarError] = []
+    for name in TASKS if names is None else [name for name in names if name != EXITS]:
+        try:
+            tasks += LOADERS[name](folder)
+        except (MissingDataError, MissingExtraError) as error:
+            if names is not None:
+                raise
+            reasons.append(error)
+            missing = f"{error.path.name} missing" if isinstance(error, MissingDataError) else str(error)
+            without.append(not_run(name, missing))
+    if reasons and not tasks:
+        raise reasons[0]
+    return tasks, without
+
+
+def not_run(name: str, reason: str) -> Section:
+    """The place of a task in the table that could not be run."""
+    from nearfar.eval.report import Section
+
+    return Section(name, name, 0, {}, notes=[f"n/a: {reason}"])
+
+
+def runnable(llm: LLM, tasks: Sequence[Task]) -> tuple[list[Task], list[Section]]:
+    """Tasks that this engine can answer, and a section for each other one: likelihoods are our own engine's."""
+    from nearfar.engine import Engine
+
+    if isinstance(llm.stepper, Engine):
+        return list(tasks), []
+    reason = "its likelihoods need nearfar's own engine (--backend native or numpy)"
+    return [t for t in tasks if t.ask is None], [not_run(t.name, reason) for t in tasks if t.ask is not None]
 
 
 def ask(
@@ -202,7 +242,7 @@ def ask(
         print("without the column about grammars: pip install 'nearfar[schema]'", file=sys.stderr)
     has_exits = bool(llm.config and llm.config.exits) and speaks_rows(llm)
     for task in tasks:
-        for mode in modes:
+        for mode in [FREE] if task.ask else [m for m in modes if m != SCHEMA or task.schema]:
             wants_scores = mode == FREE and has_exits and task.name.startswith("clinc150")
             scores: Callable[..., Mapping[str, float]] | None = (
                 (lambda prompt, ids: exits.confidences(llm, prompt, ids)) if wants_scores else None
@@ -229,6 +269,7 @@ def section(
     figures = {mode: task.score(*in_order(task.rows, predictions[task.name, mode])) for mode in modes}
     cut = sum(p.finish == "context" for p in predictions[task.name, modes[0]])
     notes = [f"{cut} prompts did not fit the context and count as wrong"] if cut else []
+    notes += task.notes(rows)
     try:
         beside = baseline(task.only(rows), folder) if fit else stored_baseline(task.name)
     except MissingExtraError as error:
@@ -237,22 +278,36 @@ def section(
     return Section(task.name, task.split, len(rows), figures, beside, notes)
 
 
-def exit_section(llm: LLM, tasks: Sequence[Task]) -> list[Section]:
-    """What leaves early and what it changes, on some rows of each task; nothing for a model without exits."""
+def exit_section(
+    llm: LLM, tasks: Sequence[Task], plot: str | None = None
+) -> tuple[list[Section], dict[str, list[dict[str, float]]]]:
+    """What leaves early and what it changes, on some rows of each task that is answered by a call; the curves of it.
+
+    Nothing for a model without exits.  Raises UsageError where `plot` asks for a picture of that.
+    """
     from nearfar.eval import exits
     from nearfar.eval.report import FREE, Section
     from nearfar.eval.tasks import Figure, speaks_rows
 
-    if not (llm.config and llm.config.exits and speaks_rows(llm) and tasks):
-        return []
-    engine, parts = exits.engine_of(llm), [task.first(EXIT_ROWS) for task in tasks]
+    parts = [task.first(EXIT_ROWS) for task in tasks if task.ask is None and task.schema is not None]
+    if not (llm.config and llm.config.exits and speaks_rows(llm) and parts):
+        if plot:
+            raise UsageError("--plot: expected a model with exits, trained on nearfar's rows, and a task")
+        return [], {}
+    lower, heads = exits.engine_of(llm).lower, llm.config.exits
     found = exits.answers_at_full_depth(llm, parts)
     traces = [t for _, t in _progress(found, sum(len(p.rows) for p in parts), "exits")]
-    figures = exits.figures(exits.views(engine.lower, traces, llm.config.exits), llm.config.exits)
-    if any(e.tau < 1 for e in llm.config.exits):
+    seen = exits.views(lower, traces, heads)
+    figures = [*exits.figures(seen, heads), *exits.calibration_figures(lower, traces, heads)]
+    if any(e.tau < 1 for e in heads):
         figures.append(Figure("wall time at full depth / with exits", exits.speed_up(llm, parts, SPEED_ROWS), unit=""))
+    curves = exits.curves(seen, heads)
+    if plot:
+        exits.plot_curves(curves, Path(plot))
     name = f"Exits, {EXIT_ROWS} rows of each task at most"
-    return [Section(EXITS, name, len(traces), {FREE: figures}, notes=["the baseline is full depth"])]
+    notes = ["the baseline is full depth", f"exit.{heads[-1].layer} is the deepest: its agreement is what a gate asks"]
+    shown = {label: [asdict(point) for point in points] for label, points in curves.items()}
+    return [Section(EXITS, name, len(traces), {FREE: figures}, notes=notes)], shown
 
 
 def _has_llguidance() -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 
 from nearfar.config import ExitConfig
 from nearfar.engine import Engine
-from nearfar.errors import ContextError, UsageError
-from nearfar.eval.intervals import Interval, bootstrap, wilson
-from nearfar.eval.metrics import ratio
+from nearfar.errors import ContextError, MissingExtraError, UsageError
+from nearfar.eval.intervals import Interval, bootstrap, bootstrap_over, wilson
+from nearfar.eval.metrics import calibration_error, ratio
 from nearfar.eval.tasks import Figure, Row, Task, answer
 from nearfar.exit import should_exit
 from nearfar.forms import Parts, encode
@@ -29,6 +30,7 @@ from nearfar.lower import Lower
 Array = NDArray[np.float32]
 
 FULL = "full"
+CURVE = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 CHUNK = 512  # rows whose logits are held at once
 
 
@@ -180,6 +182,70 @@ def figures(seen: Sequence[View], exits: Sequence[ExitConfig]) -> list[Figure]:
     out.append(Figure("tokens that left and differ", bootstrap(np.stack([losses, np.ones_like(losses)], 1), ratio)))
     out.append(Figure("answers unchanged", wilson(int((losses == 0).sum()), len(losses))))
     return out
+
+
+def calibration_figures(lower: Lower, traces: Sequence[Trace], exits: Sequence[ExitConfig]) -> list[Figure]:
+    """Each exit's expected calibration error: of the raw confidence, and of the one that the file's maps make of it."""
+    out = []
+    for name, configs in (("raw", [ExitConfig(e.layer) for e in exits]), ("as calibrated", exits)):
+        seen = views(lower, traces, configs)
+        for i, e in enumerate(exits):
+
+            def error(drawn: NDArray[Any], seen: Sequence[View] = seen, i: int = i) -> float:
+                conf, agree = ([getattr(seen[j], part)[i] for j in drawn] for part in ("conf", "agree"))
+                return calibration_error(np.concatenate(conf), np.concatenate(agree))
+
+            out.append(Figure(f"exit.{e.layer} calibration error, {name}", bootstrap_over(len(seen), error), unit=""))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """At threshold `tau`: the share of tokens that left early, and of those that are as at full depth."""
+
+    tau: float
+    left: float
+    agreement: float
+
+
+def curves(seen: Sequence[View], exits: Sequence[ExitConfig]) -> dict[str, list[Point]]:
+    """Tokens saved against agreement, for each exit alone and for all at one threshold, loose to strict."""
+    alone = {f"exit.{e.layer} alone": [e.layer] for e in exits}
+    groups = alone if len(exits) < 2 else {**alone, "all exits": [e.layer for e in exits]}
+    return {
+        name: [_point(seen, [tau if e.layer in layers else 1.0 for e in exits], tau) for tau in CURVE]
+        for name, layers in groups.items()
+    }
+
+
+def _point(seen: Sequence[View], taus: Sequence[float], tau: float) -> Point:
+    n = left = differ = 0
+    for v in seen:
+        decided = decide(v, taus)
+        early = np.flatnonzero(decided < len(v.agree))
+        n += len(decided)
+        left += len(early)
+        differ += int((~v.agree[decided[early], early]).sum())
+    return Point(tau, left / max(n, 1), 1 - differ / max(n, 1))
+
+
+def plot_curves(found: Mapping[str, Sequence[Point]], out: Path) -> None:
+    """Tokens saved against agreement as PNG.  Raises MissingExtraError."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "train", "the plot of what exits save") from error
+    figure, axis = pyplot.subplots(figsize=(5.6, 4.2))
+    for name, points in found.items():
+        axis.plot([p.left for p in points], [p.agreement for p in points], "o-", ms=3, label=name)
+    axis.set(xlabel="share of tokens that leave early", ylabel="share of tokens as at full depth", xlim=(0, 1))
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
 
 
 def speed_up(model: Any, tasks: Sequence[Task], n: int = 40) -> Interval:

@@ -32,17 +32,18 @@ class Asked:
 
     home: Home
     optional: frozenset[str] = frozenset()
-    listed: bool | None = None  # whether the right name is among the home's things; None if none is named
+    listed: bool | None = None  # whether what is right is among the home's things; None if nothing is named
     satellite: Mapping[str, Any] | None = None  # the context that hassil is given
 
 
 def load(folder: Path) -> list[Task]:
     """The English test sentences of Home Assistant.  Raises DataError."""
     rows = list(read_tests(corpora.tar_texts(folder / ARCHIVE, USE, ".yaml")))
-    return [_task("home", "Home Assistant tests, English", rows)]
+    return [home_task("home", "Home Assistant tests, English", rows)]
 
 
-def _task(name: str, split: str, rows: Sequence[Row]) -> Task:
+def home_task(name: str, split: str, rows: Sequence[Row]) -> Task:
+    """Requests whose context is an `Asked`."""
     schema = home_schema()
     return Task(
         name=name,
@@ -227,29 +228,35 @@ class Templates:
                 _merge(merged, name, _yaml(name, files))
         self._intents = Intents.from_dict(merged)
         fixtures = _yaml("tests/en/_fixtures.yaml", files)
-        self._lists = {
-            key: TextSlotList.from_tuples([(e["name"], e["name"]) for e in fixtures.get(f"{key}s", [])], name=key)
-            for key in ("area", "floor")
-        }
+        self._areas = [e["name"] for e in fixtures.get("areas", [])]
+        floors = [(e["name"], e["name"]) for e in fixtures.get("floors", [])]
+        self._floors = TextSlotList.from_tuples(floors, name="floor")
         self._names = fixtures.get("entities", [])
 
     def answers(self, rows: Sequence[Row]) -> list[Prediction]:
         return [Prediction(row.id, self._call(row)) for row in rows]
 
     def _call(self, row: Row) -> str:
-        from hassil import TextSlotList
+        from hassil import SlotList, TextSlotList
         from hassil.recognize import recognize_best
 
         things = [
             (e.name, e.name, {"domain": e.domain, "device_class": e.device_class}) for e in row.context.home.entities
         ]
-        things += [(e["name"], e["name"], {"domain": str(e.get("id", "")).split(".")[0]}) for e in self._names]
-        names = TextSlotList.from_tuples(things, name="name")
+        areas: Sequence[str] = row.context.home.areas
+        if row.context.satellite is not None:  # a request of the test files: about the home of their fixtures
+            things += [(e["name"], e["name"], {"domain": str(e.get("id", "")).split(".")[0]}) for e in self._names]
+            areas = self._areas
+        lists: dict[str, SlotList] = {
+            "name": TextSlotList.from_tuples(things, name="name"),
+            "area": TextSlotList.from_tuples([(area, area) for area in areas], name="area"),
+            "floor": self._floors,
+        }
         context = dict(row.context.satellite or {})
         found = recognize_best(
             row.text,
             self._intents,
-            slot_lists={**self._lists, "name": names},
+            slot_lists=lists,
             intent_context=context,
             best_slot_name="name",
         )

@@ -1,4 +1,4 @@
-"""Intent and slots in one JSON object: HWU64, SNIPS, CLINC150.
+"""Intent and slots in one JSON object: HWU64, SNIPS, CLINC150, and SLURP in HWU64's labels.
 
 Metrics: the intent's accuracy, slot F1 over the multiset of (type, value), and the whole object right.  CLINC150 adds
 requests that no intent covers; nothing is trained on them, so a model can only notice them by being unsure.
@@ -7,7 +7,7 @@ requests that no intent covers; nothing is trained on them, so a model can only 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,32 @@ OUT = "out of scope"
 OUT_RECALL = 0.9  # the share of out-of-scope rows that the second CLINC150 figure turns away
 
 
+SNIPS_TEST, CLINC_TEST = "snips_test.jsonl.xz", "clinc150_test.json.xz"  # official files, for those who have them
+
+
 def load(folder: Path) -> list[Task]:
-    """The three sets; official SNIPS and CLINC150 test files are used beside them where the folder has them."""
-    tasks = [hwu64(folder), snips(folder), clinc150(folder)]
-    if (folder / "intents" / "snips_test.jsonl.xz").is_file():
-        tasks.append(snips(folder, official=True))
-    if (folder / "intents" / "clinc150_test.json.xz").is_file():
-        tasks.append(clinc150(folder, official=True))
-    return tasks
+    """All sets; official SNIPS and CLINC150 test files are used beside them where the folder has them."""
+    return [task for loader in LOADERS.values() for task in loader(folder)]
+
+
+LOADERS: dict[str, Callable[[Path], list[Task]]] = {
+    "hwu64": lambda folder: [hwu64(folder)],
+    "snips": lambda folder: [snips(folder), *([snips(folder, official=True)] if _has(folder, SNIPS_TEST) else [])],
+    "clinc150": lambda folder: [
+        clinc150(folder),
+        *([clinc150(folder, official=True)] if _has(folder, CLINC_TEST) else []),
+    ],
+    "slurp": lambda folder: [slurp(folder)],
+}
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / "intents" / name).is_file()
 
 
 def train_rows(name: str, folder: Path) -> list[Row]:
     """What a baseline of task `name` may learn from: all training rows that are not scored."""
-    if name == "hwu64":
+    if name in ("hwu64", "slurp"):
         return list(_lines(folder / "intents" / "hwu64_train.jsonl.xz"))
     if name.startswith("snips"):
         rows = _lines(folder / "intents" / "snips_train.jsonl.xz")
@@ -43,7 +56,7 @@ def train_rows(name: str, folder: Path) -> list[Row]:
 
 
 def dev_rows(folder: Path) -> list[Task]:
-    """The three sets' held-out twentieths of training data: for calibration and for steering, never for the table."""
+    """Three sets' held-out twentieths of training data: for calibration and for steering, never for the table."""
     sets = (
         ("hwu64", list(_lines(folder / "intents" / "hwu64_train.jsonl.xz"))),
         ("snips", list(_lines(folder / "intents" / "snips_train.jsonl.xz"))),
@@ -65,11 +78,21 @@ def snips(folder: Path, *, official: bool = False) -> Task:
     """The held-out twentieth of SNIPS train, or the official test file where somebody has it."""
     train = train_rows("snips", folder)
     if official:
-        rows = list(_lines(folder / "intents" / "snips_test.jsonl.xz"))
+        rows = list(_lines(folder / "intents" / SNIPS_TEST))
         return _task("snips", "snips_test", "SNIPS official test", rows, train)
     rows = list(_lines(folder / "intents" / "snips_train.jsonl.xz"))
     held = [r for r in rows if splits.split_residue(r.text) == splits.HELD_OUT]
     return _task("snips", "snips", "SNIPS, held-out twentieth of train", held, train)
+
+
+def slurp(folder: Path) -> Task:
+    """SLURP's validation sentences that HWU64's train file does not have, in the labels that they share."""
+    train = train_rows("slurp", folder)
+    labels = {r.gold["intent"] for r in train}
+    unmarked = list(_lines(folder / "intents" / "slurp_devel.jsonl.xz", unmarked=True))
+    rows = [r for r in unmarked if r.gold["intent"] in labels]
+    split = f"SLURP devel, {len(rows):,} of {len(unmarked):,} unmarked rows, whose labels HWU64 has"
+    return _task("hwu64", "slurp", split, rows, train)
 
 
 def clinc150(folder: Path, *, official: bool = False) -> Task:
@@ -77,15 +100,18 @@ def clinc150(folder: Path, *, official: bool = False) -> Task:
     file = folder / "intents" / "clinc150_train_val.json.xz"
     train, outside = train_rows("clinc150", folder), list(_clinc(file, "oos_train"))
     if official:
-        test = folder / "intents" / "clinc150_test.json.xz"
+        test = folder / "intents" / CLINC_TEST
         rows = [*_clinc(test, "test"), *_clinc(test, "oos_test")]
         return _task("clinc150", "clinc150_test", "CLINC150 official test", rows, train)
     rows = [*_clinc(file, "val"), *outside, *_clinc(file, "oos_val")]
     return _task("clinc150", "clinc150", "CLINC150 validation", rows, train)
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def _lines(path: Path, *, unmarked: bool = False) -> Iterator[Row]:
+    """`unmarked`: only rows that HWU64's train file does not have, which SLURP's files say of each."""
     for where, row in corpora.json_lines(path, "intents"):
+        if unmarked and corpora.field(where, row, "in_hwu64_train", bool):
+            continue
         intent = corpora.field(where, row, "intent", str)
         if "scenario" in row:  # HWU64's label is both
             intent = f"{corpora.field(where, row, 'scenario', str)}_{intent}"

@@ -33,6 +33,16 @@ def wilson(hits: int, n: int, z: float = Z95) -> Interval:
     return Interval(p, low, high, n)
 
 
+def bootstrap_over(n: int, statistic: Callable[[np.ndarray], float], *, n_draws: int = 200, seed: int = 0) -> Interval:
+    """The percentile interval of a statistic that is no ratio of sums; it gets the numbers of the groups drawn [n]."""
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, n, n)) for _ in range(n_draws)]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return Interval(statistic(np.arange(n)), float(low), float(high), n)
+
+
 def bootstrap(
     groups: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, n_draws: int = 1000, seed: int = 0
 ) -> Interval:

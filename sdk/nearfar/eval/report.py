@@ -77,7 +77,7 @@ def as_text(sections: Iterable[Section]) -> str:
 
 def _section_text(s: Section) -> list[str]:
     modes = list(s.figures)
-    head = [f"{s.split} ({s.n_rows:,} rows)", *(MODES.get(m, m) for m in modes)]
+    head = [f"{s.split} ({s.n_rows:,} rows)" if modes else s.split, *(MODES.get(m, m) for m in modes)]
     if s.baseline is not None:
         head.append(f"{s.baseline.name}{' (stored)' if s.baseline.stored else ''}")
     rows = [head]

@@ -3,7 +3,8 @@
     Task.rows -> prompt -> llm.generate (greedy) -> Prediction -> Task.score -> Figure
 
 A model whose file says `nearfar.rows` is asked in the rows it was trained on; any other model is asked in its chat
-template, with the labels named and three examples from the training split.
+template, with the labels named and three examples from the training split, or in plain text where it has no template.
+Tasks about likelihoods have their own `ask`: the same text for every model.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nearfar.corpora import json_lines
-from nearfar.errors import ContextError, DataError, FileError
+from nearfar.engine import Engine
+from nearfar.errors import ContextError, DataError, FileError, UnsupportedError, UsageError
 from nearfar.eval.intervals import Interval
 from nearfar.forms import CALL_STOPS, ROWS_VERSION, Part, Parts
+from nearfar.lower import Lower
 
 Json = Mapping[str, Any]
 
@@ -64,12 +67,15 @@ class Task:
     split: str  # for people: "HWU64 test"
     rows: Sequence[Row]
     prompt: Callable[[Row], Parts]
-    schema: Callable[[Row], Json]
+    schema: Callable[[Row], Json] | None  # None: no grammar helps
     score: Callable[[Sequence[Row], Sequence[Prediction]], list[Figure]]
     instruction: str  # for chat models
     shots: Sequence[tuple[str, str]] = ()  # (request, answer), from the training split
     request: Callable[[Row], str] = lambda row: row.text  # for chat models
     max_tokens: int = 96
+    usual_rows: int | None = None  # what a run without --limit asks, where the whole split takes too long
+    ask: Callable[[Model, Row], Prediction] | None = None  # instead of a greedy answer: likelihoods
+    notes: Callable[[Sequence[Row]], list[str]] = lambda rows: []  # what the table says below the figures
 
     def first(self, n: int | None) -> Task:
         """The same task with at most `n` rows, spread evenly: files are sorted by label or service."""
@@ -100,11 +106,20 @@ class Model(Protocol):
     def generate(self) -> Callable[..., Any]: ...
     @property
     def chat(self) -> Callable[..., Any]: ...
+    @property
+    def stepper(self) -> Any: ...
 
 
 def speaks_rows(model: Model) -> bool:
     """Whether the model was trained on the rows of nearfar.forms."""
     return bool(model.metadata.get("nearfar.rows") == ROWS_VERSION)
+
+
+def lower_of(model: Model) -> Lower:
+    """The layers behind a model, for what needs probabilities of given text.  Raises UsageError for other engines."""
+    if not isinstance(model.stepper, Engine):
+        raise UsageError("likelihoods come from nearfar's own engine: open the model with --backend native or numpy")
+    return model.stepper.lower
 
 
 def stop_ids(model: Model) -> tuple[int, ...]:
@@ -119,10 +134,21 @@ def answer(model: Model, task: Task, row: Row, *, constrained: bool, exits: bool
     """The Completion of one row, greedy.  Raises ContextError where the prompt does not fit."""
     options: dict[str, Any] = {"max_tokens": task.max_tokens, "exits": exits}
     if constrained:
+        assert task.schema is not None
         options["schema"] = task.schema(row)
     if speaks_rows(model):
         return model.generate(task.prompt(row), stop_ids=stop_ids(model), **options)
-    return model.chat(task.messages(row), **options)
+    messages = task.messages(row)
+    try:
+        return model.chat(messages, **options)
+    except UnsupportedError:  # no chat form, or none that is known: a base model goes on from examples
+        return model.generate(examples_text(messages), stop=("\n",), **options)
+
+
+def examples_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as text to go on with: the instruction, requests with their answers, the open answer."""
+    marks = {"system": "", "user": "Request: ", "assistant": "Answer: "}
+    return "\n\n".join(marks[m["role"]] + m["content"] for m in messages) + "\n\nAnswer:"
 
 
 def predict(
@@ -137,6 +163,9 @@ def predict(
     for row in task.rows:
         started = time.perf_counter()
         try:
+            if task.ask is not None:
+                yield replace(task.ask(model, row), seconds=time.perf_counter() - started)
+                continue
             completion = answer(model, task, row, constrained=constrained, exits=exits)
         except ContextError:
             yield Prediction(row.id, "", "context")
@@ -202,7 +231,7 @@ def prompts_task(path: Path) -> Task:
         split=path.name,
         rows=rows,
         prompt=lambda row: tuple(row.context),
-        schema=lambda row: {},
+        schema=None,
         score=lambda rows, predictions: [],
         instruction="",
     )

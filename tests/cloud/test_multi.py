@@ -449,6 +449,7 @@ def test_the_verb_needs_a_folder_of_corpora_and_sound_numbers(data: Path, tmp_pa
         verb("--data", str(data), "--points", "1")
 
 
+@pytest.mark.slow
 def test_the_study_measures_every_arm_on_rows_that_were_not_searched(
     data: Path, run_of_a_twin: tuple[Path, Recipe], tmp_path: Path
 ) -> None:

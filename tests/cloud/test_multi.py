@@ -28,7 +28,7 @@ from nearfar_cloud.training import run  # noqa: E402
 from nearfar_cloud.training import tokenizer as tokenizers  # noqa: E402
 from nearfar_cloud.training.export import export  # noqa: E402
 from nearfar_cloud.training.model import Decoder  # noqa: E402
-from nearfar_cloud.training.multi import cli, search  # noqa: E402
+from nearfar_cloud.training.multi import cli, search, study  # noqa: E402
 from nearfar_cloud.training.multi.linear import MultiDecoder  # noqa: E402
 from nearfar_cloud.training.multi.master import write_master  # noqa: E402
 from nearfar_cloud.training.multi.rounding import rounded, rounded_rows, with_pair  # noqa: E402
@@ -46,6 +46,8 @@ from tests.cloud.toy_batches import ToyBatches, tiny_recipe  # noqa: E402
 # last bit of a norm also moves an activation across a rounding boundary.  Logits are about 1 in size.
 MAX_LOGIT_ERROR = 0.08
 MEDIAN_LOGIT_ERROR = 0.01
+# llama.cpp has the row's int8 scales at another grain for trits, and an f16 cache.
+MAX_LOGIT_ERROR_OUTSIDE, MEDIAN_LOGIT_ERROR_OUTSIDE = 0.3, 0.05
 
 WORDS = ("turn off the kitchen lights", "it is 2.5 degrees", "a journal of the day", "open the blinds")
 
@@ -171,6 +173,23 @@ def test_every_packed_assignment_computes_what_training_computed(
                 error = np.abs(mine[head] - expected)
                 assert error.max() < MAX_LOGIT_ERROR, (point.assignment, head)
                 assert np.median(error) < MEDIAN_LOGIT_ERROR, (point.assignment, head)
+
+
+def test_an_outside_engine_runs_every_packed_assignment(
+    model: MultiDecoder, tokenizer: RowTokenizer, tmp_path: Path
+) -> None:
+    """Stock llama.cpp opens the files: types may differ from matrix to matrix.  Rows of trits are int8 by 256 there."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra [llama])")
+    points = [Point(a, 1.0) for a in ASSIGNMENTS]
+    write_master(model, tokenizer, tmp_path / "master.gguf", card={"name": "tiny"}, points=points)
+    with Master.open(tmp_path / "master.gguf") as master:
+        for i, point in enumerate(points):
+            path = writer_of(master, point, tmp_path / f"{i}.gguf").write()
+            llama = llama_cpp.Llama(str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False)
+            llama.eval(IDS.tolist())
+            theirs, mine = llama.scores[: len(IDS)], engine_logits(path, IDS, "numpy")["final"]
+            assert np.abs(theirs - mine).max() < MAX_LOGIT_ERROR_OUTSIDE, point
+            assert np.median(np.abs(theirs - mine)) < MEDIAN_LOGIT_ERROR_OUTSIDE, point
 
 
 def test_the_packed_matrices_are_those_of_training_bit_for_bit(
@@ -428,3 +447,22 @@ def test_the_verb_needs_a_folder_of_corpora_and_sound_numbers(data: Path, tmp_pa
         verb("--data", str(data), "--rank", "0")
     with pytest.raises(UsageError, match="--points 1"):
         verb("--data", str(data), "--points", "1")
+
+
+@pytest.mark.slow
+def test_the_study_measures_every_arm_on_rows_that_were_not_searched(
+    data: Path, run_of_a_twin: tuple[Path, Recipe], tmp_path: Path
+) -> None:
+    folder, recipe = run_of_a_twin
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    made = replace(recipe, shape=replace(recipe.shape, weights="float"))
+    path = study.study(data, tmp_path, Budget(tokens=1280), made=made, points=3, tries=1, rows=40)
+    arms = json.loads(path.read_text())["arms"]
+    assert list(arms) == ["balanced", "uniform", "beside", "shared", "alone t", "alone 4", "alone 8", "post-hoc"]
+    for points in arms.values():
+        assert [p["bytes"] for p in points] == sorted(p["bytes"] for p in points)
+        assert all(0 < p["loss"] < 20 for p in points)
+    assert {p["assignment"] for p in arms["uniform"]} == {p["assignment"] for p in arms["balanced"]}
+    heavier = {p["assignment"]: p["bytes"] for p in arms["beside"]}
+    assert all(heavier[p["assignment"]] > p["bytes"] for p in arms["uniform"])
+    assert path.with_suffix(".png").stat().st_size > 10_000

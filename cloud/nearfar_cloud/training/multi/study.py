@@ -91,10 +91,19 @@ def one_width(width: str, n_matrices: int) -> str:
     return ("4" if width == "t" else "8") + width * (n_matrices - 1)
 
 
-def study(data: Path, out: Path, budget: Budget, *, points: int = 10, tries: int = 3, rows: int = 300) -> Path:
-    """Train, measure, write `pack_study.json` and `.png` into `out`; returns the path of the JSON."""
+def study(
+    data: Path,
+    out: Path,
+    budget: Budget,
+    *,
+    made: Recipe | None = None,
+    points: int = 10,
+    tries: int = 3,
+    rows: int = 300,
+) -> Path:
+    """Train `made` (a float recipe) and the arms, measure; returns the path of `pack_study.json`, beside it a PNG."""
     out.mkdir(parents=True, exist_ok=True)
-    log, made = Log(out / "log.jsonl", as_json=False), recipe()
+    log, made = Log(out / "log.jsonl", as_json=False), made or recipe()
     tokenizer = tokenizer_of(data, out / "tokenizer.json", made.shape.n_vocab)
     held_out = dev_rows(data, tokenizer, made, ())
     search_rows, report_rows = halves(held_out, rows)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,16 +419,6 @@ def test_a_parent_is_found_by_its_folder_or_its_checkpoint_and_others_are_refuse
         open_parent(folder, {"micro": replace(recipe, seed=2)})
     with pytest.raises(FileError, match="expected the folder of a run"):
         open_parent(tmp_path)
-
-
-def test_the_option_of_a_float_twin_leaves_the_names_of_older_recipes_as_they_were() -> None:
-    """The hash of what `asdict` gave before there was the option."""
-    recipe = tiny_recipe()
-    fields = asdict(recipe)
-    del fields["shape"]["weights"]
-    before = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    assert recipe.sha256 == before
-    assert replace(recipe, shape=replace(recipe.shape, weights="float")).sha256 != before
 
 
 def test_the_verb_needs_a_folder_of_corpora_and_sound_numbers(data: Path, tmp_path: Path) -> None:

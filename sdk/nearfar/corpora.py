@@ -34,7 +34,7 @@ def data_folder(given: str | Path | None) -> Path:
 
 def _check_file(path: Path, use: str) -> None:
     if not path.is_file():
-        raise MissingDataError(path, use, README)
+        raise MissingDataError(path, use, f"{README}; training goes on --without its source")
 
 
 def open_text(path: Path, use: str) -> io.TextIOBase:

@@ -199,7 +199,7 @@ def _nano(turns: Sequence[Turn], ends: Ends) -> list[Part]:
     parts = []
     for turn in turns:
         spoken = turn.role in ("user", "assistant")  # as in the rows that nano was trained on
-        parts += [_mark(_NANO_MARKS[turn.role]), Part(" " + turn.text.lstrip() if spoken else turn.text)]
+        parts += [_mark(_NANO_MARKS[turn.role]), Part(" " + turn.text if spoken else turn.text)]
     return [*parts, _mark(forms.ASSISTANT)]
 
 

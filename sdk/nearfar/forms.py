@@ -34,8 +34,8 @@ CALL_STOPS = (RESULT, END)  # a call ends where its result would begin, or with 
 # The file's `tokenizer.chat_template`, for engines that run templates; ours never does.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}<|s|>{% elif message['role'] == 'user' %}<|u|>"
-    "{% elif message['role'] == 'call' %}<|c|>{% elif message['role'] == 'tool' %}<|r|>{% else %}<|a|>{% endif %}"
+    "{% if message['role'] == 'system' %}<|s|>{% elif message['role'] == 'user' %}<|u|> "
+    "{% elif message['role'] == 'call' %}<|c|>{% elif message['role'] == 'tool' %}<|r|>{% else %}<|a|> {% endif %}"
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}<|a|>{% endif %}"
 )
 

@@ -227,7 +227,7 @@ def test_nano_takes_calls_and_their_results() -> None:
         {"role": "call", "content": '{"intent":"HassTurnOff"}'},
         {"role": "tool", "content": "ok"},
     ]
-    text = '<|s|>kitchen<|u|>lights off<|c|>{"intent":"HassTurnOff"}<|r|>ok<|a|>'
+    text = '<|s|>kitchen<|u|> lights off<|c|>{"intent":"HassTurnOff"}<|r|>ok<|a|>'
     assert shown(messages, CHAT_TEMPLATE) == text == jinja(CHAT_TEMPLATE)(messages)
     ids = render(messages, {"tokenizer.chat_template": CHAT_TEMPLATE}, TOKENIZER)
     assert ids == TOKENIZER.encode(text, parse_special=True)
@@ -237,7 +237,7 @@ def test_a_file_of_nanos_rows_is_in_its_form_whatever_template_it_carries() -> N
     messages = say("system: kitchen", "user: lights off")
     for template in (CHAT_TEMPLATE, "{{ messages[0]['content'] }}", t.CHATML):
         meta = {"nearfar.rows": ROWS_VERSION, "tokenizer.chat_template": template}
-        assert "".join(p.text for p in chat_parts(messages, meta, TOKENIZER)) == "<|s|>kitchen<|u|>lights off<|a|>"
+        assert "".join(p.text for p in chat_parts(messages, meta, TOKENIZER)) == "<|s|>kitchen<|u|> lights off<|a|>"
 
 
 # --- against llama.cpp: its ids of the rendered template

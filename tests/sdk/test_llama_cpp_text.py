@@ -30,7 +30,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not ins
 pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
 
 N_TOKENS = 220
-N_TEXT = 2048  # tokens
+N_TEXT = 8192  # tokens
 WINDOW = 256
 MAX_PERPLEXITY_DIFF = 0.001  # relative
 

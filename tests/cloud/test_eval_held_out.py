@@ -24,7 +24,7 @@ def test_training_never_shows_what_evaluation_asks(tmp_path: Path) -> None:
     asked = journal.segments(300)
     assert not shown & {s.facts for s in asked}
     names = {e.name for s in asked for e in s.entries if e.name}
-    assert not [name for name in names for facts in shown if f"[{name}]" in facts]
+    assert not [name for name in names for facts in shown if f"[ {name}]" in facts]
 
 
 def test_the_rules_pass_the_journals_that_training_shows(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def parsed(facts: str) -> journal.Segment:
     part, *lines = facts.removeprefix("journal: ").split("; ")
     entries = []
     for line in lines:
-        m = re.match(r"\d+ (\w+)(?: \[(.*)\])? (\w+) (\d+) min(?: (\d+) steps)?(?: ([+-]\d+) floors)?$", line)
+        m = re.match(r"\d+ (\w+)(?: \[ (.*)\])? (\w+) (\d+) min(?: (\d+) steps)?(?: ([+-]\d+) floors)?$", line)
         assert m is not None, line
         entries.append(
             journal.JournalEntry(m[1], m[3], int(m[4]), m[2] or "", steps=int(m[5] or 0), floors=int(m[6] or 0))

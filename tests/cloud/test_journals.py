@@ -15,7 +15,7 @@ from nearfar_cloud.training.skills import SkillGenerator
 from tests.cloud import mini_data
 from tests.paths import SHARED, needs_shared
 
-ENTRY = re.compile(r"(\d+) (\w+)(?: \[(.*?)\])? (\w+) (\d+) min")
+ENTRY = re.compile(r"(\d+) (\w+)(?: \[ (.*?)\])? (\w+) (\d+) min")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_skills_are_answered_rightly() -> None:
     generator, sums = SkillGenerator(1), 0
     for i in range(1_500):
         shown = forms.show(generator.row(i).parts)
-        asked, answer = re.match(r"<\|u\|>(.*?)<\|a\|>(.*?)<\|", shown).groups()  # type: ignore[union-attr]
+        asked, answer = re.match(r"<\|u\|> (.*?)<\|a\|> (.*?)<\|", shown).groups()  # type: ignore[union-attr]
         plus = re.fullmatch(r"(?:what is )?(\d+) plus (\d+)\??|add (\d+) and (\d+)", asked)
         if plus:
             sums += 1

@@ -379,7 +379,7 @@ def _tidy(text: str) -> str:
     text = " ".join(text.split())
     text = re.sub(r"\b(lights?|lamps?|lighting) (lights?|lamps?|lighting)\b", r"\1", text)
     text = re.sub(r"\b(floor|door|list|scene|script|fans?|valve) \1s?\b", r"\1", text)
-    return re.sub(r" ([,.%°'])", r"\1", text)
+    return re.sub(r" (?=[,.%°]|'s\b)", "", text)
 
 
 UNITS = re.compile(r"\b([\w/]+) (second|minute|hour|degree)s?\b(?! floor)")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nearfar.errors import FileError, NearfarError, UnsupportedError, UsageError, WeightsError
+from nearfar.forms import ROWS_VERSION
 from nearfar.gguf_reader import GGUFFile, TensorType
 from nearfar.llm import LLM
 from nearfar.lower import open_lower
@@ -106,7 +107,7 @@ def test_a_packed_model_answers_and_its_exits_never_fire(path: Path, tmp_path: P
     with GGUFFile.open(tmp_path / "m.gguf") as file:
         assert not [k for k in file.metadata if k.startswith(("nearfar.master", "nearfar.calibration"))]
         assert "nearfar.exit.2.isotonic_x" not in file.metadata
-        assert file.metadata["nearfar.rows"] == 1
+        assert file.metadata["nearfar.rows"] == ROWS_VERSION
     (e,) = Weights.open(tmp_path / "m.gguf").config.exits
     assert (e.layer, e.tau, e.temperature, e.isotonic_x) == (2, 1.0, 1.0, ())
     with LLM.open(tmp_path / "m.gguf", cache="off") as llm:

@@ -14,7 +14,6 @@ pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra [tr
 
 from nearfar.errors import ConfigError  # noqa: E402
 from nearfar.gguf_reader import GGUFFile, TensorType  # noqa: E402
-from nearfar.lower import open_lower  # noqa: E402
 from nearfar.tokenizer import tokenizer_from_metadata  # noqa: E402
 from nearfar.weights import Weights  # noqa: E402
 from nearfar_cloud.training import tokenizer as tokenizers  # noqa: E402
@@ -22,6 +21,7 @@ from nearfar_cloud.training.export import export  # noqa: E402
 from nearfar_cloud.training.model import Decoder  # noqa: E402
 from nearfar_cloud.training.recipe import Shape  # noqa: E402
 from nearfar_cloud.training.tokenizer import RowTokenizer  # noqa: E402
+from tests.cloud.logits import engine_logits, torch_logits  # noqa: E402
 
 # Logits are about 1 in size.  Training keeps the rows of the head in f32, the file's Q8_0 head takes them as int8: an
 # error of some 1e-3; now and then a last bit of a norm also moves an activation across a rounding boundary.
@@ -65,24 +65,6 @@ def model(tokenizer: RowTokenizer) -> Decoder:
 def written(model: Decoder, tokenizer: RowTokenizer, path: Path, **kinds: TensorType) -> Path:
     card = {"name": "tiny", "train": {"recipe": "tiny", "seed": 3, "tokens": 12}}
     return export(model, tokenizer, path, card=card, **kinds)
-
-
-def torch_logits(model: Decoder, ids: np.ndarray, *, q8: bool = True) -> dict[str, np.ndarray]:
-    batch = torch.from_numpy(ids.astype(np.int64))[None]
-    with torch.no_grad():
-        head = model.head(q8_embedding=q8)
-        final, exits = model(batch, torch.arange(len(ids))[None], torch.zeros_like(batch), head)
-        rows = {"final": final, **{f"exit.{e}": h for e, h in exits.items()}}
-        return {name: (h @ head.mT)[0].numpy() for name, h in rows.items()}
-
-
-def engine_logits(path: Path, ids: np.ndarray, backend: str) -> dict[str, np.ndarray]:
-    lower = open_lower(Weights.open(path), backend)
-    out = {}
-    for name, layers in (("final", 4), ("exit.1", 1), ("exit.3", 3)):
-        kv = lower.new_kv(len(ids), "f32")
-        out[name] = lower.logits(lower.forward(lower.embed(ids), kv, 0, layers), name)
-    return out
 
 
 IDS = np.random.default_rng(0).integers(7, 300, 40).astype(np.int32)

@@ -18,7 +18,6 @@ for package in ("tokenizers", "hassil", "safetensors", "matplotlib"):
 from nearfar import master as sdk_master  # noqa: E402
 from nearfar.errors import ConfigError, DataError, FileError, UsageError  # noqa: E402
 from nearfar.gguf_reader import TensorType  # noqa: E402
-from nearfar.lower import open_lower  # noqa: E402
 from nearfar.master import WIDTHS, Master, Matrix, Point, pack_matrix  # noqa: E402
 from nearfar.pack import pack, writer_of  # noqa: E402
 from nearfar.quant import ACTIVATION_GRAIN, dequantize, fake_quantize_activations  # noqa: E402
@@ -39,6 +38,7 @@ from nearfar_cloud.training.run import train  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
 from nearfar_cloud.training.tokenizer import RowTokenizer  # noqa: E402
 from tests.cloud import mini_data  # noqa: E402
+from tests.cloud.logits import engine_logits, torch_logits  # noqa: E402
 from tests.cloud.toy_batches import ToyBatches, tiny_recipe  # noqa: E402
 
 # As in test_export: training keeps the rows of the head in f32, the file's head takes them as int8; now and then a
@@ -129,24 +129,6 @@ def test_gradients_pass_the_rounding_as_if_it_were_not_there(model: MultiDecoder
 
 
 # ---- the file
-
-
-def torch_logits(model: Decoder, ids: np.ndarray) -> dict[str, np.ndarray]:
-    batch = torch.from_numpy(ids.astype(np.int64))[None]
-    with torch.no_grad():
-        head = model.head(q8_embedding=True)
-        final, exits = model(batch, torch.arange(len(ids))[None], torch.zeros_like(batch), head)
-        rows = {"final": final, **{f"exit.{e}": h for e, h in exits.items()}}
-        return {name: (h @ head.mT)[0].numpy() for name, h in rows.items()}
-
-
-def engine_logits(path: Path, ids: np.ndarray, backend: str) -> dict[str, np.ndarray]:
-    lower = open_lower(Weights.open(path), backend)
-    out = {}
-    for name, layers in (("final", 3), ("exit.1", 1), ("exit.2", 2)):
-        kv = lower.new_kv(len(ids), "f32")
-        out[name] = lower.logits(lower.forward(lower.embed(ids), kv, 0, layers), name)
-    return out
 
 
 IDS = np.random.default_rng(0).integers(7, 290, 40).astype(np.int32)

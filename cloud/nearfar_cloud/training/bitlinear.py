@@ -18,23 +18,9 @@ HAS_INT8 = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 SMALLEST_SCALE = 1e-5  # floor of both scales: an all-zero row or matrix quantises to zeros
 
 
-# An operation of its own, because torch's compiler fuses f16 and bf16 into one kernel and gets it wrong on CPUs with
-# f16 arithmetic (torch 2.13, AVX512-FP16: a loss of 10,000 in the third step).
-@torch.library.custom_op("nearfar::round_to_f16", mutates_args=())
-def round_to_f16(x: Tensor) -> Tensor:
-    """x f32 -> f32, the nearest numbers that f16 has."""
-    return x.half().float()
-
-
-@round_to_f16.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
 def weight_scale(latent: Tensor) -> Tensor:
     """latent [N, K] -> mean |w|, f32 [], rounded to f16 as the file stores it."""
-    scale: Tensor = round_to_f16(latent.detach().abs().mean().clamp_min(SMALLEST_SCALE))
-    return scale
+    return latent.detach().abs().mean().clamp_min(SMALLEST_SCALE).half().float()
 
 
 def trits(latent: Tensor, scale: Tensor) -> Tensor:

@@ -50,19 +50,28 @@ def add_verb(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train and print the path of the GGUF file."""
+def ready(verb: str, data: str | None) -> Path:
+    """The folder of the corpora, `data` or NEARFAR_DATA; for every verb that trains, before torch loads.
+
+    Raises MissingExtraError, UsageError.
+    """
     for package in ("torch", "tokenizers", "safetensors", "hassil", "yaml"):
         if find_spec(package) is None:
-            raise MissingExtraError(package, "train", "nearfar train")
-    data = args.data or env.data_dir()
-    if not data:
-        raise UsageError("nearfar train needs the folder of the corpora: --data DIR, or NEARFAR_DATA")
-    if not Path(data).is_dir():
-        raise UsageError(f"--data {data}: no such folder")
+            raise MissingExtraError(package, "train", f"nearfar {verb}")
+    folder = data or env.data_dir()
+    if not folder:
+        raise UsageError(f"nearfar {verb} needs the folder of the corpora: --data DIR, or NEARFAR_DATA")
+    if not Path(folder).is_dir():
+        raise UsageError(f"--data {folder}: no such folder")
     # Threads that wait at a barrier sleep instead of spinning: on shared cores the difference was fivefold.  Read by
     # the OpenMP runtime when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return Path(folder)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and print the path of the GGUF file."""
+    data = ready("train", args.data)
 
     from nearfar_cloud.training.recipe import RECIPES
     from nearfar_cloud.training.run import Options, checked_device, set_threads, train
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads or env.threads())
     budget = Budget(tokens=args.tokens) if args.tokens is not None else Budget(seconds=parse_seconds(args.budget))
     options = Options(
-        data=Path(data),
+        data=data,
         out=Path(args.out or f"runs/{args.recipe}"),
         budget=budget,
         resume=args.resume,

@@ -21,12 +21,26 @@ from nearfar_cloud.training.recipe import Shape
 Q8_BLOCK = 32  # numbers of one Q8_0 block
 
 
+def inverse(d: Tensor) -> Tensor:
+    """1 / d, and 0 where that is not finite: the scale of a block of zeros."""
+    one_over = 1 / d
+    return torch.where(one_over.isfinite(), one_over, 0.0)
+
+
+def q8_0(x: Tensor) -> Tensor:
+    """x f32 [N, K] -> the numbers that GGUF's Q8_0 holds of it: blocks of 32, an f16 scale, halves away from zero."""
+    blocks = x.unflatten(-1, (-1, Q8_BLOCK))
+    d = blocks.abs().amax(-1, keepdim=True) / 127
+    y = blocks * inverse(d)
+    whole = y.abs().floor()
+    codes = torch.copysign(whole + (y.abs() - whole >= 0.5), y)
+    hard: Tensor = (codes * d.half().float()).flatten(-2)
+    return hard
+
+
 def fake_q8_0(x: Tensor) -> Tensor:
-    """x [N, K] as GGUF's Q8_0 stores it (blocks of 32, an f16 scale), gradients straight through."""
-    blocks = x.detach().float().unflatten(-1, (-1, Q8_BLOCK))
-    step = blocks.abs().amax(-1, keepdim=True) / 127
-    codes = torch.where(step > 0, blocks / step.clamp_min(1e-30), 0.0).round()
-    rounded: Tensor = x + ((codes * step.half().float()).flatten(-2) - x.detach())
+    """x [N, K] as `q8_0`, gradients straight through."""
+    rounded: Tensor = x + (q8_0(x.detach().float()) - x.detach())
     return rounded
 
 

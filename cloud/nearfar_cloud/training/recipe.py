@@ -39,9 +39,7 @@ class Shape:
     exits: tuple[int, ...]  # an exit after each of these numbers of layers; the last one is where the device stops
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
-    weights: Literal["ternary", "float"] = (
-        "ternary"  # of the matrices; float: neither they nor their inputs are rounded
-    )
+    weights: Literal["ternary", "float"] = "ternary"  # of the matrices; float: nor are their inputs rounded
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -132,8 +130,8 @@ def _recipes() -> dict[str, Recipe]:
         for r in (
             Recipe("pico", pico, peak_lr=4e-3, seq_len=256, micro_rows=8, decay_from=0.6, shares=DEVICE_FIRST),
             Recipe("xs", xs, peak_lr=4e-3),
-            # An hour and more on two cores.  The long decay: at 3e-3 ternary weights flip so much that a tenth of the
-            # loss is noise, and many small steps are what teaches copying.
+            # An hour and more on two cores.  The long decay: at the full rate ternary weights flip so much that a tenth
+            # of the loss is noise.
             Recipe(
                 "nano",
                 nano,

@@ -6,13 +6,12 @@ torch is imported when the verb runs, never before.
 from __future__ import annotations
 
 import argparse
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nearfar import env
-from nearfar.errors import MissingExtraError, UsageError
+from nearfar.errors import UsageError
+from nearfar_cloud.training.cli import ready
 
 DRAWS = ("balanced", "uniform")  # sampling.DRAWS, known here without importing it
 
@@ -53,18 +52,10 @@ def add_verb(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and print the path of the master."""
-    for package in ("torch", "tokenizers", "safetensors", "hassil", "yaml"):
-        if find_spec(package) is None:
-            raise MissingExtraError(package, "train", "nearfar train-multi")
-    data = args.data or env.data_dir()
-    if not data:
-        raise UsageError("nearfar train-multi needs the folder of the corpora: --data DIR, or NEARFAR_DATA")
+    data = ready("train-multi", args.data)
     for name, value, low, high in (("--rank", args.rank, 1, 256), ("--points", args.points, 2, 1024)):
         if not low <= value <= high:
             raise UsageError(f"{name} {value}: expected {low}..{high}")
-    if not Path(data).is_dir():
-        raise UsageError(f"--data {data}: no such folder")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `nearfar train`
 
     from nearfar_cloud.training.multi.run import Options, train_multi
     from nearfar_cloud.training.run import set_threads
@@ -75,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     path = train_multi(
         Options(
             parent=Path(args.parent),
-            data=Path(data),
+            data=data,
             out=Path(args.out),
             budget=budget,
             draw=args.draw,

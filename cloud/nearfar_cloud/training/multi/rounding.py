@@ -15,11 +15,12 @@ from torch import Tensor
 
 from nearfar.master import WIDTHS
 from nearfar.quant import ACTIVATION_GRAIN, F16_SCALE_GRAIN, SMALLEST_MAX, SMALLEST_TRIT_SCALE
+from nearfar_cloud.training.model import inverse, q8_0
 
 
 def rounded(w: Tensor, width: str) -> Tensor:
     """w f32 [N, K] -> f32 [N, K] of the numbers that the file holds at `width`, a letter of `WIDTHS`."""
-    return {"t": _trits, "3": _q3_k, "4": _q4_0, "8": _q8_0}[width](w.detach())
+    return {"t": _trits, "3": _q3_k, "4": _q4_0, "8": q8_0}[width](w.detach())
 
 
 def rounded_rows(x: Tensor, width: str) -> Tensor:
@@ -64,33 +65,23 @@ def _trits(w: Tensor) -> Tensor:
     return hard
 
 
-def _q8_0(w: Tensor) -> Tensor:
-    x = w.unflatten(-1, (-1, 32))
-    d = x.abs().amax(-1, keepdim=True) / 127
-    y = x * _inverse(d)
-    whole = y.abs().floor()
-    codes = torch.copysign(whole + (y.abs() - whole >= 0.5), y)
-    hard: Tensor = (codes * d.half().float()).flatten(-2)
-    return hard
-
-
 def _q4_0(w: Tensor) -> Tensor:
     x = w.unflatten(-1, (-1, 32))
     d = _widest(x) / -8
-    codes = (x * _inverse(d) + 8.5).trunc().clamp(0, 15)
+    codes = (x * inverse(d) + 8.5).trunc().clamp(0, 15)
     hard: Tensor = (d.half().float() * (codes - 8)).flatten(-2)
     return hard
 
 
 def _q3_k(w: Tensor) -> Tensor:
     x = w.unflatten(-1, (-1, 16, 16))
-    u = x * (-4 * _inverse(_widest(x)))
+    u = x * (-4 * inverse(_widest(x)))
     codes = u.round().clamp(-4, 3)
     weight = u * u
     above, below = _folded(weight * x * codes), _folded(weight * codes * codes)
     best = torch.where(below > 0, above / below, 0.0)  # [..., 16]
     widest = _widest(best)
-    whole = (best * (-32 * _inverse(widest))).round().clamp(-32, 31)
+    whole = (best * (-32 * inverse(widest))).round().clamp(-32, 31)
     step = ((widest / -32).half().float() * whole).unsqueeze(-1)
     q = torch.where(step != 0, x / step, 0.0).round().clamp(-4, 3)
     return (step * q).flatten(-3)
@@ -106,8 +97,3 @@ def _folded(x: Tensor) -> Tensor:
     for half in (8, 4, 2, 1):
         x = x[..., :half] + x[..., half:]
     return x[..., 0]
-
-
-def _inverse(d: Tensor) -> Tensor:
-    inverse = 1 / d
-    return torch.where(inverse.isfinite(), inverse, 0.0)

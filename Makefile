@@ -1,5 +1,5 @@
 # What a laptop does and what CI does, by the same names.  Needs python3 (3.11 or newer) and a C++20 compiler; the rest
-# comes into $(VENV).  `make run` brings the core and [schema]; `make setup` brings [dev] and [train] (torch) as well.
+# comes into $(VENV).  `make run` brings the core and [schema]; `make setup` brings [dev], [train] (torch) and [cloud] as well.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +9,7 @@ TEXT ?= turn off the kitchen lights in ten minutes
 MODEL ?= nano
 BUDGET ?= 2h
 FUZZ_SECONDS ?= 600
+MINUTES ?= 20
 
 PY := $(VENV)/bin/python
 NEARFAR := $(VENV)/bin/nearfar
@@ -21,18 +22,19 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: help run setup check test native sanitize sanitize-thread emulate fuzz bench bench-roofline bench-peers bench-busy train eval pack-study clean
+.PHONY: help run setup check test native sanitize sanitize-thread emulate fuzz soak bench bench-roofline bench-peers bench-busy train eval pack-study clean
 
 help:
 	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
 	@echo "make test       set up for development and run every test"
-	@echo "make setup      only the set-up: [dev] and [train] extras, compiled extension"
+	@echo "make setup      only the set-up: [dev], [train] and [cloud] extras, compiled extension"
 	@echo "make check      ruff, mypy --strict, clang-format"
 	@echo "make native     rebuild the C++ engine and run its own tests (needs doctest)"
 	@echo "make sanitize   the C++ tests under address and undefined-behaviour sanitizers (needs doctest)"
 	@echo "make sanitize-thread   the C++ tests of threads under the thread sanitizer (needs doctest)"
 	@echo "make emulate    the C++ tests on CPUs that this machine is not, under qemu (needs a cross compiler)"
 	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, and as long the panel files"
+	@echo "make soak       MINUTES=20 of a server under everything that clients do, and what is left of it"
 	@echo "make bench      the figures of docs/benchmarks.md"
 	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
 	@echo "make train      BUDGET=2h: train nano from DATA=folder"
@@ -78,6 +80,9 @@ fuzz: $(VENV)/dev
 	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)
 	$(PY) tests/fuzz/fuzz_panels.py --seconds $(FUZZ_SECONDS)
 
+soak: $(VENV)/dev
+	$(PY) bench/soak.py --minutes $(MINUTES)
+
 bench: $(VENV)/dev
 	$(NEARFAR) bench $(MODEL)
 	for script in bench/start_up.py bench/start_up_large.py bench/memory.py bench/installed_size.py; do $(PY) $$script || exit 1; done
@@ -121,5 +126,5 @@ $(VENV)/ready: pyproject.toml $(NATIVE) | $(VENV)/tools
 	@touch $@
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/ready
-	$(PIP) --no-build-isolation --editable '.[dev,train]'
+	$(PIP) --no-build-isolation --editable '.[dev,train,cloud]'
 	@touch $@

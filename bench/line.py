@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 import time
-from pathlib import Path
 from statistics import median
+
+from nearfar.machine import cpu_name
 
 
 def machine() -> str:
     """CPU, cores for this process, Python."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    name = found[1] if found else platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, Python {platform.python_version()}"
+    return f"{cpu_name()}, {cores} cores, Python {platform.python_version()}"
 
 
 def show(what: str, figure: str, goal: str = "") -> None:
     """Print a row of docs/benchmarks.md."""
     command = f"python {os.path.relpath(sys.argv[0])} {' '.join(sys.argv[1:])}".strip()
     print(f"| {what} | {figure} | {goal or '-'} | `{command}` | {machine()} | {time.strftime('%Y-%m-%d')} |")
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def spread(values: list[float], unit: str, digits: int = 1) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from line import machine
+from line import machine, say
 from nearfar.bench.random_model import Recipe, cached
 from nearfar.cli.roofline import settings
 from nearfar.errors import NearfarError
@@ -199,10 +199,6 @@ def table(rows: list[Row]) -> str:
     head = f"{'model':<16} {'task':<12} {'th':>2}  {'peer':<17} {'nearfar':>8} {'peer':>8}  {'ratio (spread)':<20} goal"
     note = "tokens a second, medians of turns; the ratio is the median of neighbours'; embedding and tied head Q4_0"
     return "\n".join([head, *map(line, rows), note])
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

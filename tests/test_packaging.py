@@ -46,7 +46,7 @@ def test_pins_lie_within_the_ranges() -> None:
         assert version is None or requirement.specifier.contains(version), requirement
 
 
-@pytest.mark.parametrize("extra", ["schema", "llama", "train", "dev"])
+@pytest.mark.parametrize("extra", ["schema", "llama", "train", "cloud", "dev"])
 def test_what_the_makefile_installs_is_pinned(extra: str) -> None:
     named = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"][extra]]
     assert {normal(r.name) for r in named} - {"nearfar"} <= set(pins())

@@ -38,8 +38,17 @@ REDUCED = {
     "nearfar eval": ("nearfar eval --help", "needs corpora and an hour; tests/sdk covers it"),
     "nearfar calibrate": ("nearfar calibrate --help", "needs corpora and many minutes; tests/sdk covers it"),
     "nearfar train": ("nearfar train --help", "needs corpora and half an hour; tests/cloud covers it"),
+    "nearfar study": ("nearfar study --help", "needs corpora and ten minutes; tests/cloud covers it"),
+    "nearfar cloud profile": ("nearfar cloud profile {} --quick --threads 1", "minutes: few shapes"),
     "nearfar pack": ("nearfar pack --help", "needs a master, an hour of training; tests/cli covers it"),
+    "nearfar cloud serve nano": (
+        "nearfar cloud serve nano --threads 1 > /dev/null & trap 'kill $!; wait $!' EXIT\n"
+        "until curl -sf localhost:8080/ready > /dev/null; do kill -0 $!; sleep 0.2; done",
+        "waits for requests: in the background, until the commands behind it have run",
+    ),
+    "nearfar cloud serve": ("nearfar cloud serve --help", "needs another model and a certificate"),
     "nearfar chat": ("nearfar chat {} < /dev/null", "waits for a person"),
+    "bash bench/": ("set -- {}; bash -n {root}/bench/$1", "downloads other servers: the script is read"),
     "python bench/": ("set -- {}; python -m py_compile {root}/bench/$1", "measures for minutes: the script compiles"),
     "python tests/fuzz/": ("set -- {}; python -m py_compile {root}/tests/fuzz/$1", "ten minutes: the script compiles"),
 }

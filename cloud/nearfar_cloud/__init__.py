@@ -1,1 +1,1 @@
-"""The cloud side of nearfar.  Today: training of the models that the project ships."""
+"""The cloud side of nearfar: the serving core, no server around it yet, and the training of the shipped models."""

@@ -1,7 +1,7 @@
 """The C++ engine of nearfar.  Use it through nearfar.lower_native."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -54,6 +54,16 @@ def product_speed(kind: str, cols: int, n_bytes: int, m: int, threads: int, seco
     (rows, bytes, median seconds, fewest seconds) of a product with `m` rows of activations, its matrix of random codes, `cols` wide and of about `n_bytes`.
     """
 
+def largest(z: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.int32], dict(shape=(None,))]:
+    """
+    f32 [M, V] -> i32 [M]: where the largest number of each row is, the first of equals; -1 if not all are finite.
+    """
+
+def float_forms(isa: str = '') -> list[str]:
+    """
+    What matrices of floats can become, of which `isa` has kernels of its own.
+    """
+
 PANEL_VERSION: int = 2
 
 def ternary_kind(isa: str, lut: bool, n_weights: int) -> str:
@@ -76,6 +86,23 @@ class ModelSpec:
     """Sizes and variants of one model; immutable."""
 
     def __init__(self, *, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, d_ff: int, n_vocab: int, norm_eps: float, rope_base: float, rope_scale: float, rope_adjacent: bool, relu2: bool, has_sub_norms: bool, has_qk_norms: bool) -> None: ...
+
+class PagedStore:
+    """
+    Blocks of 64 positions in all layers of a model: K [n, KH, hd, 64] and V [n, KH, 64, hd] each, f32, or f16 as the bits in u16; with `bf16`, bf16 in pairs (paged_attention.h).
+    """
+
+    @overload
+    def __init__(self, k: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')]], v: Sequence[Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')]], bf16: bool = False) -> None: ...
+
+    @overload
+    def __init__(self, k: Sequence[Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None, None), order='C', device='cpu')]], v: Sequence[Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None, None), order='C', device='cpu')]], bf16: bool = False) -> None: ...
+
+    @overload
+    def __init__(self, k: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), order='C', device='cpu')]], v: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), order='C', device='cpu')]], head_dim: int) -> None:
+        """
+        Of int8 with a scale for each position of a head: u8 [n, KH, hd * 64 + 256].
+        """
 
 class KVCache:
     """Keys and values of one sequence; made by Model.new_kv."""
@@ -101,9 +128,9 @@ class KVCache:
 class Model:
     """Layers [first, last) of a model, packed for `isa`."""
 
-    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '', lut: bool = False, head: str = 'file') -> None:
+    def __init__(self, spec: ModelSpec, matrices: Mapping[str, tuple[int, int, int, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], vectors: Mapping[str, Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]], panels: Mapping[str, tuple[str, int, int, float, Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]]], first: int, last: int, threads: int, isa: str = '', lut: bool = False, head: str = 'file', floats: str = 'exact') -> None:
         """
-        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}"; panels: GGUF name -> (kind, rows, cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the embedding and of the panels are referred to later.  lut: ternary matrices multiply by lookup, near the exact product.
+        matrices: GGUF name -> (type, rows, cols, bytes); vectors: name -> f32 [n], with the gains of the heads as "final" and "exit.{layer}"; panels: GGUF name -> (kind, rows, cols, scale, data, row_scales) of what `pack` made before.  Only the bytes of the embedding and of the panels are referred to later.  lut: ternary matrices multiply by lookup, near the exact product.  floats: matrices of floats stay "exact", or become "bf16" that multiply bf16, or "w8", int8 with a scale a row that multiply int8.
         """
 
     @property
@@ -128,6 +155,11 @@ class Model:
         f32 [T, D] -> f32 [T, D]; the cache grows by T, or by nothing if the call fails.
         """
 
+    def forward_paged(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], store: PagedStore, spans: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], blocks: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        f32 [R, D] of many sequences -> f32 [R, D]; spans and blocks as in PagedAttention, whose rows are all of h in order.
+        """
+
     def norm(self, h: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], head: str) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
         """f32 [M, D] -> f32 [M, D]: what the head multiplies."""
 
@@ -145,7 +177,7 @@ class Model:
 class Matrix:
     """One packed matrix, for tests and benchmarks of the kernels."""
 
-    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '', lut: bool = False) -> None: ...
+    def __init__(self, type: int, rows: int, cols: int, bytes: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], isa: str = '', lut: bool = False, floats: str = 'exact') -> None: ...
 
     @property
     def kind(self) -> str: ...
@@ -155,3 +187,26 @@ class Matrix:
 
     def multiply(self, x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
         """x f32 [M, cols] -> f32 [M, rows], one thread."""
+
+class PagedAttention:
+    """Attention of many sequences over one store of blocks of 64 positions."""
+
+    def __init__(self, n_heads: int, n_kv_heads: int, head_dim: int, threads: int, isa: str = '') -> None: ...
+
+    @overload
+    def append(self, k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], k_store: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], v_store: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], spans: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], blocks: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
+    @overload
+    def append(self, k: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], v: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], k_store: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None, None), order='C', device='cpu')], v_store: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None, None), order='C', device='cpu')], spans: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], blocks: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """
+        k, v f32 [R, KH, hd] into the blocks of their spans, i64 [S, 4]: row, n, start, and where in `blocks` i32 [*] the list of the sequence begins.
+        """
+
+    @overload
+    def attend(self, q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], k_store: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], v_store: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None, None), order='C', device='cpu')], spans: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], blocks: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]: ...
+
+    @overload
+    def attend(self, q: Annotated[NDArray[numpy.float32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)], k_store: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None, None), order='C', device='cpu')], v_store: Annotated[NDArray[numpy.uint16], dict(shape=(None, None, None, None), order='C', device='cpu')], spans: Annotated[NDArray[numpy.int64], dict(shape=(None, None), order='C', device='cpu', writable=False)], blocks: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None))]:
+        """
+        q f32 [R, H, hd] -> f32 [R, H * hd]; rows outside the spans are left undefined.
+        """

@@ -16,6 +16,7 @@
 
 #include "lut_gemv.h"
 #include "mat.h"
+#include "ops.h"
 #include "quant.h"
 
 namespace nearfar {
@@ -24,7 +25,7 @@ namespace nearfar {
 class QuantRows {
  public:
   // Room for m rows; what they hold is undefined until quantize_row. Throws std::invalid_argument
-  // on an unknown grain or cols that is no multiple of it (grain 0 and tables: of 256).
+  // on an unknown grain or cols that is no multiple of it (tables: of 256).
   void reset(int64_t m, int64_t cols, int grain);
   Rows view() const;
   int64_t m() const { return rows_.m; }
@@ -33,8 +34,9 @@ class QuantRows {
 
   // x[cols] becomes row i; rows may be written by several threads. Throws std::invalid_argument
   // when x holds a value that is not finite (int8 grains; f32 rows are copied as they are).
-  // `lut_tables`: the fastest of this CPU, or the scalar one; all make the same tables.
-  void quantize_row(std::span<const float> x, int64_t i, LutTables* lut_tables = ref::lut_tables);
+  // `ops`, `lut_tables`: the fastest of this CPU, or the scalar ones; all make the same bits.
+  void quantize_row(std::span<const float> x, int64_t i, const Ops& ops = ref::kOps,
+                    LutTables* lut_tables = ref::lut_tables);
 
  private:
   Rows rows_{};

@@ -1,5 +1,6 @@
 #include "buffer.h"
 
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kChunk = 16 * kHugePage;
 
 }  // namespace
 
@@ -35,6 +37,23 @@ AlignedBuffer::AlignedBuffer(std::span<const uint8_t> bytes)
   if (reinterpret_cast<uintptr_t>(data_) % kCacheLine != 0) {
     throw std::invalid_argument("borrowed bytes: expected them to begin at a multiple of 64");
   }
+}
+
+AlignedBuffer HugeArena::moved(AlignedBuffer from) {
+  if (from.size() > kChunk / 2) return from;
+  uint8_t* to;
+  {
+    const std::lock_guard lock(mutex_);
+    const size_t size = (from.size() + kCacheLine - 1) / kCacheLine * kCacheLine;
+    if (chunks_.empty() || used_ + size > kChunk) {
+      chunks_.emplace_back(kChunk);
+      used_ = 0;
+    }
+    to = chunks_.back().data() + used_;
+    used_ += size;
+  }
+  std::memcpy(to, from.data(), from.size());
+  return AlignedBuffer(std::span<const uint8_t>(to, from.size()));
 }
 
 }  // namespace nearfar

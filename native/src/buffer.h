@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <span>
 #include <vector>
@@ -32,6 +33,19 @@ class AlignedBuffer {
   std::unique_ptr<uint8_t[], Free> owned_;
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Many buffers of one life, beside each other in huge pages: a buffer of less than one has none of
+// its own.  Any thread.
+class HugeArena {
+ public:
+  // The same bytes in the arena, which must outlive it.
+  AlignedBuffer moved(AlignedBuffer from);
+
+ private:
+  std::mutex mutex_;
+  std::vector<AlignedBuffer> chunks_;
+  size_t used_ = 0;  // of the last chunk
 };
 
 // Leaves new numbers as they are: of a large vector, only what is written takes memory.

@@ -14,6 +14,9 @@
 //             F = fma(d * s_x, S, F), with mins F = fma(-(dmin * s_x), B, F); y = F * scale
 //   kFloat    F = fma(w, x, F) over k in order;                               y = F * scale
 //
+// But for kBF16Dot, where a level may add in an order of its own: the same for every M and every
+// split, near that of `ref`.
+//
 // S and B are whole numbers and exact while below 2^24, as they nearly always are.
 //
 // A kernel file includes <immintrin.h> or <arm_neon.h> and headers like this one, and keeps all
@@ -35,6 +38,12 @@ namespace avxvnni {
 extern Matmul* const kMatmul[kPanelKinds];
 }
 namespace avx512 {
+extern Matmul* const kMatmul[kPanelKinds];
+}
+namespace avx512bf16 {
+Matmul matmul_bf16_dot;
+}
+namespace amx {
 extern Matmul* const kMatmul[kPanelKinds];
 }
 

@@ -126,6 +126,24 @@ void matmul_float(const Panels& w, const Rows& x, int64_t first, int64_t last, f
   }
 }
 
+// Pairs of k beside each other, activations of bf16; the order of k is that of the others.
+void matmul_bf16_dot(const Panels& w, const Rows& x, int64_t first, int64_t last, float* y,
+                     int64_t ldy) {
+  NF_DCHECK(w.cols == x.cols);
+  const int64_t end = last * kPanelRows < w.rows ? last * kPanelRows : w.rows;
+  for (int64_t n = first * kPanelRows; n < end; ++n) {
+    const uint8_t* p = w.data + n / kPanelRows * w.panel_bytes + n % kPanelRows * 4;
+    for (int64_t i = 0; i < x.m; ++i) {
+      const uint16_t* xi = x.bf16 + i * x.bf16_stride;
+      float sum = 0;
+      for (int64_t k = 0; k < w.cols; ++k) {
+        sum = fmaf(load_bf16(p + k / 2 * kStepBytes + k % 2 * 2), bf16_to_f32(xi[k]), sum);
+      }
+      y[i * ldy + n] = sum * w.scale;
+    }
+  }
+}
+
 }  // namespace
 
 Matmul* const kMatmul[kPanelKinds] = {matmul_float<4, load_f32>,
@@ -141,6 +159,9 @@ Matmul* const kMatmul[kPanelKinds] = {matmul_float<4, load_f32>,
                                       matmul_codes,
                                       matmul_codes,
                                       matmul_codes,
-                                      matmul_codes};
+                                      matmul_codes,
+                                      nullptr,  // kL3: lut_gemv_ref.cc
+                                      matmul_codes,
+                                      matmul_bf16_dot};
 
 }  // namespace nearfar::ref

@@ -1,4 +1,4 @@
-// What the x86 kernels share, dot_gemv_avx512.cc and dot_gemv_ymm.h: the rows of a call, tiles of
+// What the x86 kernels share, dot_gemv_zmm.h and dot_gemv_ymm.h: the rows of a call, tiles of
 // them, and taking codes out of planes.  Included once by each, after it has defined in an
 // anonymous namespace
 //

@@ -12,8 +12,9 @@
 // of a panel at a time: decoding is memory's speed. More rows unpack 256 k of a panel to one code a
 // byte, in L1, and run tiles of rows of x over it: unpacking is paid once per 128 rows.
 //
-// Largest sums in i32 (2.1e9): of kRow 3 * 127 a k, and pack() refuses K > 2^18: 1.0e8; of a group
-// of 32 at most 32 * 255 * 127 = 1.1e6, and as much again for its offset.
+// Largest sums in i32 (2.1e9): of kW8 255 * 127 a k, K <= 65,536: 2.1e9 less 2.5e7; else of kRow 3
+// * 127 a k, and pack() refuses K > 2^18: 1.0e8; of a group of 32 at most 32 * 255 * 127 = 1.1e6,
+// and as much again for its offset.
 #include <immintrin.h>
 
 #include "dot_gemv.h"
@@ -238,6 +239,47 @@ struct I2 {
       for (int h = 0; h < kHalves; ++h) {
         const __m256 scale = _mm256_mul_ps(_mm256_load_ps(c.w.row_scales + c.n + 8 * h), s_x);
         const __m256i total = load(totals + token * kPanelRows + 8 * h);
+        c.store(token, h, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(total)));
+      }
+    }
+  }
+};
+
+// Bytes with one scale a row: nothing to unpack.  The panel is filled up to a multiple of 64 k with
+// weights of zero that meet activations of zero.
+struct W8 {
+  static constexpr int kMax = 255, kRun = 64;  // largest code; k of a tile
+  static constexpr int kOffset = Dot<kMax>::kFlip ? 0 : 128;
+
+  static void run(const Call& c) {
+    alignas(32) int32_t totals[kChunk * kPanelRows];
+    __builtin_memset(totals, 0, c.m * kPanelRows * sizeof(int32_t));
+    const uint8_t* p = c.panel;
+    for (int64_t k = 0; k * kPanelRows < c.w.panel_bytes; k += kRun, p += kRun * kPanelRows) {
+      if (c.m == 1) stream<kRun * kPanelRows / 2>(p, c.w.ahead);
+      if (c.m == 1) stream<kRun * kPanelRows / 2>(p + kRun * kPanelRows / 2, c.w.ahead);
+      for_each_tile<Dot<kMax>::kTokens>(c.m, [&]<int M>(int64_t first) {
+        constexpr int H = Dot<kMax>::halves(M);
+        for (int h = 0; h < kHalves; h += H) {
+          __m256i sum[H][M];
+          dot_alone<kMax, kRun / 4, H, M>(p + 32 * h, c.q(first) + k, c.x.q_stride, sum);
+          for (int i = 0; i < H; ++i) {
+            for (int m = 0; m < M; ++m) {
+              int32_t* total = totals + (first + m) * kPanelRows + 8 * (h + i);
+              store(total, _mm256_add_epi32(load(total), sum[i][m]));
+            }
+          }
+        }
+      });
+    }
+    for (int64_t token = 0; token < c.m; ++token) {
+      int32_t sum_q = 0;
+      for (int64_t j = 0; j < c.x.n_sums; ++j) sum_q += c.sums(token)[j];
+      const __m256i offset = _mm256_set1_epi32(kOffset * sum_q);
+      const __m256 s_x = _mm256_set1_ps(c.scales(token)[0]);
+      for (int h = 0; h < kHalves; ++h) {
+        const __m256 scale = _mm256_mul_ps(_mm256_load_ps(c.w.row_scales + c.n + 8 * h), s_x);
+        const __m256i total = _mm256_sub_epi32(load(totals + token * kPanelRows + 8 * h), offset);
         c.store(token, h, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(total)));
       }
     }
@@ -599,6 +641,54 @@ struct Float {
   }
 };
 
+// Pairs of k as the panel holds them; in k order, so the bits are those of `ref`.
+struct BF16Dot {
+  static constexpr int64_t kRun = 64;  // k of which 64 rows stay in L1 for all tokens
+
+  static __m256 low(__m256i pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
+  static __m256 high(__m256i pair) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(-65536)));
+  }
+
+  template <int H, int M>
+  static void add_tile(const Call& c, int64_t first, int h0, int64_t k, Totals& totals) {
+    const int64_t end = k + kRun < c.w.cols ? k + kRun : c.w.cols;
+    __m256 sum[H][M];
+    for (int h = 0; h < H; ++h) {
+      for (int m = 0; m < M; ++m) sum[h][m] = _mm256_load_ps(totals.of(first + m, h0 + h));
+    }
+    const uint8_t* p = c.panel + k / 2 * kStep + 32 * h0;
+    const uint16_t* x = c.x.bf16 + (c.i + first) * c.x.bf16_stride;
+    for (; k < end; k += 2, p += kStep) {
+      if constexpr (M == 1) stream<H * 32>(p, c.w.ahead);
+      for (int h = 0; h < H; ++h) {
+        const __m256i v = load(p + 32 * h);
+        for (int m = 0; m < M; ++m) {
+          int32_t pair;
+          __builtin_memcpy(&pair, x + m * c.x.bf16_stride + k, 4);
+          const __m256i a = _mm256_set1_epi32(pair);
+          sum[h][m] = _mm256_fmadd_ps(low(v), low(a), sum[h][m]);
+          sum[h][m] = _mm256_fmadd_ps(high(v), high(a), sum[h][m]);
+        }
+      }
+    }
+    for (int h = 0; h < H; ++h) {
+      for (int m = 0; m < M; ++m) _mm256_store_ps(totals.of(first + m, h0 + h), sum[h][m]);
+    }
+  }
+
+  static void run(const Call& c) {
+    Totals totals(c.m);
+    for (int64_t k = 0; k < c.w.cols; k += kRun) {
+      for_each_tile<3>(c.m, [&]<int M>(int64_t first) {
+        constexpr int H = M == 1 ? 8 : 4;
+        for (int h = 0; h < kHalves; h += H) add_tile<H, M>(c, first, h, k, totals);
+      });
+    }
+    totals.store(c);
+  }
+};
+
 }  // namespace
 
 // By PanelKind. Taking five trits apart costs more than the bytes save here: ternary weights are
@@ -617,6 +707,8 @@ Matmul* const NF_LEVEL::kMatmul[kPanelKinds] = {matmul<Float<float>>,
                                                 matmul<Grouped<PanelKind::kQ4K>>,
                                                 matmul<Grouped<PanelKind::kQ5K>>,
                                                 matmul<Grouped<PanelKind::kQ6K>>,
-                                                nullptr};
+                                                nullptr,
+                                                matmul<W8>,
+                                                matmul<BF16Dot>};
 
 }  // namespace nearfar

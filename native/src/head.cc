@@ -142,9 +142,12 @@ PackedMat requantized(const RawTensor& w, float scale, ThreadPool& pool) {
   return m;
 }
 
+// The head multiplies other numbers than the file's, or adds in another order than the bounds say.
+bool is_rounded(PanelKind kind) { return kind == PanelKind::kBF16Dot || kind == PanelKind::kW8; }
+
 bool can_be_screened(const PackedMat& head) {
-  return head.scale == 1.0f && head.cols % kGroup == 0 && head.cols <= kMaxColumns &&
-         !form(head.kind).has_min &&
+  return !is_rounded(head.kind) && head.scale == 1.0f && head.cols % kGroup == 0 &&
+         head.cols <= kMaxColumns && !form(head.kind).has_min &&
          head.panel_bytes * 3 >= rounding_of_copy(head).panel_bytes(head.cols) * 4;
 }
 

@@ -7,6 +7,13 @@
 #include "dot_gemv.h"
 #include "lut_gemv.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -53,6 +60,23 @@ int64_t fetch_ahead() {
 
 bool always() { return true; }
 
+#if defined(__x86_64__)
+Kernels with_bf16(Kernels k) {
+  k.matmul[static_cast<int>(PanelKind::kBF16Dot)] = avx512bf16::matmul_bf16_dot;
+  return k;
+}
+
+// Linux gives a process the memory of tiles when it asks for it.
+bool ask_for_tiles() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Level {
   Kernels kernels;
   bool (*supported)();
@@ -70,6 +94,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("gfni");
+}
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBF16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kAll = kBF16 | kTiles | kInt8;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) {
+    return false;
+  }
+  static const bool kGranted = ask_for_tiles();
+  return kGranted;
 }
 #elif defined(__aarch64__)
 #if defined(__linux__)
@@ -99,6 +134,10 @@ std::span<const Level> levels() {
        has_avxvnni},
       {table("avx512", avx512::kOps, avx512::kMatmul, {avx512::matmul_l3, avx512::lut_tables}),
        has_avx512},
+      {with_bf16(table("avx512bf16", avx512::kOps, avx512::kMatmul,
+                       {avx512::matmul_l3, avx512::lut_tables})),
+       has_avx512bf16},
+      {table("amx", amx::kOps, amx::kMatmul, {avx512::matmul_l3, avx512::lut_tables}), has_amx},
 #elif defined(__aarch64__)
       {table("neon", neon::kOps, neon::kMatmul, {neon::matmul_l3, neon::lut_tables}),
        always},  // part of every 64-bit ARM
@@ -137,12 +176,17 @@ const Kernels& kernels(std::string_view isa) {
                               "\": this CPU and build have " + joined(isas_available()));
 }
 
+bool has_own(const Kernels& k, PanelKind kind) {
+  const auto i = static_cast<int>(kind);
+  return k.matmul[i] != ref::kMatmul[i];
+}
+
 const Probe& probe(const Kernels& k) {
   [[maybe_unused]] const std::string_view isa = k.isa;
 #if defined(__x86_64__)
   if (isa == "avx2") return avx2::kProbe;
   if (isa == "avxvnni") return avxvnni::kProbe;
-  if (isa == "avx512") return avx512::kProbe;
+  if (isa.starts_with("avx512") || isa == "amx") return avx512::kProbe;
 #elif defined(__aarch64__)
   if (isa == "neon_dot" || isa == "neon_i8mm") return neon_dot::kProbe;
 #endif

@@ -26,6 +26,9 @@ struct Kernels {
 // unknown name or one that this CPU, or this build, lacks.
 const Kernels& kernels(std::string_view isa = "");
 
+// Whether `k` has a kernel of its own for a kind, or the scalar one stands in.
+bool has_own(const Kernels& k, PanelKind kind);
+
 // The probes that measure what the instructions of `k` reach at most; portable ones where its ISA
 // has none.
 const Probe& probe(const Kernels& k);

@@ -43,8 +43,10 @@ enum class PanelKind : uint8_t {
   kQ5K,       // Q5_K: 5-bit codes, the rest as Q4_K
   kQ6K,       // Q6_K: 6-bit codes, the rest as Q3_K
   kL3,        // TQ1_0, TQ2_0 by lookup: three trits a code, one f32 scale a row (lut_gemv.h)
+  kW8,        // floats, rounded to 8 bits: one f32 scale a row
+  kBF16Dot,   // floats, rounded to bf16, that multiply bf16 activations
 };
-constexpr int kPanelKinds = 15;
+constexpr int kPanelKinds = 17;
 
 constexpr int64_t kPanelRows = 64;  // rows of a panel: four 16-row blocks, an i32 lane is a row
 
@@ -75,6 +77,7 @@ struct Form {
 constexpr int kGrainFloat = -1;
 constexpr int kGrainRow = 0;
 constexpr int kGrainTables = -2;  // as kGrainRow, and of its int8 the tables that kL3 looks into
+constexpr int kGrainBF16 = -3;    // bf16
 
 // By PanelKind. kT5 and kL3 pack trits together and not by planes: their units are 4 x 64 and
 // 20 x 64 bytes, and `low` is only what their codes unpack to.
@@ -94,6 +97,8 @@ constexpr Form kForms[kPanelKinds] = {
     {Scheme::kSuper, 4, 1, 0, true, 256, 32, 32, 256, 128, 256},
     {Scheme::kSuper, 4, 2, 32, false, 256, 32, 16, 128, 128, 256},
     {Scheme::kRow, 2, 0, 1, false, 96, 96, 96, 0, 0, kGrainTables},
+    {Scheme::kRow, 8, 0, 128, false, 64, 64, 64, 0, 0, kGrainRow},
+    {Scheme::kFloat, 0, 0, 0, false, 1, 1, 1, 0, 0, kGrainBF16},
 };
 
 // A packed matrix [rows, cols]: ceil(rows / 64) panels of panel_bytes each, 64-byte aligned.
@@ -111,17 +116,20 @@ struct Panels {
 //   grain kGrainFloat: x only. Else: q and scales with x ≈ q * scale, |q| <= 127, and sums of q.
 //   grain 0: one scale a row, sums per 256;  32: scale and sum per 32;
 //   256: scale per 256, sums per 16;  kGrainTables: as 0, and the tables of lut_gemv.h.
+//   kGrainBF16: bf16 only.
 struct Rows {
   int64_t m, cols;
   int grain;
   const float* x;       // [m, x_stride]
-  const int8_t* q;      // [m, q_stride]; 16 zeros lie behind each row
+  const int8_t* q;      // [m, q_stride]; zeros lie behind each row: 16, and up to a multiple of 64
   const float* scales;  // [m, n_scales]
   const int32_t* sums;  // [m, n_sums]
   int64_t x_stride, q_stride, n_scales, n_sums;
   const uint8_t* tables;      // [m, tables_stride]
   const float* table_scales;  // [m]: scales * step
   int64_t tables_stride;
+  const uint16_t* bf16;  // [m, bf16_stride]; zeros lie behind each row up to a multiple of 32
+  int64_t bf16_stride;
 };
 
 // y[i, n] = scale * sum_k W[n, k] * x[i, k] for all i < x.m and the rows n of panels [first, last).

@@ -11,8 +11,9 @@
 namespace nearfar {
 namespace {
 
-constexpr int64_t kChunkRows = 128;  // rows that scratch is made for; longer inputs go in chunks
-constexpr int64_t kGreedyRows = 8;   // rows whose logits `greedy` holds at once
+constexpr int64_t kChunkRows = 256;  // rows that scratch is made for; longer inputs go in chunks
+constexpr size_t kArenaBytes = 32 << 20;  // of a model whose matrices share huge pages
+constexpr int64_t kGreedyRows = 8;        // rows whose logits `greedy` holds at once
 constexpr int64_t kAloneBelow =
     64 << 10;  // bytes of panels times rows that a second thread does not speed up
 constexpr int64_t kRowsChunk = 16 << 10;  // numbers of rows that one thread takes at a time
@@ -102,7 +103,7 @@ class Reader {
   const Tensors& tensors_;
 };
 
-constexpr std::array kGrains = {kGrainFloat, kGrainRow, kGrainTables, 32, 256};
+constexpr std::array kGrains = {kGrainFloat, kGrainBF16, kGrainRow, kGrainTables, 32, 256};
 
 size_t grain_slot(int grain) {
   return std::find(kGrains.begin(), kGrains.end(), grain) - kGrains.begin();
@@ -165,6 +166,9 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
   for (const auto& [to, raw] : to_pack) {
     if (is_ternary(raw.type)) ternary_weights += raw.rows * raw.cols;
   }
+  size_t n_bytes = 0;
+  for (const auto& [to, raw] : to_pack) n_bytes += raw.bytes.size();
+  const bool is_large = n_bytes > kArenaBytes;  // a small model would only take more memory
   const PanelKind ternary = ternary_kind(kernels_, options.lut, ternary_weights);
 
   pool_.run(static_cast<int64_t>(to_pack.size()), [&](int64_t i, int) {
@@ -178,10 +182,11 @@ Model::Model(const ModelSpec& spec, const Tensors& tensors, const ModelOptions& 
       return;
     }
     try {
-      to->weight = kept != nullptr ? packed_from(*kept) : pack(raw, scale, ternary);
+      to->weight = kept != nullptr ? packed_from(*kept) : pack(raw, scale, ternary, options.floats);
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument(name + ": " + error.what());
     }
+    if (kept == nullptr && is_large) to->weight.data = arena_.moved(std::move(to->weight.data));
   });
 
   if (!gains_.empty()) make_head(to_pack.back().second, options.head);
@@ -265,13 +270,17 @@ void Model::check_rows(RowsView h) const {
   }
 }
 
-// The position of the first row.
-int64_t Model::check_call(RowsView h, const KvCache& kv, int first, int last) const {
-  check_rows(h);
+void Model::check_layers(int first, int last) const {
   if (first < first_ || last <= first || last > last_) {
     throw std::invalid_argument("layers " + range_text(first, last) + ": the model has " +
                                 range_text(first_, last_));
   }
+}
+
+// The position of the first row.
+int64_t Model::check_call(RowsView h, const KvCache& kv, int first, int last) const {
+  check_rows(h);
+  check_layers(first, last);
   const KvShape& s = kv.shape();
   if (s.first != first_ || s.last != last_ || s.n_kv_heads != spec_.n_kv_heads ||
       s.head_dim != spec_.head_dim) {
@@ -319,48 +328,125 @@ void Model::forward(RowsView h, KvCache& kv, int first, int last, const uint8_t*
   for (int i = first; i < last; ++i) kv.keep(i);
 }
 
+void Model::forward(RowsView h, std::span<const PagedSpan> spans, std::span<const PagedKv> kv,
+                    int first, int last, float* out) {
+  pool_.check_process();
+  const Occupied model_occupied(in_use_, kBusy);
+  check_rows(h);
+  check_layers(first, last);
+  if (static_cast<int>(kv.size()) != last - first) {
+    throw std::invalid_argument("stores of " + std::to_string(kv.size()) +
+                                " layers for the layers " + range_text(first, last));
+  }
+  for (const PagedKv& store : kv) {
+    if (store.n_kv_heads != spec_.n_kv_heads || store.head_dim != spec_.head_dim) {
+      throw std::invalid_argument("the blocks were made for a model of another shape");
+    }
+  }
+  int64_t covered = 0;
+  for (const PagedSpan& s : spans) {
+    if (s.row != covered) throw std::invalid_argument("spans: expected one behind the other");
+    covered += s.n;
+  }
+  if (covered != h.rows) {
+    throw std::invalid_argument("spans of " + std::to_string(covered) + " rows: expected " +
+                                std::to_string(h.rows));
+  }
+  if (scratch_.paged.empty()) {
+    for (int i = 0; i < pool_.size(); ++i) {
+      scratch_.paged.emplace_back(spec_.n_heads, spec_.n_kv_heads, spec_.head_dim);
+    }
+  }
+  const int64_t d = spec_.d_model, half = spec_.head_dim / 2;
+  if (out != h.data) std::memcpy(out, h.data, h.rows * d * sizeof(float));
+  for (int64_t done = 0; done < h.rows; done += kChunkRows) {
+    const int64_t n = std::min(kChunkRows, h.rows - done);
+    std::vector<PagedSpan> part;  // of the spans, what lies in this chunk
+    for (const PagedSpan& s : spans) {
+      const int64_t begin = std::max(s.row, done), end = std::min(s.row + s.n, done + n);
+      if (begin >= end) continue;
+      part.push_back({begin - done, end - begin, s.start + begin - s.row, s.blocks});
+      rope_angles(frequencies_, spec_.rope_scale, part.back().start, part.back().n,
+                  scratch_.cos.data() + part.back().row * half,
+                  scratch_.sin.data() + part.back().row * half);
+    }
+    for (int i = first; i < last; ++i) run_layer(i, out + done * d, n, part, kv[i - first]);
+  }
+}
+
 void Model::run_layer(int index, float* h, int64_t rows, int64_t start, KvCache& kv) {
   const Layer& layer = layers_[index - first_];
   Scratch& s = scratch_;
-  const int64_t d = spec_.d_model, hd = spec_.head_dim;
-  const int64_t d_q = spec_.n_heads * hd, d_kv = spec_.n_kv_heads * hd, d_ff = spec_.d_ff;
-  const float eps = spec_.norm_eps;
-  const auto normed = [&](const std::vector<float>& gain, int64_t n) {
-    return [this, &gain, h, n, eps](int64_t i, float* row) {
-      ops_.rms_norm(h + i * n, gain.data(), n, eps, row);
-      return static_cast<const float*>(row);
-    };
-  };
-
-  const Product qkv[] = {{layer.q, s.q.data()}, {layer.k, s.k.data()}, {layer.v, s.v.data()}};
-  quantize(qkv, rows, normed(layer.attn_norm, d));
-  multiply(qkv, rows);
+  const int64_t hd = spec_.head_dim, d_q = spec_.n_heads * hd, d_kv = spec_.n_kv_heads * hd;
+  project(layer, h, rows);
   const AttentionCall call{kv,         index,      start,         rows, spec_.n_heads,
                            s.q.data(), s.o.data(), s.far_q.data()};
   const int64_t n_sinks = kv.sinks_among(start, rows);
   for_rows(rows, d_q + d_kv, [&](int64_t i, int) {
-    float* q = s.q.data() + i * d_q;
-    float* k = s.k.data() + i * d_kv;
-    if (spec_.has_qk_norms) {
-      for (int64_t j = 0; j < d_q; j += hd)
-        ops_.rms_norm(q + j, layer.q_norm.data(), hd, eps, q + j);
-      for (int64_t j = 0; j < d_kv; j += hd)
-        ops_.rms_norm(k + j, layer.k_norm.data(), hd, eps, k + j);
-    }
-    if (i < n_sinks) std::copy_n(k, d_kv, s.plain_k.data() + i * d_kv);
+    norm_heads(layer, i);
+    if (i < n_sinks) std::copy_n(s.k.data() + i * d_kv, d_kv, s.plain_k.data() + i * d_kv);
     if (call.sees_far_sinks()) {
       float* far_q = s.far_q.data() + i * d_q;
-      std::copy_n(q, d_q, far_q);
+      std::copy_n(s.q.data() + i * d_q, d_q, far_q);
       rotate(far_q, spec_.n_heads, hd / 2, s.far_cos.data(), s.far_sin.data(), spec_.rope_pairs);
     }
-    const float* cos = s.cos.data() + i * (hd / 2);
-    const float* sin = s.sin.data() + i * (hd / 2);
-    rotate(q, spec_.n_heads, hd / 2, cos, sin, spec_.rope_pairs);
-    rotate(k, spec_.n_kv_heads, hd / 2, cos, sin, spec_.rope_pairs);
+    rotate_heads(i);
   });
   kv.append(index, {s.k.data(), s.plain_k.data(), s.v.data(), rows}, ops_);
   attention(call, ops_, pool_, s.attention);
+  finish(layer, h, rows);
+}
 
+void Model::run_layer(int index, float* h, int64_t rows, std::span<const PagedSpan> spans,
+                      const PagedKv& kv) {
+  const Layer& layer = layers_[index - first_];
+  Scratch& s = scratch_;
+  project(layer, h, rows);
+  for_rows(rows, (spec_.n_heads + spec_.n_kv_heads) * spec_.head_dim, [&](int64_t i, int) {
+    norm_heads(layer, i);
+    rotate_heads(i);
+  });
+  paged_append(kv, spans, s.k.data(), s.v.data(), ops_, pool_);
+  paged_attention(kv, spans, spec_.n_heads, s.q.data(), s.o.data(), ops_, pool_, s.paged);
+  finish(layer, h, rows);
+}
+
+void Model::project(const Layer& layer, const float* h, int64_t rows) {
+  const int64_t d = spec_.d_model;
+  const Product qkv[] = {
+      {layer.q, scratch_.q.data()}, {layer.k, scratch_.k.data()}, {layer.v, scratch_.v.data()}};
+  quantize(qkv, rows, [&](int64_t i, float* row) -> const float* {
+    ops_.rms_norm(h + i * d, layer.attn_norm.data(), d, spec_.norm_eps, row);
+    return row;
+  });
+  multiply(qkv, rows);
+}
+
+void Model::norm_heads(const Layer& layer, int64_t row) {
+  if (!spec_.has_qk_norms) return;
+  const int64_t hd = spec_.head_dim, d_q = spec_.n_heads * hd, d_kv = spec_.n_kv_heads * hd;
+  float* q = scratch_.q.data() + row * d_q;
+  float* k = scratch_.k.data() + row * d_kv;
+  for (int64_t j = 0; j < d_q; j += hd)
+    ops_.rms_norm(q + j, layer.q_norm.data(), hd, spec_.norm_eps, q + j);
+  for (int64_t j = 0; j < d_kv; j += hd)
+    ops_.rms_norm(k + j, layer.k_norm.data(), hd, spec_.norm_eps, k + j);
+}
+
+void Model::rotate_heads(int64_t row) {
+  const int64_t hd = spec_.head_dim;
+  const float* cos = scratch_.cos.data() + row * (hd / 2);
+  const float* sin = scratch_.sin.data() + row * (hd / 2);
+  rotate(scratch_.q.data() + row * spec_.n_heads * hd, spec_.n_heads, hd / 2, cos, sin,
+         spec_.rope_pairs);
+  rotate(scratch_.k.data() + row * spec_.n_kv_heads * hd, spec_.n_kv_heads, hd / 2, cos, sin,
+         spec_.rope_pairs);
+}
+
+void Model::finish(const Layer& layer, float* h, int64_t rows) {
+  Scratch& s = scratch_;
+  const int64_t d = spec_.d_model, d_q = spec_.n_heads * spec_.head_dim, d_ff = spec_.d_ff;
+  const float eps = spec_.norm_eps;
   const Product wo[] = {{layer.o, s.y.data()}};
   quantize(wo, rows, [&](int64_t i, float* row) -> const float* {
     const float* o = s.o.data() + i * d_q;
@@ -372,7 +458,10 @@ void Model::run_layer(int index, float* h, int64_t rows, int64_t start, KvCache&
   ops_.add(s.y.data(), rows * d, h);
 
   const Product gate_up[] = {{layer.gate, s.gate.data()}, {layer.up, s.up.data()}};
-  quantize(gate_up, rows, normed(layer.ffn_norm, d));
+  quantize(gate_up, rows, [&](int64_t i, float* row) -> const float* {
+    ops_.rms_norm(h + i * d, layer.ffn_norm.data(), d, eps, row);
+    return row;
+  });
   multiply(gate_up, rows);
   const Product down[] = {{layer.down, s.y.data()}};
   const auto activate = spec_.activation == Activation::kRelu2 ? ops_.relu2_mul : ops_.silu_mul;
@@ -397,7 +486,7 @@ void Model::quantize(std::span<const Product> products, int64_t rows, MakeRow ma
     const std::span<const float> x(make_row(i, scratch_.row[worker].data()), cols);
     try {
       for (size_t slot = 0; slot < needed.size(); ++slot) {
-        if (needed[slot]) scratch_.inputs[slot].quantize_row(x, i, kernels_.lut_tables);
+        if (needed[slot]) scratch_.inputs[slot].quantize_row(x, i, ops_, kernels_.lut_tables);
       }
     } catch (const std::invalid_argument& error) {
       throw EngineFailure("input of " + products[0].w.name + ": " + error.what());

@@ -20,6 +20,7 @@
 #include "head.h"
 #include "kernels.h"
 #include "kv_cache.h"
+#include "paged_attention.h"
 #include "quant.h"
 #include "rope.h"
 #include "threads.h"
@@ -70,6 +71,7 @@ struct ModelOptions {
   const Kernels& kernels;
   bool lut = false;  // ternary matrices multiply by lookup, near the exact product (lut_gemv.h)
   HeadMode head = HeadMode::kFile;
+  Floats floats = Floats::kExact;
 };
 
 class Model {
@@ -97,6 +99,12 @@ class Model {
   // thread sets to end the call. Throws std::invalid_argument, ContextFull, Cancelled, EngineBusy,
   // EngineFailure (a number that is not finite), std::bad_alloc; then the cache is as it was.
   void forward(RowsView h, KvCache& kv, int first, int last, const uint8_t* cancel, float* out);
+
+  // The same for rows of many sequences, whose keys and values lie in blocks: the spans follow each
+  // other and cover the rows, kv[i - first] holds the blocks of layer i. Throws as above, but for
+  // ContextFull and Cancelled; the blocks of the spans' positions may then hold anything.
+  void forward(RowsView h, std::span<const PagedSpan> spans, std::span<const PagedKv> kv, int first,
+               int last, float* out);
 
   // h [rows, D] -> out [rows, D]: what the head multiplies.  Throws std::invalid_argument on an
   // unknown head.
@@ -135,14 +143,23 @@ class Model {
     std::vector<float> cos, sin;              // [kChunkRows, head_dim / 2]
     std::vector<float> far_cos, far_sin;      // [head_dim / 2]
     std::vector<std::vector<float>> row;      // a row for each thread
-    std::array<QuantRows, 5> inputs;          // the input of a product, by grain
+    std::array<QuantRows, 6> inputs;          // the input of a product, by grain
     std::vector<AttentionScratch> attention;  // for each thread
+    std::vector<PagedScratch> paged;          // the same, made when first needed
     ScratchRows scores;                       // [kGreedyRows, V]
     std::vector<uint8_t> marks;               // a panel of the head each
   };
 
   void make_head(const RawTensor& raw, HeadMode mode);
   void run_layer(int index, float* h, int64_t rows, int64_t start, KvCache& kv);
+  void run_layer(int index, float* h, int64_t rows, std::span<const PagedSpan> spans,
+                 const PagedKv& kv);
+  // The parts of a layer before and behind its attention; q and k of a row are normed, then
+  // rotated.
+  void project(const Layer& layer, const float* h, int64_t rows);
+  void norm_heads(const Layer& layer, int64_t row);
+  void rotate_heads(int64_t row);
+  void finish(const Layer& layer, float* h, int64_t rows);
   // Makes the input of `products`: make_row(i, a scratch row) returns row i of it, f32 [cols].
   template <typename MakeRow>
   void quantize(std::span<const Product> products, int64_t rows, MakeRow make_row);
@@ -154,6 +171,7 @@ class Model {
   void for_rows(int64_t rows, int64_t width, Work work);
   const std::vector<float>& gain(const std::string& head) const;
   void check_rows(RowsView h) const;
+  void check_layers(int first, int last) const;
   int64_t check_call(RowsView h, const KvCache& kv, int first, int last) const;
 
   ModelSpec spec_;
@@ -162,6 +180,7 @@ class Model {
   const Ops& ops_;
   ThreadPool pool_;
   RawTensor embedding_;
+  HugeArena arena_;            // matrices lie in it: it must outlive them
   std::vector<Layer> layers_;  // [last - first]
   Linear head_;
   Linear screen_;  // a copy of the head that `greedy` looks at first; without rows: none

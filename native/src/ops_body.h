@@ -1,4 +1,4 @@
-// The body of ops_{ref,avx2,avx512,neon}.cc: included once by each, after it has defined in an
+// The body of ops_{ref,avx2,avx512,amx,neon}.cc: included once by each, after it has defined in an
 // anonymous namespace
 //   kWidth            floats of a vector register (4, 8 or 16)
 //   half_to_float     const uint16_t* -> Vec, kWidth numbers
@@ -117,6 +117,67 @@ void relu2_mul(const float* gate, const float* up, int64_t n, float* y) {
 
 void add(const float* x, int64_t n, float* y) {
   map(x, y, n, y, [](Vec a, Vec b) { return b + a; });
+}
+
+// Plain loops, of which compilers make vectors.
+inline int32_t bits_of(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+// Integers compare like the floats here, and no float is reordered.
+uint32_t max_magnitude(const float* x, int64_t n) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  return static_cast<uint32_t>(most);
+}
+
+int64_t largest(const float* x, int64_t n) {
+  if (max_magnitude(x, n) >= 0x7f800000u) return -1;
+  int32_t most = -0x7fffffff;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t bits = bits_of(x[i]), key = bits ^ ((bits >> 31) & 0x7fffffff);
+    most = key > most ? key : most;
+  }
+  most ^= (most >> 31) & 0x7fffffff;
+  float value;
+  __builtin_memcpy(&value, &most, sizeof(value));
+  int64_t i = 0;
+  while (x[i] != value) ++i;
+  return i;
+}
+
+// |x * inverse| <= 127 (1 + 2^-23): adding 1.5 * 2^23 leaves the integer, rounded to nearest even,
+// in the low bits of the sum, and it is never beyond 127.
+void to_int8(const float* x, int64_t n, float inverse, int8_t* q) {
+  constexpr float kRound = 12582912.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float rounded = x[i] * inverse + kRound;
+    q[i] = static_cast<int8_t>(bits_of(rounded) - 0x4b400000);
+  }
+}
+
+void sum_runs(const int8_t* q, int64_t n, int64_t run, int32_t* sums) {
+  for (int64_t first = 0; first < n; first += run) {
+    const int64_t end = first + run < n ? first + run : n;
+    int32_t sum = 0;
+    for (int64_t k = first; k < end; ++k) sum += q[k];
+    *sums++ = sum;
+  }
+}
+
+// As f32_to_bf16 in half.h.
+void to_bf16(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto bits = static_cast<uint32_t>(bits_of(x[i]));
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (bits >> 16) | 0x40u;
+    y[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  }
 }
 
 void to_half(const float* x, int64_t n, uint16_t* y) {
@@ -324,9 +385,47 @@ void from_int8(const AttendBlock<int8_t>& a, float* k, float* v) {
   }
 }
 
-constexpr Ops kTable = {rms_norm,       silu_mul,  relu2_mul,     add,
-                        to_half,        from_half, attend<float>, attend<uint16_t>,
-                        attend<int8_t>, from_int8};
+inline uint16_t bf16_of(float x) {  // finite, or the plain NaN
+  const auto bits = static_cast<uint32_t>(bits_of(x));
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void keys_from_codes(const int8_t* k, const float* scales, int64_t head_dim, uint16_t* y) {
+  float both[2 * kBlock];
+  for (int64_t j = 0; j < kBlock; ++j) both[2 * j] = both[2 * j + 1] = scales[j];
+  for (int64_t d = 0; d < head_dim / 2; ++d, k += 2 * kBlock, y += 2 * kBlock) {
+    for (int64_t i = 0; i < 2 * kBlock; ++i) y[i] = bf16_of(static_cast<float>(k[i]) * both[i]);
+  }
+}
+
+void values_from_codes(const int8_t* v, const float* scales, int64_t head_dim, uint16_t* y) {
+  for (int64_t j = 0; j < kBlock; j += 2, v += 2 * head_dim, y += 2 * head_dim) {
+    for (int64_t d = 0; d < head_dim; ++d) {
+      y[2 * d] = bf16_of(static_cast<float>(v[2 * d]) * scales[j]);
+      y[2 * d + 1] = bf16_of(static_cast<float>(v[2 * d + 1]) * scales[j + 1]);
+    }
+  }
+}
+
+void from_pairs(const uint16_t* x, int64_t n, int64_t width, float* y) {
+  for (int64_t i = 0; i < n; i += 2) {
+    float* even = y + i * width;
+    float* odd = even + width;
+    for (int64_t c = 0; c < width; ++c, x += 2) {
+      uint32_t pair;
+      __builtin_memcpy(&pair, x, sizeof(pair));
+      const uint32_t low = pair << 16, high = pair & 0xffff0000u;
+      __builtin_memcpy(even + c, &low, sizeof(low));
+      __builtin_memcpy(odd + c, &high, sizeof(high));
+    }
+  }
+}
+
+constexpr Ops kTable = {rms_norm,          silu_mul,       relu2_mul, add,
+                        largest,           max_magnitude,  to_int8,   sum_runs,
+                        to_bf16,           to_half,        from_half, attend<float>,
+                        attend<uint16_t>,  attend<int8_t>, nullptr,   keys_from_codes,
+                        values_from_codes, from_pairs,     from_int8};
 
 }  // namespace
 }  // namespace nearfar

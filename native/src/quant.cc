@@ -18,6 +18,8 @@ namespace {
 
 int64_t bytes_per_panel(PanelKind kind, int64_t cols) {
   const Form& f = form(kind);
+  if (kind == PanelKind::kBF16Dot) return (cols + 31) / 32 * 32 * 64 * 2;
+  if (kind == PanelKind::kW8) return (cols + 63) / 64 * 64 * 64;
   if (f.scheme == Scheme::kFloat) return cols * 64 * (kind == PanelKind::kF32 ? 4 : 2);
   if (kind == PanelKind::kL3) return kLutHead + lut_units(cols) * kLutUnitBytes;
   if (kind == PanelKind::kT5) return (cols + kT5StepColumns - 1) / kT5StepColumns * kStepBytes;
@@ -172,6 +174,57 @@ PackedMat pack_float(const RawTensor& w, PanelKind kind, float scale) {
   return m;
 }
 
+// One row of a tensor of floats as f32.
+void read_floats(const RawTensor& w, int64_t row, std::vector<float>& out) {
+  out.resize(static_cast<size_t>(w.cols));
+  dequantize_row(w, row, out);
+}
+
+PackedMat pack_bf16_dot(const RawTensor& w, float scale) {
+  PackedMat m = allocate(w, PanelKind::kBF16Dot, scale);
+  std::memset(m.data.data(), 0, m.data.size());
+  std::vector<float> x;
+  for (int64_t n = 0; n < w.rows; ++n) {
+    read_floats(w, n, x);
+    uint8_t* out = panel_of(m, n) + n % kPanelRows * 4;
+    for (int64_t k = 0; k < w.cols; ++k) {
+      store(out + k / 2 * kStepBytes + k % 2 * 2, f32_to_bf16(x[k]));
+    }
+  }
+  return m;
+}
+
+// The i32 sums of products of 8 bits hold 66,000 columns.
+constexpr int64_t kMaxByteColumns = 1 << 16;
+
+PackedMat pack_w8(const RawTensor& w, float scale) {
+  const Form& f = form(PanelKind::kW8);
+  if (w.cols > kMaxByteColumns) {
+    throw std::invalid_argument("8 bits a row: " + std::to_string(w.cols) +
+                                " columns, expected up to " + std::to_string(kMaxByteColumns));
+  }
+  PackedMat m = allocate(w, PanelKind::kW8, scale);
+  m.row_scales = AlignedBuffer(static_cast<size_t>(m.n_panels() * kPanelRows) * sizeof(float));
+  std::memset(m.row_scales.data(), 0, m.row_scales.size());
+  auto* scales = reinterpret_cast<float*>(m.row_scales.data());
+  std::vector<float> x;
+  const int64_t padded = (w.cols + f.block - 1) / f.block * f.block;
+  std::vector<uint8_t> code(static_cast<size_t>(padded), static_cast<uint8_t>(f.offset));
+  for (int64_t n = 0; n < w.rows; ++n) {
+    read_floats(w, n, x);
+    float most = 0;
+    for (const float v : x) most = std::isfinite(v) ? std::max(most, std::fabs(v)) : INFINITY;
+    require_finite(most, w, n);
+    scales[n] = most / 127.0f;
+    const float inverse = most < 0x1p-120f ? 0.0f : 127.0f / most;
+    for (int64_t k = 0; k < w.cols; ++k) {
+      code[k] = static_cast<uint8_t>(std::lrint(x[k] * inverse) + f.offset);
+    }
+    put_plane(panel_of(m, n), n % kPanelRows, code.data(), padded, 0, 8);
+  }
+  return m;
+}
+
 // A block that is zero throughout says nothing about its row's scale: writers store d = 0 there,
 // and a reader may find any d. All its codes become 1 (weight 0) and its d 0.
 void settle_zero(TernaryBlock& b) {
@@ -287,9 +340,9 @@ PackedMat pack_blocks(const RawTensor& w, PanelKind kind, float scale) {
 }  // namespace
 
 std::string_view kind_name(PanelKind kind) {
-  constexpr std::string_view kNames[kPanelKinds] = {"f32",       "f16",  "bf16", "t5",   "i2",
-                                                    "i2_blocks", "q4",   "q4_1", "int8", "q2_k",
-                                                    "q3_k",      "q4_k", "q5_k", "q6_k", "l3"};
+  constexpr std::string_view kNames[kPanelKinds] = {
+      "f32",  "f16",  "bf16", "t5",   "i2",   "i2_blocks", "q4", "q4_1",    "int8",
+      "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "l3",        "w8", "bf16_dot"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -308,9 +361,19 @@ Panels PackedMat::view() const {
           scale};
 }
 
-PackedMat pack(const RawTensor& w, float scale, PanelKind ternary) {
+Floats floats_named(std::string_view name) {
+  if (name == "exact") return Floats::kExact;
+  if (name == "bf16") return Floats::kBF16;
+  if (name == "w8") return Floats::kW8;
+  throw std::invalid_argument("floats \"" + std::string(name) + "\": expected exact, bf16 or w8");
+}
+
+PackedMat pack(const RawTensor& w, float scale, PanelKind ternary, Floats floats) {
   require_whole(w);
   if (!std::isfinite(scale)) throw std::invalid_argument("the scale of a matrix is not finite");
+  const bool is_float = block_shape(w.type).weights == 1;
+  if (is_float && floats == Floats::kBF16) return pack_bf16_dot(w, scale);
+  if (is_float && floats == Floats::kW8) return pack_w8(w, scale);
   switch (w.type) {
     case TensorType::kF32:
       return pack_float<uint32_t>(w, PanelKind::kF32, scale);
@@ -349,10 +412,12 @@ PackedMat packed_from(const KeptPanels& kept) {
   constexpr int64_t kMost = int64_t{1} << 40;  // rows * cols * 4 bytes stay within int64
   expect(rows >= 1 && cols >= 1 && cols < kMost && rows < kMost / cols, "rows and columns");
   const int grain = form(kind).grain;
-  const int block = grain == kGrainFloat ? 1 : grain == 32 ? 32 : 256;
+  const bool is_float = grain == kGrainFloat || grain == kGrainBF16;
+  const int block = is_float || kind == PanelKind::kW8 ? 1 : grain == 32 ? 32 : 256;
   expect(cols % block == 0, "rows of whole blocks");
   const bool ternary = grain == kGrainRow || grain == kGrainTables;
-  expect(!ternary || cols <= kMaxTernaryColumns, "columns that an i32 can sum");
+  const int64_t most = kind == PanelKind::kW8 ? kMaxByteColumns : kMaxTernaryColumns;
+  expect(!ternary || cols <= most, "columns that an i32 can sum");
   expect(std::isfinite(scale), "a finite scale");
   PackedMat m;
   m.kind = kind;
@@ -379,6 +444,10 @@ void unpack_row(const PackedMat& w, int64_t row, std::span<float> out) {
   for (int64_t k = 0; k < w.cols; ++k) {
     switch (form(w.kind).scheme) {
       case Scheme::kFloat:
+        if (w.kind == PanelKind::kBF16Dot) {
+          out[k] = bf16_to_f32(load<uint16_t>(panel + k / 2 * kStepBytes + r * 4 + k % 2 * 2));
+          break;
+        }
         out[k] = w.kind == PanelKind::kF32 ? load<float>(panel + (k * 64 + r) * 4)
                  : w.kind == PanelKind::kF16
                      ? f16_to_f32(load<uint16_t>(panel + (k * 64 + r) * 2))

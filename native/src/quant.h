@@ -31,6 +31,9 @@
 //   kQ5K       the same, 4 bits, 1 bit                                                    5.63
 //   kQ6K       as kQ3K: 4 bits, 2 bits of w + 32                                          6.56
 //   kF32, kF16, kBF16   each k: 64 values                                         32, 16, 16
+//   kW8        each 4 k: 8 bits of w + 128, w in -127..127; k is filled up as below      8.0
+//   kBF16Dot   each 2 k: 64 rows of two values; k is filled up to a multiple of 32,
+//              kW8 of 64                                                                  16
 //
 // kForms in mat.h says the same in numbers. Rows pad to 64 with zeros, whose products nobody reads.
 // Every type's block is a multiple of its step, but for kT5, whose last step is filled up with
@@ -65,12 +68,20 @@ constexpr const Form& form(PanelKind kind) { return kForms[static_cast<int>(kind
 std::string_view kind_name(PanelKind kind);
 PanelKind kind_named(std::string_view name);  // throws std::invalid_argument on any other name
 
+// What becomes of matrices of floats: they stay as they are and multiply f32, or are rounded for
+// more speed, to bf16 that multiply bf16, or to 8 bits with one scale a row that multiply int8.
+enum class Floats : uint8_t { kExact, kBF16, kW8 };
+
+// "exact", "bf16", "w8"; throws std::invalid_argument on any other name.
+Floats floats_named(std::string_view name);
+
 // Repacks a tensor. `scale` multiplies every product (the `.scale` tensors of some files).
 // `ternary` is taken where all rows have one scale each and no code 3 (+2): kT5 has fewest bytes,
 // for matrices that come from memory, out of a cache kI2 is faster, kL3 is not exact.
 // Throws std::invalid_argument when sizes do not match or a scale is not finite. A ternary block
 // with d = 0 counts as all zero, whatever its codes.
-PackedMat pack(const RawTensor& w, float scale = 1.0f, PanelKind ternary = PanelKind::kI2);
+PackedMat pack(const RawTensor& w, float scale = 1.0f, PanelKind ternary = PanelKind::kI2,
+               Floats floats = Floats::kExact);
 
 // Raise it with any change of what `pack` writes: panels that were kept are then packed again.
 constexpr int kPanelVersion = 2;

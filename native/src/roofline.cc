@@ -49,6 +49,8 @@ TensorType type_of(PanelKind kind) {
     case PanelKind::kF16:
       return TensorType::kF16;
     case PanelKind::kBF16:
+    case PanelKind::kBF16Dot:
+    case PanelKind::kW8:
       return TensorType::kBF16;
     case PanelKind::kQ4:
       return TensorType::kQ4_0;
@@ -95,7 +97,10 @@ PackedMat random_panel(PanelKind kind, int64_t cols) {
       raw[i] &= static_cast<uint8_t>(~((raw[i] & raw[i] >> 1 & 0x55) << 1));
     }
   }
-  PackedMat panel = pack({type, kPanelRows, cols, raw}, 1.0f, kind);
+  const Floats floats = kind == PanelKind::kW8        ? Floats::kW8
+                        : kind == PanelKind::kBF16Dot ? Floats::kBF16
+                                                      : Floats::kExact;
+  PackedMat panel = pack({type, kPanelRows, cols, raw}, 1.0f, kind, floats);
   if (panel.kind != kind) throw std::logic_error("no tensor packs into this kind");
   return panel;
 }

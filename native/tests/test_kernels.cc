@@ -360,6 +360,99 @@ TEST_CASE("no byte of a panel leads a kernel outside of it") {
   }
 }
 
+// Floats that were rounded at packing, as `pack` is asked to.
+PackedMat rounded_floats(TensorType type, int64_t n, int64_t k, Floats floats) {
+  return pack(make_tensor(type, n, k, 61).raw(), 1.25f, PanelKind::kI2, floats);
+}
+
+TEST_CASE("8 bits with one scale a row: near the floats, and the bits of ref in every ISA") {
+  for (TensorType type : {TensorType::kF32, TensorType::kBF16}) {
+    for (int64_t k : {1, 64, 172, 640}) {
+      for (int64_t n : {1, 65}) {
+        const MadeTensor t = make_tensor(type, n, k, 61);
+        const PackedMat w = pack(t.raw(), 1.25f, PanelKind::kI2, Floats::kW8);
+        REQUIRE(w.kind == PanelKind::kW8);
+        std::vector<float> exact(k), packed(k);
+        for (int64_t row = 0; row < n; ++row) {
+          dequantize_row(t.raw(), row, exact);
+          unpack_row(w, row, packed);
+          float most = 0;
+          for (float v : exact) most = std::max(most, std::fabs(v));
+          for (int64_t i = 0; i < k; ++i) {
+            REQUIRE(std::fabs(packed[i] - exact[i]) <= most / 254 * 1.0001f);
+          }
+        }
+        const std::vector<float> x = random_rows(70 * k, 62);
+        const std::vector<float> truth = product(kernels("ref"), w, x, 70);
+        for (std::string_view isa : isas_available()) {
+          for (int64_t m : {1, 2, 7, 8, 17, 33, 70}) {
+            const std::vector<float> y = product(kernels(isa), w, std::span(x).first(m * k), m);
+            REQUIRE_MESSAGE(std::equal(y.begin(), y.end(), truth.begin()), isa << " " << m);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("8 bits at their extremes are exact") {
+  for (int64_t k : {int64_t{64}, int64_t{65536}}) {
+    std::vector<float> weights(k), x(40 * k);
+    for (int64_t i = 0; i < k; ++i) weights[i] = i % 3 == 0 ? -127.0f : 127.0f;
+    for (size_t i = 0; i < x.size(); ++i) x[i] = weights[i % k];
+    std::vector<uint8_t> bytes(k * sizeof(float));
+    std::memcpy(bytes.data(), weights.data(), bytes.size());
+    const RawTensor raw{TensorType::kF32, 1, k, bytes};
+    const PackedMat w = pack(raw, 1.0f, PanelKind::kI2, Floats::kW8);
+    for (std::string_view isa : isas_available()) {
+      for (int64_t m : {1, 40}) {
+        for (float y : product(kernels(isa), w, std::span(x).first(m * k), m)) {
+          REQUIRE(y == 127.0f * 127.0f * static_cast<float>(k));
+        }
+      }
+    }
+  }
+  std::vector<uint8_t> bytes;
+  bytes.resize(64 * sizeof(float));
+  const float infinite = INFINITY;
+  std::memcpy(bytes.data(), &infinite, sizeof(float));
+  CHECK_THROWS_AS(pack({TensorType::kF32, 1, 64, bytes}, 1, PanelKind::kI2, Floats::kW8),
+                  std::invalid_argument);
+}
+
+TEST_CASE("bf16 times bf16: near the sums of what both were rounded to, and a row's bits its own") {
+  for (TensorType type : {TensorType::kF32, TensorType::kF16}) {
+    for (int64_t k : {1, 31, 200, 640}) {
+      for (int64_t n : {1, 65}) {
+        const PackedMat w = rounded_floats(type, n, k, Floats::kBF16);
+        REQUIRE(w.kind == PanelKind::kBF16Dot);
+        const std::vector<float> x = random_rows(70 * k, 63);
+        std::vector<float> row(k);
+        for (std::string_view isa : isas_available()) {
+          const std::vector<float> whole = product(kernels(isa), w, x, 70);
+          for (int64_t j = 0; j < n; j += 17) {
+            unpack_row(w, j, row);
+            double sum = 0, magnitude = 0;
+            for (int64_t i = 0; i < k; ++i) {
+              const double term = double{row[i]} * bf16_to_f32(f32_to_bf16(x[69 * k + i]));
+              sum += term;
+              magnitude += std::fabs(term);
+            }
+            const double bound = static_cast<double>(k + 8) * kMaxF32Chain * magnitude * 1.25;
+            REQUIRE(std::fabs(whole[69 * n + j] - 1.25 * sum) <= bound);
+          }
+          for (int64_t m : {1, 2, 6, 17, 33}) {
+            for (int64_t first : {int64_t{0}, 70 - m}) {
+              const auto y = product(kernels(isa), w, std::span(x).subspan(first * k, m * k), m);
+              REQUIRE(std::equal(y.begin(), y.end(), whole.begin() + first * n));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("rows of zeros give zeros") {
   for (std::string_view isa : isas_available()) {
     for (TensorType type : kTypes) {

@@ -43,7 +43,8 @@ std::vector<float> rows_with_outliers(int64_t n, uint32_t seed) {
 QuantRows quantized(const Kernels& k, std::span<const float> x, int64_t m, int64_t cols) {
   QuantRows rows;
   rows.reset(m, cols, kGrainTables);
-  for (int64_t i = 0; i < m; ++i) rows.quantize_row(x.subspan(i * cols, cols), i, k.lut_tables);
+  for (int64_t i = 0; i < m; ++i)
+    rows.quantize_row(x.subspan(i * cols, cols), i, *k.ops, k.lut_tables);
   return rows;
 }
 

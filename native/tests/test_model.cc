@@ -205,11 +205,111 @@ TEST_CASE("logits of a row do not depend on the rows beside it") {
   }
 }
 
-TEST_CASE("chunks of 128 rows leave no seam") {
+TEST_CASE("chunks of 256 rows leave no seam") {
   const Tiny tiny(kVariants[3]);
   const auto model = tiny.open();
-  const Floats h = embed(*model, 200);
-  CHECK(same_bits(run(*tiny.open(2), h, 200), run(*model, h, 67)));
+  const Floats h = embed(*model, 300);
+  CHECK(same_bits(run(*tiny.open(2), h, 300), run(*model, h, 67)));
+}
+
+// Blocks of every layer, and sequences that take them from the end.
+struct Blocks {
+  PagedType type;
+  int64_t n_blocks;
+  std::vector<std::vector<float>> memory;  // f32, or f16 in the first halves
+  std::vector<PagedKv> kv;
+  std::vector<std::vector<int32_t>> lists;
+
+  Blocks(PagedType type, int64_t n_blocks) : type(type), n_blocks(n_blocks) {
+    for (int i = 0; i < 2 * kLayers; ++i) memory.emplace_back(n_blocks * 2 * 64 * kBlock);
+    for (int i = 0; i < kLayers; ++i) {
+      kv.push_back({type, n_blocks, 2, 64, memory[2 * i].data(), memory[2 * i + 1].data()});
+    }
+    for (const int first : {0, 1, 2}) {
+      lists.emplace_back();
+      for (auto b = static_cast<int32_t>(n_blocks - 1 - first); b >= 0; b -= 3) {
+        lists.back().push_back(b);
+      }
+    }
+  }
+};
+
+TEST_CASE("rows of many sequences over blocks have the bits of each one alone") {
+  struct Piece {
+    int64_t seq, start, n;
+  };
+  // Three sequences of 270, 70 and 3 positions in three calls; the last one is wider than a chunk.
+  const std::vector<std::vector<Piece>> calls = {{{0, 0, 10}, {1, 0, 1}},
+                                                 {{1, 1, 5}, {2, 0, 2}, {0, 10, 1}},
+                                                 {{0, 11, 259}, {2, 2, 1}, {1, 6, 64}}};
+  for (const Variant& variant : kVariants) {
+    CAPTURE(variant.name);
+    const Tiny tiny(variant);
+    for (const int threads : {1, 2}) {
+      const auto model = tiny.open(threads);
+      for (const PagedType type : {PagedType::kF16, PagedType::kF32}) {
+        Blocks blocks(type, 15);
+        std::vector<Floats> found(3);
+        const Floats all = embed(*model, 270);
+        for (const auto& pieces : calls) {
+          Floats h;
+          std::vector<PagedSpan> spans;
+          for (const auto& [seq, start, n] : pieces) {
+            spans.push_back(
+                {static_cast<int64_t>(h.size()) / kWidth, n, start, blocks.lists[seq].data()});
+            for (int64_t i = start; i < start + n; ++i) {
+              const auto row = all.begin() + (i * (seq + 1) % 270) * kWidth;
+              h.insert(h.end(), row, row + kWidth);
+            }
+          }
+          Floats out(h.size());
+          model->forward({h.data(), static_cast<int64_t>(h.size()) / kWidth, kWidth}, spans,
+                         std::span<const PagedKv>(blocks.kv).first(2), 0, 2, out.data());
+          model->forward({out.data(), static_cast<int64_t>(h.size()) / kWidth, kWidth}, spans,
+                         std::span<const PagedKv>(blocks.kv).last(1), 2, 3, out.data());
+          for (size_t i = 0; i < pieces.size(); ++i) {
+            const auto begin = out.begin() + spans[i].row * kWidth;
+            found[pieces[i].seq].insert(found[pieces[i].seq].end(), begin,
+                                        begin + spans[i].n * kWidth);
+          }
+        }
+        for (int64_t seq = 0; seq < 3; ++seq) {
+          Floats h;
+          for (int64_t i = 0; i < static_cast<int64_t>(found[seq].size()) / kWidth; ++i) {
+            const auto row = all.begin() + (i * (seq + 1) % 270) * kWidth;
+            h.insert(h.end(), row, row + kWidth);
+          }
+          CHECK(
+              same_bits(run(*model, h, 1000, type == PagedType::kF16 ? KvType::kF16 : KvType::kF32),
+                        found[seq]));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("spans and blocks that do not fit are refused") {
+  const Tiny tiny(kVariants[2]);
+  const auto model = tiny.open();
+  Blocks blocks(PagedType::kF16, 12);
+  const Floats h = embed(*model, 4);
+  Floats out(h.size());
+  const auto call = [&](std::vector<PagedSpan> spans, size_t layers, int first, int last) {
+    for (PagedSpan& s : spans) s.blocks = blocks.lists[0].data();
+    model->forward({h.data(), 4, kWidth}, spans, std::span<const PagedKv>(blocks.kv).first(layers),
+                   first, last, out.data());
+  };
+  CHECK_NOTHROW(call({{0, 4, 0, nullptr}}, 3, 0, 3));
+  CHECK_THROWS_WITH_AS(call({{0, 3, 0, nullptr}}, 3, 0, 3), doctest::Contains("3 rows: expected 4"),
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(call({{1, 3, 0, nullptr}}, 3, 0, 3), doctest::Contains("behind the other"),
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(call({{0, 4, 0, nullptr}}, 2, 0, 3), doctest::Contains("stores of 2"),
+                       std::invalid_argument);
+  CHECK_THROWS_AS(call({{0, 4, 0, nullptr}}, 0, 1, 1), std::invalid_argument);
+  blocks.kv[0].head_dim = 32;
+  CHECK_THROWS_WITH_AS(call({{0, 4, 0, nullptr}}, 3, 0, 3), doctest::Contains("another shape"),
+                       std::invalid_argument);
 }
 
 TEST_CASE("by lookup too a row's bits depend on nothing but the rows before it") {

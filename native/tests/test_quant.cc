@@ -329,7 +329,7 @@ TEST_CASE("activations of the wrong shape or grain are refused") {
   const std::vector<float> x(512);
   CHECK_THROWS_AS(rows.reset(1, 512, 64), std::invalid_argument);
   CHECK_THROWS_AS(rows.reset(1, 500, 256), std::invalid_argument);
-  CHECK_THROWS_AS(rows.reset(1, 500, 0), std::invalid_argument);
+  CHECK_THROWS_AS(rows.reset(1, 500, kGrainTables), std::invalid_argument);
   CHECK_THROWS_AS(rows.reset(1, 0, kGrainFloat), std::invalid_argument);
   CHECK_THROWS_AS(rows.reset(-1, 512, 0), std::invalid_argument);
   CHECK_THROWS_AS(quantize_rows(x, 2, 512, 0, rows), std::invalid_argument);

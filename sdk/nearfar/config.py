@@ -98,6 +98,25 @@ class ModelConfig:
     def has_qkv_bias(self) -> bool:
         return self.arch == "qwen2"
 
+    def engine_spec(self, rope_pairs: str | None = None) -> dict[str, Any]:
+        """What the compiled engine is told of a model, by its names.  `rope_pairs`: of a file with another order."""
+        return {
+            "n_layers": self.n_layers,
+            "d_model": self.d_model,
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "d_ff": self.d_ff,
+            "n_vocab": self.n_vocab,
+            "norm_eps": self.norm_eps,
+            "rope_base": self.rope_base,
+            "rope_scale": self.rope_scale,
+            "rope_adjacent": (rope_pairs or self.rope_pairs) == "adjacent",
+            "relu2": self.ffn_act == "relu2",
+            "has_sub_norms": self.has_sub_norms,
+            "has_qk_norms": self.has_qk_norms,
+        }
+
     @classmethod
     def from_metadata(cls, meta: Mapping[str, Any], n_vocab: int) -> ModelConfig:
         """Read the keys of a GGUF header.

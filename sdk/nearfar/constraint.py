@@ -21,22 +21,30 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 
 _COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_OR_TEXT = """start: (TEXT | json)?
+TEXT: /[^{](?s:.*)/
+json: %%json %s
+"""
 
 
 class Constraint:
     """Owns the parser state of one answer: `mask` the logits, sample, `accept` the token."""
 
-    def __init__(self, vocabulary: Vocabulary, schema: Mapping[str, Any]) -> None:
+    def __init__(self, vocabulary: Vocabulary, schema: Mapping[str, Any], *, or_text: bool = False) -> None:
+        """`or_text`: the answer may also be any text that does not begin with a brace."""
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)  # type: ignore[arg-type]
+            if or_text:
+                grammar = LLMatcher.grammar_from_lark(_OR_TEXT % json.dumps({**schema, "x-guidance": _COMPACT}))
+            else:
+                grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise SchemaError(f"not a JSON schema: {error}") from error
         if problem := LLMatcher.validate_grammar(grammar, vocabulary.ll):
             raise SchemaError(f"this schema cannot be used: {_one_line(problem)}")
         self._vocabulary = vocabulary
-        self._matcher = LLMatcher(vocabulary.ll, grammar)
+        self._matcher = LLMatcher(vocabulary.ll, grammar, log_level=0)  # it would write pieces of answers to stderr
         self._bits = np.zeros((1, -(-vocabulary.n_vocab // 32)), np.int32)
         self._check()
 
@@ -56,6 +64,11 @@ class Constraint:
         if not self._matcher.consume_token(token):
             self._check()
             raise SchemaError(f"token {token} does not continue the answer")  # only if it was not masked
+
+    def rollback(self, n: int) -> None:
+        """Take back the last `n` tokens accepted."""
+        if n and not self._matcher.rollback(n):
+            raise SchemaError(f"{n} tokens back: the answer is shorter")
 
     def fork(self) -> Constraint:
         """An independent parser in the same state: drafts may run ahead in it."""

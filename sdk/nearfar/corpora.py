@@ -34,7 +34,8 @@ def data_folder(given: str | Path | None) -> Path:
 
 def _check_file(path: Path, use: str) -> None:
     if not path.is_file():
-        raise MissingDataError(path, use, f"{README}; training goes on --without its source")
+        go_on = "`nearfar train` goes on --without its source, `nearfar eval` with other --tasks"
+        raise MissingDataError(path, use, f"{README}; {go_on}")
 
 
 def open_text(path: Path, use: str) -> io.TextIOBase:

@@ -11,16 +11,17 @@ from nearfar.errors import ConfigError
 # name -> what it does; `nearfar doctor` prints this table with the values found.
 VARIABLES = {
     "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 4 checksums per layer; where an unexpected error was",
-    "NEARFAR_ISA": "force kernels: ref, avx2, avxvnni, avx512, neon, neon_dot, neon_i8mm (default: this CPU's best)",
+    "NEARFAR_ISA": "force kernels: ref, avx2, avxvnni, avx512, avx512bf16, amx, neon, neon_dot, neon_i8mm "
+    "(default: this CPU's best)",
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
     "NEARFAR_CACHE": "where packed matrices stay: auto (default: beside the model), off, or a folder",
     "XDG_CACHE_HOME": "the user's cache folder (default: ~/.cache), used where beside the model cannot be written",
     "NEARFAR_BACKEND": "force the engine: native, numpy, llama (default: native if built)",
-    "NEARFAR_DATA": "folder of the corpora for `nearfar train` and `nearfar eval`",
+    "NEARFAR_DATA": "folder of the corpora for `nearfar train`, `study` and `eval`",
     "NO_COLOR": "any value: no colours in the terminal (no-color.org)",
 }
 
-ISA_NAMES = ("ref", "avx2", "avxvnni", "avx512", "neon", "neon_dot", "neon_i8mm")
+ISA_NAMES = ("ref", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon", "neon_dot", "neon_i8mm")
 BACKENDS = ("native", "numpy", "llama")
 
 

@@ -19,6 +19,7 @@ from nearfar.forms import home_text, tight
 from nearfar.splits import normalise
 
 MAX_CANDIDATES = 8  # entities that a prompt lists; more do not fit the context
+UNKNOWN = "unknown"  # what a home answers to a question that it cannot answer
 NO_INTENT = "none"  # what the model answers when the home has nothing of the kind
 
 COLORS = ("white", "black", "red", "orange", "yellow", "green", "blue", "purple", "brown", "pink", "turquoise")
@@ -250,14 +251,14 @@ _ABOUT: dict[str, tuple[str, ...]] = {
     "HassSetVolume": ("media_player",),
 }
 _ON_AND_OFF = ("HassTurnOn", "HassTurnOff")
-_ASKING = ("HassGetState", "HassClimateGetTemperature", "HassGetWeather")
+ASKING = ("HassGetState", "HassClimateGetTemperature", "HassGetWeather")
 _SENSING = ("sensor", "binary_sensor", "person", "weather", "todo")  # nothing to switch
 _GUARDED = ("lock", "cover", "valve", "scene", "script", "vacuum")  # never meant by "everything"
 
 
 def _targets(intent: str, slots: Mapping[str, Any], home: Home) -> tuple[Entity, ...]:
     """The entities that a call is about; BadCall when it acts on none."""
-    if intent not in (*_ABOUT, *_ON_AND_OFF, *_ASKING):
+    if intent not in (*_ABOUT, *_ON_AND_OFF, *ASKING):
         return ()
     found = home.entities
     named = slots.get("name") not in (None, "all")
@@ -280,7 +281,7 @@ def _targets(intent: str, slots: Mapping[str, Any], home: Home) -> tuple[Entity,
         found = tuple(e for e in found if e.domain not in _SENSING)
         if not named and not {"domain", "device_class"} & set(slots):
             found = tuple(e for e in found if e.domain not in _GUARDED)
-    if not found and intent not in _ASKING:
+    if not found and intent not in ASKING:
         kind = "" if "domain" in slots else " or ".join(_ABOUT.get(intent, ()))
         wanted = [str(slots[k]) for k in ("name", "device_class", "domain") if k in slots] or [kind or "thing"]
         where = [f"{word} {slots[k]}" for word, k in (("in", "area"), ("on", "floor")) if k in slots]
@@ -334,14 +335,14 @@ class HomeState:
         if intent == "HassGetState":
             states = [str(self.states[e]["state"]) for e in action.targets if e in self.states]
             if not states:
-                return "unknown"
+                return UNKNOWN
             if "state" in slots:
                 return "yes" if slots["state"] in states else "no"
             return ", ".join(dict.fromkeys(states))
         if intent == "HassClimateGetTemperature":
-            return next((str(self.states[e].get("temperature")) for e in action.targets), "unknown")
+            return next((str(self.states[e].get("temperature")) for e in action.targets), UNKNOWN)
         if intent == "HassGetWeather":
-            return "unknown"
+            return UNKNOWN
         if intent == "HassGetCurrentTime":
             return datetime.now().strftime("%H:%M").removeprefix("0")
         if intent == "HassGetCurrentDate":
@@ -484,6 +485,8 @@ def reply(intent: str, slots: Mapping[str, Any], domain: str = "", result: str =
 
     `domain` is that of the target, where the call names only the target; `result` is "ok" or a value asked for.
     """
+    if result == UNKNOWN:
+        return "I do not know."
     what, domain = _what(slots, _ABOUT.get(intent, ("",))[0]), slots.get("domain", domain)
     if intent in ("HassTurnOn", "HassTurnOff"):
         return f"{_ON_WORDS.get(domain, ('Turned on', 'Turned off'))[intent == 'HassTurnOff']} {what}."

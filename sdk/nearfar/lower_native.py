@@ -119,7 +119,7 @@ class NativeLower:
         with _our_errors():
             panels, self.cache = self._open_panels(matrices, vectors, isa)
             self._model = _core.Model(
-                _spec(self.config),
+                _core.ModelSpec(**self.config.engine_spec()),
                 matrices,
                 vectors,
                 {n: (p.kind, p.rows, p.cols, p.scale, p.data, p.row_scales) for n, p in panels.items()},
@@ -275,25 +275,6 @@ def product_speed(
             kind, cols, n_bytes, m, threads, seconds, selected_isa(), cpu_time
         )
     return ProductSpeed(kind, m, rows, cols, size, median, fastest)
-
-
-def _spec(c: ModelConfig) -> _core.ModelSpec:
-    return _core.ModelSpec(
-        n_layers=c.n_layers,
-        d_model=c.d_model,
-        n_heads=c.n_heads,
-        n_kv_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        d_ff=c.d_ff,
-        n_vocab=c.n_vocab,
-        norm_eps=c.norm_eps,
-        rope_base=c.rope_base,
-        rope_scale=c.rope_scale,
-        rope_adjacent=c.rope_pairs == "adjacent",
-        relu2=c.ffn_act == "relu2",
-        has_sub_norms=c.has_sub_norms,
-        has_qk_norms=c.has_qk_norms,
-    )
 
 
 def _rows(h: Array) -> Array:

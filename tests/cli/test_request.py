@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nearfar.cli.request import Handled, checked, facts, print_outcome
+from nearfar.cli.request import Handled, checked, facts, print_outcome, reply_to
 from nearfar.cli.terminal import Paint
 from nearfar.home import HomeState, check, demo_home
 from nearfar.llm import Completion, Stats, TokenEvent
@@ -43,3 +43,36 @@ def test_a_call_on_an_area_names_its_targets_and_changes(capsys: pytest.CaptureF
         "change   ceiling light (kitchen): off -> on",
         "reply    Done.",
     ]
+
+
+class Says:
+    """A model that replies with one sentence."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def generate(self, prompt: object, **options: object) -> Completion:
+        return Completion(self.text, [1], "eos", [], Stats(1, 0, 1, 1.0, 1.0, {}))
+
+
+@pytest.mark.parametrize(
+    ("written", "reply", "by_model"),
+    [
+        ("It is 21 degrees.", "It is 21 degrees.", True),
+        ("It is 2 degrees.", "It is 21 degrees.", False),
+        ("Open.", "It is 21 degrees.", False),
+        ("", "It is 21 degrees.", False),
+    ],
+)
+def test_a_reply_that_leaves_out_what_was_found_is_not_said(written: str, reply: str, by_model: bool) -> None:
+    state = HomeState(demo_home())
+    call = '{"intent":"HassClimateGetTemperature","slots":{"area":"hallway"}}'
+    action = check(call, state.home, "how warm is it in the hallway")
+    assert reply_to(Says(written), (), call, action, state) == (reply, by_model)  # type: ignore[arg-type]
+
+
+def test_what_the_home_does_not_know_is_not_made_up() -> None:
+    state = HomeState(demo_home())
+    call = '{"intent":"HassGetState","slots":{"name":"front door","domain":"lock"}}'
+    action = check(call, state.home, "is the front door locked")
+    assert reply_to(Says("Open."), (), call, action, state) == ("I do not know.", False)  # type: ignore[arg-type]

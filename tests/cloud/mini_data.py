@@ -121,7 +121,12 @@ def write(folder: Path, tests: tuple[str, ...] = ("is it raining",)) -> Path:
     write_lines(
         intents / "hwu64_train.jsonl.xz",
         [
-            {"text": f"Wake me at {n} in the {r}", "norm": "", "slots": [["time", str(n)], ["house_place", r]], **alarm}
+            {
+                "text": f"Wake me at {n} in the {r}",
+                "norm": f"wake me at {n} in the {r}",
+                "slots": [["time", str(n)], ["house_place", r]],
+                **alarm,
+            }
             for n, r in enumerate(ROOMS * 3)
         ],
     )

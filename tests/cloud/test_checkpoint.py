@@ -162,8 +162,7 @@ def test_a_run_killed_at_random_times_gives_the_losses_of_an_unbroken_one(tmp_pa
             seen[int(step)] = float(loss)
             if n == kill_after:
                 time.sleep(rng.random() * 0.02)  # somewhere between the step and the end of its checkpoint
-                child.send_signal(signal.SIGKILL)
-                break
+                child.send_signal(signal.SIGKILL)  # what it told before it died is read to the end
         child.stdout.close()
         assert child.wait() == (0 if kill_after is None else -signal.SIGKILL)
     assert seen == unbroken

@@ -33,7 +33,7 @@ def test_the_rules_pass_the_journals_that_training_shows(tmp_path: Path) -> None
     for i in range(300):
         facts, text, evidence = training.example(i)
         s = parsed(facts)
-        if any(e.name in journals.HOSTILE for e in s.entries):
+        if any(journals.is_hostile(e.name) for e in s.entries):
             continue  # whose sentences leave such a name out; evaluation has hostile names of its own
         found = journal.check(text, s)
         assert (found.kept_all, found.added, evidence) == (True, (), s.used), (facts, text, found)

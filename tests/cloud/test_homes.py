@@ -13,7 +13,7 @@ from nearfar import forms, home
 from nearfar.errors import DataError
 from nearfar.splits import normalise, split_residue
 from nearfar_cloud.training import lexicon
-from nearfar_cloud.training.homes import HELD_SENTENCES, HomeGenerator
+from nearfar_cloud.training.homes import HELD_SENTENCES, STATES, HomeGenerator
 from nearfar_cloud.training.templates import LATER, N_HELD_PARTS
 from tests.cloud import mini_data
 from tests.paths import SHARED, needs_shared
@@ -57,7 +57,44 @@ def test_the_target_stands_anywhere_in_the_list(data: Path) -> None:
         if len(made.entities) == 8 and made.called(name or "-"):
             places[next(n for n, e in enumerate(made.entities) if e.name == name)] += 1
     assert set(places) == set(range(8))
-    assert max(places.values()) < 2.5 * min(places.values())
+    # Of a large home that is cut to its prompt, ties leave the later things out: what is meant stands late more often.
+    assert max(places.values()) < 8 * min(places.values())
+
+
+def test_things_of_every_domain_stand_beside_the_one_that_is_meant(data: Path) -> None:
+    """Otherwise a sensor in the home comes to mean a question about it."""
+    generator, beside, total = HomeGenerator(data, 1), Counter[str](), 0
+    for i in range(1_500):
+        made, _, call, _, _ = generator.example(i)
+        if "HassTurn" in call:
+            total += 1
+            beside.update({e.domain for e in made.entities})
+    assert set(beside) == set(home.DOMAINS)
+    assert beside["sensor"] + beside["binary_sensor"] > 0.5 * total
+
+
+@needs_shared
+def test_what_a_home_answers_is_something_that_the_thing_can_be() -> None:
+    generator, answers = HomeGenerator(SHARED, 1), Counter[str]()
+    for i in range(4_000):
+        _, _, call, said, result = generator.example(i)
+        if "HassGetState" in call and result not in ("yes", "no"):
+            domain = forms.tight(json.loads(call))["slots"].get("domain")
+            answers[result] += 1
+            if domain == "lock" and result.isalpha():
+                assert result in (*STATES["lock"], home.UNKNOWN)
+            assert normalise(result) in normalise(said) or result == home.UNKNOWN
+    assert answers[home.UNKNOWN] > 0
+
+
+def test_a_request_without_a_name_says_no_whole_name(data: Path) -> None:
+    generator = HomeGenerator(data, 1)
+    for i in range(1_500):
+        made, text, call, _, _ = generator.example(i)
+        slots = json.loads(call).get("slots", {})
+        if slots and "area" in slots and "name" not in slots:
+            said = f" {normalise(text)} "
+            assert not any(f" {e.name} " in said for e in made.entities), (text, made)
 
 
 def test_requests_that_equal_a_test_sentence_are_drawn_again(data: Path, tmp_path: Path) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 
 from nearfar import forms
+from nearfar.eval import journal as evaluation
 from nearfar.splits import split_residue
-from nearfar_cloud.training.journals import HOSTILE, KINDS, OPENINGS, JournalGenerator
+from nearfar_cloud.training import journals
+from nearfar_cloud.training.journals import KINDS, OPENINGS, JournalGenerator, is_hostile
 from nearfar_cloud.training.skills import SkillGenerator
 from tests.cloud import mini_data
 from tests.paths import SHARED, needs_shared
 
 ENTRY = re.compile(r"(\d+) (\w+)(?: \[ (.*?)\])? (\w+) (\d+) min")
+FULL_ENTRY = re.compile(r"\d+ (\w+)(?: \[ (.*?)\])? (\w+) (\d+) min(?: (\d+) steps)?(?: ([+-]\d+) floors)?")
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +53,40 @@ def test_a_journal_names_each_place_it_uses_and_no_other(data: Path) -> None:
         facts, journal, evidence = generator.example(i)
         for number, kind, name, _, _ in ENTRY.findall(facts):
             if int(number) in evidence:
-                assert (name if name and name not in HOSTILE else KINDS[kind][0]) in journal
+                assert (name if name and not is_hostile(name) else KINDS[kind][0]) in journal
             elif name:
                 assert name not in journal
 
 
+def test_every_journal_of_training_fits_the_schema_of_evaluation(data: Path) -> None:
+    generator = JournalGenerator(data, 1)
+    for i in range(300):
+        facts, journal, _ = generator.example(i)
+        entries = [
+            forms.JournalEntry(kind, motion, int(minutes), name.strip(), int(steps or 0), int(floors or 0))
+            for kind, name, motion, minutes, steps, floors in FULL_ENTRY.findall(facts)
+        ]
+        pattern = evaluation.journal_schema(entries)["properties"]["journal"]["pattern"]
+        assert re.fullmatch(pattern, journal), (facts, journal)
+
+
 def test_a_hostile_name_is_data_and_never_said(data: Path) -> None:
     generator = JournalGenerator(data, 1)
-    rows = [generator.example(i) for i in range(1_500)]
-    hostile = [(facts, journal) for facts, journal, _ in rows if any(name in facts for name in HOSTILE)]
-    assert len(hostile) > 20
-    assert not any(name in journal for _, journal in hostile for name in HOSTILE)
+    names = set()
+    for i in range(1_500):
+        facts, journal, _ = generator.example(i)
+        for _, _, name, _, _ in ENTRY.findall(facts):
+            if is_hostile(name):
+                names.add(name)
+                assert name.lower() not in journal.lower()
+    assert len(names) > 80
+
+
+def test_hostile_names_of_the_evaluation_are_not_those_of_training() -> None:
+    rng = random.Random(1)
+    drawn = {journals._hostile_name(rng).lower() for _ in range(5_000)}
+    assert not drawn & {*evaluation.HOSTILE}
+    assert all(is_hostile(name) for name in drawn)
 
 
 def test_a_journal_is_one_or_two_sentences_about_the_user(data: Path) -> None:
@@ -78,7 +105,7 @@ def test_combinations_and_names_of_dev_never_train(data: Path) -> None:
             part = facts.removeprefix("journal: ").split(";")[0]
             for _, kind, name, motion, _ in ENTRY.findall(facts):
                 assert (split_residue(f"{kind} {motion} {part}", 10) == 0) == held
-                assert not name or name in HOSTILE or (split_residue(name, 10) == 0) == held
+                assert not name or is_hostile(name) or (split_residue(name, 10) == 0) == held
 
 
 def test_the_row_is_the_prompt_and_one_json_object(data: Path) -> None:
@@ -118,3 +145,18 @@ def test_skills_are_answered_rightly() -> None:
         if asked.startswith("spell the word "):
             assert answer.replace(" ", "") == asked.removeprefix("spell the word ")
     assert sums > 50
+
+
+def test_names_and_kinds_of_one_journal_are_often_alike(data: Path) -> None:
+    """Otherwise the first letters of a name, or a kind, say which entry is meant."""
+    generator, same_kind, same_start, several = JournalGenerator(data, 1), 0, 0, 0
+    for i in range(1_500):
+        entries = ENTRY.findall(generator.example(i)[0])
+        if len(entries) > 1:
+            several += 1
+            kinds = [kind for _, kind, _, _, _ in entries]
+            starts = [word[:3] for _, _, name, _, _ in entries for word in name.split() if word.istitle()]
+            same_kind += len(set(kinds)) < len(kinds)
+            same_start += len(set(starts)) < len(starts)
+    assert same_kind > 0.35 * several
+    assert same_start > 0.15 * several

@@ -120,6 +120,38 @@ def test_the_chunked_head_loss_equals_the_plain_one_and_so_do_its_gradients(kl: 
         assert torch.allclose(mine, expected, atol=MAX_GRADIENT_ERROR)
 
 
+@pytest.mark.parametrize("with_exit", [False, True])
+@pytest.mark.parametrize("distill", [None, 0.0, 0.5, 1.0])
+def test_a_head_loss_with_a_teacher_or_without_an_exit_has_the_gradients_of_the_plain_formula(
+    distill: float | None, with_exit: bool
+) -> None:
+    torch.manual_seed(1)
+    n, v = CHUNK + 5, 40
+    inputs = [torch.randn(n, 16), torch.randn(v, 16), torch.randn(n, 16)]
+    taught, table = torch.randn(n, 24), torch.randn(v, 24)  # the teacher is wider
+    targets, weights = torch.randint(0, v, (n,)), torch.rand(n)
+    f, h, e = (x.clone().requires_grad_() for x in inputs)
+    teacher = {} if distill is None else {"teacher": (taught[None], table), "distill": distill}
+    mine = head_loss(
+        f[None], e[None] if with_exit else None, h, targets[None], weights[None], exit_weight=0.3, kl=0.4, **teacher
+    )
+    (mine[0] / n).backward()
+    pf, ph, pe = (x.clone().requires_grad_() for x in inputs)
+    logits = None if distill is None else taught @ table.mT
+    plain = plain_head_loss(pf, pe if with_exit else None, ph, targets, weights, 0.3, 0.4, logits, distill or 0.0)
+    (plain / n).backward()
+    assert mine[0].item() == pytest.approx(plain.item(), rel=1e-5)
+    each = functional.cross_entropy(f @ h.T, targets, reduction="none")
+    assert mine[1].item() == pytest.approx((weights * each).sum().item(), rel=1e-5)
+    assert torch.allclose(f.grad, pf.grad, atol=MAX_GRADIENT_ERROR)
+    assert torch.allclose(h.grad, ph.grad, atol=MAX_GRADIENT_ERROR)
+    if with_exit:
+        assert torch.allclose(e.grad, pe.grad, atol=MAX_GRADIENT_ERROR)
+    else:
+        assert mine[2] == 0
+        assert e.grad is None
+
+
 def test_rows_without_target_or_weight_change_nothing() -> None:
     torch.manual_seed(0)
     f, e, h = torch.randn(1, 6, 8), torch.randn(1, 6, 8), torch.randn(11, 8)

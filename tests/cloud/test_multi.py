@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ for package in ("tokenizers", "hassil", "safetensors", "matplotlib"):
     pytest.importorskip(package, reason=f"{package} is not installed (extra [train])")
 
 from nearfar import master as sdk_master  # noqa: E402
-from nearfar.errors import ConfigError, DataError, FileError, UsageError  # noqa: E402
+from nearfar.errors import Cancelled, ConfigError, DataError, FileError, UsageError  # noqa: E402
 from nearfar.gguf_reader import TensorType  # noqa: E402
 from nearfar.master import WIDTHS, Master, Matrix, Point, pack_matrix  # noqa: E402
 from nearfar.pack import pack, writer_of  # noqa: E402
@@ -32,7 +34,7 @@ from nearfar_cloud.training.multi.master import write_master  # noqa: E402
 from nearfar_cloud.training.multi.rounding import rounded, rounded_rows, with_pair  # noqa: E402
 from nearfar_cloud.training.multi.run import Options, open_parent, train_multi  # noqa: E402
 from nearfar_cloud.training.multi.sampling import DRAWS, always, balanced, mean_bits, uniform  # noqa: E402
-from nearfar_cloud.training.multi.trainer import MultiTrainer  # noqa: E402
+from nearfar_cloud.training.multi.trainer import MultiTrainer, Report  # noqa: E402
 from nearfar_cloud.training.recipe import Recipe, Shape  # noqa: E402
 from nearfar_cloud.training.run import train  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
@@ -387,6 +389,38 @@ def test_from_a_run_to_files_of_any_size(data: Path, run_of_a_twin: tuple[Path, 
             packed = pack(master, budget, tmp_path / "m.gguf")
             assert packed.n_bytes <= budget
             assert Weights.open(packed.path).config.n_layers == 2
+
+
+def test_a_training_that_was_stopped_goes_on_as_if_nothing_had_happened(
+    data: Path, run_of_a_twin: tuple[Path, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = run_of_a_twin
+    found, step = {}, MultiTrainer.step
+
+    def stopped(self: MultiTrainer) -> Report:
+        if self.n == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    for name in ("whole", "stopped"):
+        out = tmp_path / f"{name}.gguf"
+        options = Options(folder, data, out, Budget(tokens=1024), points=2, tries=0, search_rows=8, as_json=True)
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                patch.setattr(MultiTrainer, "step", stopped)
+                with pytest.raises(Cancelled, match="stopped at step 3; --resume goes on"):
+                    train_multi(options, {"micro": recipe})
+            with pytest.raises(UsageError, match="holds step 3: --resume it"):
+                train_multi(options, {"micro": recipe})
+            with pytest.raises(DataError, match="another set of options"):
+                train_multi(replace(options, resume=True, draw="uniform"), {"micro": recipe})
+            options = replace(options, resume=True)
+        train_multi(options, {"micro": recipe})
+        records = [json.loads(line) for line in out.with_suffix(".log.jsonl").read_text().splitlines()]
+        found[name] = [(r["step"], r["loss"], r["bits"]) for r in records if r["kind"] == "step"]
+        assert not out.with_suffix(".checkpoints").exists()
+    assert found["stopped"] == found["whole"]
+    assert (tmp_path / "stopped.gguf").stat().st_size == (tmp_path / "whole.gguf").stat().st_size
 
 
 def test_a_parent_is_found_by_its_folder_or_its_checkpoint_and_others_are_refused(

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ from nearfar_cloud.training.schedule import Budget  # noqa: E402
 from tests.cloud import mini_data  # noqa: E402
 from tests.paths import ROOT  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,14 +44,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(data: Path) -> tokenizers.RowTokenizer:
     return tokenizers.train(tokenizers.training_texts(data), 512)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recipe_for(tokenizer: tokenizers.RowTokenizer) -> Recipe:
@@ -109,6 +102,7 @@ from nearfar.errors import NearfarError
 from nearfar_cloud.training.run import train
 from nearfar_cloud.training.tokenizer import RowTokenizer
 from tests.cloud.test_run import options, recipe_for
+
 torch.set_num_threads(1)
 data, out = Path(sys.argv[1]), Path(sys.argv[2])
 try:
@@ -267,3 +261,22 @@ def test_widths_that_ternary_blocks_do_not_fit_are_written_out(
     path = train(recipe, options(data, tmp_path, 512))
     with GGUFFile.open(path) as file:
         assert file.tensors["blk.0.ffn_up.weight"].type == TensorType.F16
+
+
+def test_a_model_without_exits_teaches_one_with_its_tokenizer_and_no_other(
+    data: Path, tokenizer: tokenizers.RowTokenizer, tmp_path: Path
+) -> None:
+    of_student = recipe_for(tokenizer)
+    of_teacher = replace(of_student, name="big", shape=replace(of_student.shape, exits=(), weights="float"))
+    run, student, other = (tmp_path / name for name in ("teacher", "student", "other"))
+    tokenizer.save(run / "tokenizer.json")
+    with Weights.open(train(of_teacher, options(data, run, 512))) as weights:
+        assert list(weights.config.exits) == []
+    path = train(of_student, options(data, student, 512, teacher=run), {"big": of_teacher})
+    assert tokenizers.RowTokenizer.load(student / "tokenizer.json").sha256 == tokenizer.sha256
+    with GGUFFile.open(path) as file:
+        assert len(file.metadata["nearfar.train.teacher_sha256"]) == 64
+    words = tokenizers.training_texts(data, without=("books", "stories"))
+    tokenizers.train(words, tokenizer.n_vocab).save(other / "tokenizer.json")
+    with pytest.raises(DataError, match=f"the teacher has the tokenizer {tokenizer.sha256[:16]}, the student"):
+        train(of_student, options(data, other, 512, teacher=run), {"big": of_teacher})

@@ -22,6 +22,16 @@ def test_the_rate_warms_up_stays_and_decays_to_its_end() -> None:
     assert learning_rate(0.0, RECIPE) > 0  # the very first step already learns
 
 
+def test_the_cosine_falls_in_half_a_wave_from_the_warm_up_to_the_end() -> None:
+    recipe = tiny_recipe(peak_lr=1e-2, warmup=0.1, decay_from=0.6, final_lr=0.02, schedule="cosine")
+    assert learning_rate(0.05, recipe) == learning_rate(0.05, RECIPE)
+    assert learning_rate(0.1, recipe) == pytest.approx(1e-2)
+    assert learning_rate(0.1 + 0.9 / 3, recipe) == pytest.approx(1e-2 * (0.02 + 0.98 * 0.75))  # cos 60 degrees
+    assert learning_rate(0.55, recipe) == pytest.approx(1e-2 * (1 + 0.02) / 2)
+    assert learning_rate(1.0, recipe) == pytest.approx(2e-4)
+    assert phase(0.7, recipe) == "decay"  # rows and loss weights change where they did
+
+
 def test_the_rate_never_jumps() -> None:
     rates = [learning_rate(i / 1000, RECIPE) for i in range(1001)]
     assert max(abs(a - b) for a, b in zip(rates[1:], rates[:-1], strict=True)) < 2e-4
@@ -63,6 +73,9 @@ def test_the_shapes_of_the_recipes_are_those_of_the_design() -> None:
     assert {name: (r.shape.n_linear, r.shape.n_embedding) for name, r in RECIPES.items() if name == "nano"} == {
         "nano": (3_538_944, 1_048_576)
     }
+    small, teacher = RECIPES["small"].shape, RECIPES["teacher"].shape
+    assert (small.n_linear, teacher.n_linear) == (23_592_960, 61_341_696)
+    assert (teacher.exits, teacher.weights, teacher.n_vocab) == ((), "float", small.n_vocab)
     assert RECIPES["nano"].shape.packs
     assert RECIPES["small"].shape.packs
     assert not RECIPES["xs"].shape.packs
@@ -80,7 +93,7 @@ def test_a_shape_that_cannot_be_built_is_refused(change: dict[str, object]) -> N
         replace(TINY, **change)
 
 
-@pytest.mark.parametrize("change", [{"seq_len": 65}, {"warmup": 0.8}, {"decay_from": 1.0}])
+@pytest.mark.parametrize("change", [{"seq_len": 65}, {"warmup": 0.8}, {"decay_from": 1.0}, {"distill": 1.5}])
 def test_a_course_that_cannot_be_run_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         tiny_recipe(**change)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,17 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [trai
 
 from nearfar.errors import DataError, NearfarError  # noqa: E402
 from nearfar_cloud.training import dev  # noqa: E402
+from nearfar_cloud.training.model import Decoder  # noqa: E402
 from nearfar_cloud.training.schedule import Budget  # noqa: E402
-from nearfar_cloud.training.trainer import Tensors, Trainer, thinned  # noqa: E402
-from tests.cloud.toy_batches import ToyBatches, tiny_recipe  # noqa: E402
+from nearfar_cloud.training.trainer import Tensors, Trainer, as_tensors, thinned  # noqa: E402
+from tests.cloud.toy_batches import TINY, ToyBatches, tiny_recipe  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Written by this test's own run (f32, one thread, torch 2.13 on x86-64); other builds sum in another order, and after
 # 50 steps of ternary rounding that shows in the third digit.
 GOLDEN_LOSS_AFTER_50_STEPS = 1.168
 GOLDEN_TOLERANCE = 0.05
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trainer(n_tokens: int = 50_000, *, always: bool = False, **changes: Any) -> Trainer:
@@ -65,6 +60,52 @@ def test_short_and_long_rows_are_passes_of_their_own_in_one_step() -> None:
     t.batches.next_batch = lambda n, phase, width: asked.append((n, width)) or original(n, phase, width)
     assert t.step().tokens == 3 * 16 + 2 * 32
     assert asked == [(3, 16), (2, 32)]
+
+
+def test_a_shape_without_exits_trains_by_its_final_head_alone() -> None:
+    t = trainer(60 * 128, batch_tokens=(128, 128), shape=replace(TINY, exits=()))
+    reports = [t.step() for _ in range(60)]
+    assert reports[-1].loss < reports[0].loss - 1
+    assert {(r.exit_layer, r.exit_loss) for r in reports} == {(0, 0.0)}
+    assert reports[0].loss == pytest.approx(trainer().step().loss)  # the same start, the same first batch
+
+
+def taught_by(teacher: Decoder, **changes: Any) -> Trainer:
+    recipe = tiny_recipe(batch_tokens=(128, 128), **changes)
+    return Trainer(recipe, ToyBatches(recipe), Budget(tokens=100 * 128), teacher=teacher)
+
+
+def test_a_student_comes_near_its_teacher_and_leaves_it_as_it_is() -> None:
+    torch.manual_seed(5)
+    teacher = Decoder(replace(TINY, d_model=64, n_layers=2, exits=(), weights="float"))
+    before, batch = teacher.sha256, as_tensors(ToyBatches(tiny_recipe()).next_batch(4, "stable", 32))
+
+    def distance(student: Decoder) -> float:
+        """KL of a batch the student has seen; a random teacher knows nothing of the targets."""
+        logits = [
+            m(batch.ids, batch.pos, batch.doc, m.head(q8_embedding=False))[0] @ m.embedding.mT
+            for m in (teacher, student)
+        ]
+        p, q = (x.detach().log_softmax(-1) for x in logits)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    t = taught_by(teacher, distill=1.0, peak_lr=1e-2)
+    start = distance(t.model)
+    while t.progress < 1:
+        t.step()
+    assert distance(t.model) < 0.8 * start
+    assert teacher.sha256 == before
+
+
+def test_a_run_with_a_teacher_goes_on_with_that_teacher_only() -> None:
+    teachers = [Decoder(replace(TINY, exits=())) for _ in range(2)]
+    first = taught_by(teachers[0])
+    first.step()
+    saved = first.checkpoint()
+    taught_by(teachers[0]).restore(saved)
+    for other in (taught_by(teachers[1]), trainer(batch_tokens=(128, 128))):
+        with pytest.raises(DataError, match="another teacher"):
+            other.restore(saved)
 
 
 def test_exits_take_turns() -> None:

@@ -17,7 +17,7 @@ TINY = Shape(n_vocab=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=6
 def tiny_recipe(**changes: Any) -> Recipe:
     """A model that trains in milliseconds."""
     settings = {"seq_len": 32, "micro_rows": 4, "batch_tokens": (128, 256), "precision": "fp32", "shares": LONG_RUN}
-    return Recipe("tiny", TINY, **{**settings, **changes})
+    return Recipe("tiny", **{"shape": TINY, **settings, **changes})
 
 
 @dataclass

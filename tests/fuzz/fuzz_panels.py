@@ -115,7 +115,7 @@ class Bench:
         if lut:
             isa = isas[-1]
         try:
-            spec = self.native._spec(weights.config)
+            spec = core.ModelSpec(**weights.config.engine_spec())
             model = core.Model(spec, matrices, vectors, panels, 0, weights.config.n_layers, 1, isa, lut)
             h = lower.embed(np.array([1, 2], np.int32))
             model.logits(model.forward(h, model.new_kv(4, "f16"), 0, weights.config.n_layers, None), "final")

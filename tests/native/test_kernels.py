@@ -19,7 +19,9 @@ _core = pytest.importorskip("nearfar_native._core", reason="the compiled engine 
 MAX_PRODUCT_ERROR = 5e-6
 
 OBJECTS = sorted(
-    path for isa in ("avx", "neon") for path in (ROOT / "build").glob(f"cp*/CMakeFiles/nearfar_core.dir/src/*_{isa}*.o")
+    path
+    for isa in ("avx", "amx", "neon")
+    for path in (ROOT / "build").glob(f"cp*/CMakeFiles/nearfar_core.dir/src/*_{isa}*.o")
 )
 
 
@@ -51,3 +53,18 @@ def test_kernel_objects_hold_no_weak_symbol(path) -> None:
     symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line for line in symbols if line[17:18] in "WVu"] == []
     assert any(line[17:18] in "TDR" for line in symbols), "nothing is exported: is this a kernel's object?"
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 1000])
+def test_the_largest_number_of_a_row_is_the_first_of_equals_and_must_be_finite(n: int) -> None:
+    rng = np.random.default_rng(n)
+    z = rng.normal(size=(40, n)).astype(np.float32)
+    z[:10] = np.round(z[:10])  # many equals
+    z[10:12] = [[0.0], [-0.0]]
+    z[11, n // 2] = 0.0  # equal to what stands before it
+    z[12] = -np.abs(z[12])
+    assert np.array_equal(_core.largest(z), z.argmax(axis=1))
+    for i, bad in enumerate((np.nan, -np.nan, np.inf, -np.inf)):
+        z[i, rng.integers(n)] = bad
+    assert np.array_equal(_core.largest(z)[:4], [-1] * 4)
+    assert np.array_equal(_core.largest(z)[4:], z[4:].argmax(axis=1))

@@ -127,7 +127,7 @@ def test_any_gguf_gets_the_whole_table_and_what_has_no_data_says_so(
     by_name = {t["task"]: t for t in json.loads(out)["tasks"]}
     assert set(by_name) == set(TASKS)
     ran = {name for name, t in by_name.items() if t["figures"]}
-    assert ran == {"hwu64", "snips", "clinc150", "sgd", "journal", "piqa"}
+    assert ran == {"hwu64", "hwu64_typed", "snips", "clinc150", "sgd", "journal", "piqa"}
     assert by_name["piqa"]["figures"][0]["free"]["n"] == 1
     assert by_name["blimp"]["notes"] == ["n/a: blimp_200.jsonl.xz missing"]
     code, _, err = run(capsys, "eval", other, *args, "--tasks", "piqa,blimp")

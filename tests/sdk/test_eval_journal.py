@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
+import numpy as np
 import pytest
 
+import nearfar
 from nearfar import forms
+from nearfar.constraint import Constraint, Vocabulary
 from nearfar.eval import journal
 from nearfar.eval.journal import Segment, check
 from nearfar.eval.tasks import Prediction, Row
@@ -105,7 +109,7 @@ def test_copying_all_input_keeps_and_adds_nothing_and_is_no_journal() -> None:
     rows = journal_rows(60)
     figures = journal.score(rows, [Prediction(r.id, journal.copy_answer(r.context)) for r in rows])
     values = {f.metric: f.interval.value for f in figures}
-    assert values["all facts kept"] == values["nothing added"] == 1
+    assert values["journals that keep all facts"] == values["nothing added"] == 1
     assert values["reads as sentences"] == 0
     assert values["evidence right"] < 1
 
@@ -128,7 +132,45 @@ def test_evidence_counts_in_any_order() -> None:
     row = Row("a", FACTS.facts, {"evidence": [1, 2]}, context=FACTS)
     answer = json.dumps({"journal": GOOD, "evidence": [2, 1]})
     values = {f.metric: f.interval.value for f in journal.score([row], [Prediction("a", answer)])}
-    assert values["evidence right"] == values["all facts kept"] == values["nothing added"] == 1
+    assert values["evidence right"] == values["journals that keep all facts"] == values["nothing added"] == 1
+
+
+def fits(entries: tuple[JournalEntry, ...], text: str) -> bool:
+    """Whether the schema's pattern takes a journal."""
+    return re.fullmatch(journal.journal_schema(entries)["properties"]["journal"]["pattern"], text) is not None
+
+
+def test_under_its_schema_a_journal_has_the_names_and_numbers_of_its_entries() -> None:
+    entries = (JournalEntry("cafe", "walking", 12, "Kalo Café", 900), JournalEntry("mall", "lift", 5, "", 0, -3))
+    text = "In the evening, the user walks to Kalo Café for 12 minutes, taking 900 steps. Then they take the lift."
+    assert fits(entries, text)
+    assert fits(entries, "In the evening, the user takes the lift down 3 floors at a café for 5 minutes.")
+    for wrong in (
+        text.replace("Kalo Café", "Kalokalo Café"),
+        text.replace("Kalo Café", "Kalo"),
+        text.replace("12 minutes", "13 minutes"),
+        text.replace("12 minutes", "900 minutes"),
+        text.replace("900 steps", "12 steps"),
+        text.replace("lift.", "lift to Rome."),
+        text.removesuffix("."),
+        "",
+    ):
+        assert not fits(entries, wrong), wrong
+
+
+@pytest.mark.parametrize(
+    "name", ['a "quoted" name', "back\\slash", "a|b(c)[d]{2}*+?^$.", "Ünï ☕", "x" * 90, "two\nlines"]
+)
+def test_names_are_data_in_the_schema(name: str) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed (extra [schema])")
+    entries = (JournalEntry("cafe", "walking", 12, name, 900),)
+    assert fits(entries, f"In the evening, the user walks to {name} for 12 minutes.")
+    text = forms.compact({"journal": f"In the evening, the user walks to {name} for 12 minutes.", "evidence": [1]})
+    tokenizer = nearfar.load("nano").tokenizer
+    constraint = Constraint(Vocabulary(tokenizer), journal.journal_schema(entries))
+    for token in tokenizer.encode(text, add_bos=False):
+        assert np.isfinite(constraint.mask(np.zeros(tokenizer.n_vocab, np.float32))[token])
+        constraint.accept(token)
 
 
 def journal_rows(n: int) -> list[Row]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,16 @@ def test_a_model_of_rows_is_asked_in_its_rows_and_stopped_at_control_tokens() ->
     assert options["stop_ids"] == (forms.CONTROLS.index(forms.RESULT), forms.CONTROLS.index(forms.END))
     assert options["exits"] is False
     assert options["schema"]["properties"]["intent"]["enum"] == ["alarm_set", "chat", "play_music"]
+
+
+def test_under_the_schema_a_value_is_a_run_of_words_of_the_request() -> None:
+    schema = intents.intent_schema(["a"], ["artist"], 'play "Blur" & (Pulp) at 6pm?')
+    text = next(iter(schema["properties"]["slots"]["patternProperties"].values()))["anyOf"][0]["pattern"]
+    for value in ("Blur", " Blur", '"Blur" & (Pulp)', "at 6pm", "play", "?"):
+        assert re.fullmatch(text, value), value
+    for value in ("blur", "Blu", "Blur Pulp", "Oasis", "", "  Blur"):
+        assert not re.fullmatch(text, value), value
+    assert "'pattern'" not in str(intents.intent_schema(["a"], ["artist"]))
 
 
 def test_another_model_is_asked_in_its_chat_with_labels_and_three_examples() -> None:
@@ -263,9 +274,10 @@ def test_schemas_allow_right_answers_and_refuse_wrong_ones() -> None:
         )
 
     schema = intent_task().schema(INTENT_ROWS[0])
-    assert accepts(schema, '{"intent":"chat","slots":{"time":"x","artist":["a","b"]}}')
-    assert accepts(schema, '{"intent":"chat","slots":{"artist":"b","time":"x"}}')  # in any order
-    assert not accepts(schema, '{"intent":"chat","slots":{"other":"x"}}')
+    assert accepts(schema, '{"intent":"chat","slots":{"time":"six","artist":["wake me"," at"]}}')
+    assert accepts(schema, '{"intent":"chat","slots":{"artist":"wake","time":" at six"}}')  # in any order
+    assert not accepts(schema, '{"intent":"chat","slots":{"other":"six"}}')
+    assert not accepts(schema, '{"intent":"chat","slots":{"time":"seven"}}')
     assert not accepts(schema, '{"intent":"unknown","slots":{}}')
     assert accepts(home.home_schema(), '{"intent":"none"}')
     assert accepts(home.home_schema(), '{"intent":"HassTurnOff","slots":{"area":"kitchen","domain":"light"}}')
@@ -385,8 +397,8 @@ def test_services_of_a_dialogue_must_be_in_the_schema(tmp_path: Path) -> None:
 @needs_shared
 def test_the_splits_have_the_rows_that_the_table_names() -> None:
     sizes = {t.name: len(t.rows) for t in intents.load(SHARED)}
-    assert sizes == {"hwu64": 1076, "snips": 707, "clinc150": 3200, "slurp": 1194}
-    assert {t.name: len(t.rows) for t in intents.dev_rows(SHARED)} == {"hwu64": 543, "snips": 698, "clinc150": 751}
+    assert sizes == {"hwu64": 1076, "hwu64_typed": 1076, "snips": 707, "clinc150": 3200, "slurp": 1194}
+    assert {t.name: len(t.rows) for t in intents.dev_rows(SHARED)} == {"hwu64": 547, "snips": 698, "clinc150": 751}
     sgd = calls.load(SHARED)[0]
     kinds = [r.kind for r in sgd.rows]
     assert (kinds.count(calls.SEEN), kinds.count(calls.UNSEEN)) == (3408, 2619)

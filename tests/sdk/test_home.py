@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nearfar import home
@@ -225,6 +225,7 @@ json_values = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # drawing values takes long on a machine at work
 @given(
     st.sampled_from(sorted(home.INTENTS)), st.dictionaries(st.sampled_from(home.SLOT_ORDER), json_values, max_size=4)
 )

@@ -127,7 +127,7 @@ class Checkpoints:
 
 
 def check_same_run(state: Mapping[str, Any], **hashes: str) -> None:
-    """DataError naming both hashes unless the checkpoint was made with this recipe and this data."""
+    """DataError naming both hashes unless the checkpoint was made with this recipe, data and so on."""
     for what, mine in hashes.items():
         found = state.get(f"{what}_sha256")
         if found != mine:

@@ -15,7 +15,7 @@ from typing import Any
 from nearfar import env
 from nearfar.errors import MissingExtraError, UsageError
 
-RECIPE_NAMES = ("nano", "pico", "xs", "small")  # recipe.RECIPES, known here without importing it
+RECIPE_NAMES = ("nano", "pico", "xs", "small", "teacher")  # recipe.RECIPES, known here without importing it
 
 
 def add_verb(verbs: Any) -> None:
@@ -27,6 +27,7 @@ def add_verb(verbs: Any) -> None:
         epilog="examples:\n"
         "  nearfar train nano --budget 2h --data corpora --out runs/nano\n"
         "  nearfar train nano --budget 2h --data corpora --out runs/nano --resume\n"
+        "  nearfar train small --teacher runs/teacher --budget 2h --data corpora --device cuda\n"
         "  nearfar train pico --tokens 200000 --data corpora --out runs/pico --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,7 +42,10 @@ def add_verb(verbs: Any) -> None:
         "--without", metavar="SOURCE", action="append", default=[], help="leave out a source (repeatable)"
     )
     parser.add_argument(
-        "--weights", choices=("ternary", "float"), default="ternary", help="float: the twin that rounds nothing"
+        "--weights", choices=("ternary", "float"), help="float: the twin that rounds nothing (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="RUN", help="distill a model with the same tokenizer: a run's folder or a checkpoint"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="threads (default: all cores)")
     parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu, or cuda where there is a GPU")
@@ -87,10 +91,13 @@ def run(args: argparse.Namespace) -> int:
         without=tuple(args.without),
         compiled=not args.no_compile,
         device=checked_device(args.device),
+        teacher=Path(args.teacher) if args.teacher else None,
         as_json=args.json,
     )
     recipe = RECIPES[args.recipe]
-    path = train(replace(recipe, shape=replace(recipe.shape, weights=args.weights)), options)
+    if args.weights:
+        recipe = replace(recipe, shape=replace(recipe.shape, weights=args.weights))
+    path = train(recipe, options)
     if not args.json:
         print(path)
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from nearfar.gguf_reader import TensorType
+from nearfar.machine import cpu_name
 from nearfar.quant import TERNARY
 from nearfar_cloud.training import dev
 from nearfar_cloud.training.card import card, markdown
@@ -78,17 +78,13 @@ def facts(trainer: Trainer, mix: Mix, code: str) -> dict[str, Any]:
         "commit": code,
         "data_sha256": mix.data_sha256,
         "rows_left_out": ", ".join(mix.without) or "none",
+        **({"teacher_sha256": trainer.teacher_sha256} if trainer.teacher is not None else {}),
     }
 
 
 def machine() -> str:
     """ "AMD EPYC, 2 cores", as far as the system says."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def commit() -> str:

@@ -45,16 +45,31 @@ WEIGHTS: dict[str, float] = {
 }
 WEIGHTS |= {"HassClimateSetTemperature": 2, "HassListAddItem": 1.5, "HassMediaSearchAndPlay": 2, "HassSetVolume": 1.5}
 WEIGHTS |= {"HassNevermind": 0.5, "HassRespond": 0.5, "HassGetCurrentDate": 0.5, "HassGetCurrentTime": 0.6}
+UNKNOWN_SHARE = 0.03  # of the questions: the home does not know
+STATES = {
+    "lock": ("locked", "unlocked", "locked", "unlocked", "jammed"),
+    "cover": ("open", "closed"),
+    "valve": ("open", "closed"),
+    "vacuum": ("docked", "cleaning", "paused", "returning"),
+    "media_player": ("playing", "paused", "off", "idle"),
+    "climate": ("on", "off", "heating", "cooling"),
+    "binary_sensor": ("on", "off", "open", "closed", "wet", "dry"),
+    "person": ("home", "away", *lexicon.ZONES),
+}
 DELAYED_SHARE = 0.65  # of the HassStartTimer rows carry a command for later
 HERE_DOMAINS = ("light", "switch", "fan", "media_player", "input_boolean", "climate")  # what a plain name may be
-# Of the things beside the one that is meant.
-_BESIDE = ("light", "light", "light", "switch", "fan", "cover", "lock", "media_player", "climate", "vacuum")
-OTHER_DOMAINS = (*_BESIDE, "sensor", "scene", "todo")
+# A home has more than its prompt lists, and of all domains: what is listed shares words with the request.
+N_HOME = (12, 24)  # things of a home that is cut to its prompt
+SMALL_SHARE = 0.3  # homes that fit whole
+OTHER_DOMAINS = (*home.DOMAINS, "light", "light", "switch", "sensor", "sensor", "binary_sensor")
+NEAR_SHARE = 0.25  # of the other things: named after the one that is meant, or after its area
 PLACELESS = ("scene", "script", "person", "weather", "todo", "input_boolean")
 COVER_OF = {noun: kind for kind in home.COVER_CLASSES for noun in (kind, kind + "s")} | {"garage door": "garage"}
 LATER_INTENTS = {"HassTurnOff": 8, "HassTurnOn": 6, "HassLightSet": 2, "HassSetPosition": 1, "HassVacuumStart": 1}
 ROUND_NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 25, 30, 40, 45, 50, 60, 90)
 UNITS = re.compile(r"\b([\w/]+) (second|minute|hour|degree)s?\b(?! floor)")
+
+COUNTING = frozenset((*lexicon.ONES, *lexicon.TENS, "hundred", "half", "a", "an", "the"))
 
 
 @dataclass
@@ -98,7 +113,7 @@ class HomeGenerator:
         entities = self._entities(rng, self._entity(rng, rng.choice(HERE_DOMAINS)), [])
         text = rng.choice(self.corpus.foreign)
         return (
-            Home(tuple(entities)),
+            Home(tuple(entities)).near(text),
             text,
             forms.home_answer(home.NO_INTENT),
             home.reply(home.NO_INTENT, {}),
@@ -119,17 +134,22 @@ class HomeGenerator:
         slots = {**{k: v for k, v in template.slots.items() if k in home.INTENTS[template.intent]}, **draw.slots}
         text = self._noise(rng, draw.pieces, plain="conversation_command" in slots or "message" in slots)
         in_home = ("name" in slots and "name" in template.lists) or "area" in slots
+        if "name" not in slots:  # a thing whose whole name is said would be meant by it
+            if in_home and _says(text, target):
+                return self._sampled(rng)
+            entities = [e for e in entities if e is target or not _says(text, e)]
         if absent and in_home:
             others = [e for e in entities if e is not target and not _same(e, target, slots)]
             spare = [self._entity(rng, rng.choice(("light", "switch", "cover", "fan"))) for _ in range(12)]
             others += [e for e in spare if not _same(e, target, slots)]
             rng.shuffle(others)
-            made = Home(tuple(others[: len(entities)]))
+            made = Home(tuple(others[: max(len(entities), N_ENTITIES // 2)])).near(text)
             return made, text, forms.home_answer(home.NO_INTENT), home.reply(home.NO_INTENT, {}), home.NO_INTENT
         ordered = {k: slots[k] for k in home.SLOT_ORDER if k in slots}
-        result = self._result(rng, template.intent, ordered)
+        result = self._result(rng, template.intent, ordered, target.domain)
         said = home.reply(template.intent, ordered, target.domain, result)
-        return Home(tuple(entities)), text, forms.home_answer(template.intent, ordered), said, result
+        made = _listed(entities, target, text)
+        return made, text, forms.home_answer(template.intent, ordered), said, result
 
     def _target(self, rng: random.Random, template: Template, domain: str) -> Entity:
         """The entity that a request made from `template` is about."""
@@ -249,7 +269,7 @@ class HomeGenerator:
         if rng.random() < 0.5:
             target = draw.target if rng.random() < 0.5 else self._entity(rng, rng.choice(HERE_DOMAINS))
             pattern = rng.choice(lexicon.COMMANDS[rng.choice(("area", "area", "area", "name", "name", ""))])
-            return pattern.format(
+            said = pattern.format(
                 onoff=rng.choice(("off", "off", "on")),
                 area=target.area or rng.choice(lexicon.AREAS),
                 name=target.name,
@@ -258,6 +278,7 @@ class HomeGenerator:
                 degrees=rng.randint(15, 30),
                 color=rng.choice(home.COLORS),
             )
+            return _tidy(said)
         known = {intent: n for intent, n in LATER_INTENTS.items() if intent in self.corpus.templates}
         intent = rng.choices(tuple(known), tuple(known.values()))[0]
         template = rng.choice(self.corpus.templates[intent])
@@ -269,7 +290,7 @@ class HomeGenerator:
         if "area" in template.lists and not target.area:
             return rng.choice(("turn off the ", "turn on the ")) + target.name
         self._walk(template.tree, inner, template)
-        return _tidy("".join(text for text, _ in inner.pieces))
+        return _tidy("".join(text for text, _ in inner.pieces).lower())
 
     def _noise(self, rng: random.Random, pieces: list[tuple[str, bool]], *, plain: bool) -> str:
         """The request as somebody might type it: fillers, a slip of the finger, a mark at the end."""
@@ -285,14 +306,16 @@ class HomeGenerator:
             text += rng.choice((".", ".", "!", "?"))
         return text
 
-    def _result(self, rng: random.Random, intent: str, slots: dict[str, Any]) -> str:
+    def _result(self, rng: random.Random, intent: str, slots: dict[str, Any], domain: str) -> str:
         """What the home answers to a call: ok, or a value."""
+        if intent in home.ASKING and rng.random() < UNKNOWN_SHARE:
+            return home.UNKNOWN
         if intent == "HassGetState":
             if "state" in slots:
                 return rng.choice(("yes", "no"))
-            return rng.choice(
-                ("on", "off", "open", "closed", f"{rng.randint(0, 99)}", f"{rng.randint(10, 30)}.{rng.randint(0, 9)}")
-            )
+            states = STATES.get(str(slots.get("domain", domain)), ("on", "off"))
+            number = rng.choice((f"{rng.randint(0, 99)}", f"{rng.randint(10, 30)}.{rng.randint(0, 9)}"))
+            return number if domain == "sensor" or rng.random() < 0.1 else rng.choice(states)
         if intent == "HassClimateGetTemperature":
             return str(rng.randint(15, 30))
         if intent == "HassGetWeather":
@@ -345,26 +368,49 @@ class HomeGenerator:
             name = noun
         if domain == "cover" and not device_class:
             device_class = next((kind for word, kind in COVER_OF.items() if name.endswith(word)), "")
-        return Entity(" ".join(name.lower().split()), area.lower(), domain, device_class)
+        return Entity(_tidy(name.lower()), area.lower(), domain, device_class)
 
     def _entities(self, rng: random.Random, target: Entity, wanted: list[Entity]) -> list[Entity]:
-        """Eight entities, the wanted ones at random places; a few areas shared by several."""
-        n = N_ENTITIES if rng.random() < 0.8 else rng.randint(3, N_ENTITIES)
+        """The things of a home, the wanted ones at random places; a few areas shared by several."""
+        n = rng.randint(3, N_ENTITIES) if rng.random() < SMALL_SHARE else rng.randint(*N_HOME)
         found = list(wanted)
-        names = {e.name for e in wanted}
+        names = {e.name.removesuffix("s") for e in wanted}
         areas = [target.area] if target.area else []
         while len(found) < n:
             domain = target.domain if rng.random() < 0.15 else rng.choice(OTHER_DOMAINS)
-            entity = self._entity(rng, domain)
+            entity = self._beside(rng, target, domain) if rng.random() < NEAR_SHARE else self._entity(rng, domain)
             if entity.area and areas and rng.random() < 0.4:
-                entity = Entity(entity.name, rng.choice(areas), entity.domain, entity.device_class)
-            clash = target.area and entity.name.removesuffix("s") == f"{target.area} {target.domain}"
-            if entity.name not in names and not clash:
+                entity = replace(entity, area=rng.choice(areas))
+            plain = entity.name.removesuffix("s")
+            clash = target.area and plain == f"{target.area} {target.domain}"
+            if plain not in names and not clash:
                 found.append(entity)
-                names.add(entity.name)
+                names.add(plain)
                 areas.append(entity.area) if entity.area else None
         rng.shuffle(found)
         return found
+
+    def _beside(self, rng: random.Random, target: Entity, domain: str) -> Entity:
+        """A thing that shares words with `target`: named after it or its area, in that area."""
+        if domain in PLACELESS:
+            return self._entity(rng, domain)
+        stem = target.area if target.area and rng.random() < 0.6 else target.name
+        return Entity(_tidy(f"{stem} {rng.choice(lexicon.NOUNS[domain])}"), target.area, domain)
+
+
+def _listed(entities: list[Entity], target: Entity, text: str) -> Home:
+    """The home as the prompt of a request lists it, cut as `Home.near` cuts it; `target` stays in any case."""
+    near = Home(tuple(entities)).near(text)
+    if target in near.entities:
+        return near
+    others = Home(tuple(e for e in entities if e is not target)).near(text, N_ENTITIES - 1)
+    return Home(tuple(e for e in entities if e is target or e in others.entities))
+
+
+def _says(text: str, entity: Entity) -> bool:
+    """Whether a request holds the whole name of a thing; a plural's s does not matter."""
+    words, name = (f" {' '.join(w.removesuffix('s') for w in normalise(t).split())} " for t in (text, entity.name))
+    return name in words
 
 
 def _same(entity: Entity, target: Entity, slots: dict[str, Any]) -> bool:
@@ -382,11 +428,10 @@ def _tidy(text: str) -> str:
     return re.sub(r" (?=[,.%°]|'s\b)", "", text)
 
 
-UNITS = re.compile(r"\b([\w/]+) (second|minute|hour|degree)s?\b(?! floor)")
-
-
 def _agree(match: re.Match[str]) -> str:
-    """`one minutes` as `one minute`, `nine minute` as `nine minutes`."""
+    """`one minutes` as `one minute`, `nine minute` as `nine minutes`; what no number precedes stays as it is."""
+    if not (match[1] in COUNTING or match[1][0].isdigit()):
+        return match[0]
     single = match[1] in ("1", "one", "a", "an", "the")
     return f"{match[1]} {match[2]}" if single else f"{match[1]} {match[2]}s"
 

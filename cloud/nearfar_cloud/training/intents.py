@@ -18,8 +18,9 @@ from nearfar_cloud.training.held_out import test_texts, text_hash
 from nearfar_cloud.training.lexicon import listed
 from nearfar_cloud.training.rows import Labelled, Row, labelled
 
-# Ten rows at a time: HWU64 has the fewest rows for its labels, SNIPS the longest answers.
-CYCLE = ("hwu64", "clinc150", "hwu64", "snips", "hwu64", "clinc150", "hwu64", "snips", "clinc150", "snips")
+# Twelve rows at a time: HWU64 has the fewest rows for its labels, SNIPS the longest answers.
+_FOUR_ROWS = ("hwu64", "clinc150", "hwu64", "snips")
+CYCLE = (*_FOUR_ROWS, *_FOUR_ROWS, "clinc150", "hwu64", "snips", "clinc150")
 AS_WRITTEN = 0.3
 SWAPPED = 0.6  # of the values in a changed request
 INVENTED = 0.35  # of the new values of a slot that holds names
@@ -73,6 +74,7 @@ class IntentGenerator:
             pattern = rf"(?<!\w){re.escape(value)}(?!\w)"
             if value and len(re.findall(pattern, text)) == 1 and rng.random() < SWAPPED:
                 new = self._value(request.space, kind, value, rng)
+                new = new.lower() if request.text.islower() else new
                 text = re.sub(pattern, lambda _, new=new: new, text)  # type: ignore[misc]
                 value = new
             slots.append((kind, value))

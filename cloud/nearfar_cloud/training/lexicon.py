@@ -12,17 +12,31 @@ def listed(text: str) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------- names and numbers
 
-_ONSETS = listed("b|br|ch|d|f|g|gr|h|j|k|l|m|n|p|r|s|st|t|v|w|y|z")
-SYLLABLES = tuple(a + b for a in _ONSETS for b in listed("a|e|i|o|u|ar|en|il|on"))
+_ONSETS = listed(
+    "|b|bl|br|c|ch|cl|cr|d|dr|f|fl|fr|g|gl|gr|h|j|k|kl|kr|l|m|n|p|pl|pr|qu|r|s|sc|sh|sk|sl|sm|sn|sp|st|str|sw|t|th|tr|"
+    "v|w|wh|y|z|b|d|f|g|h|k|l|l|m|m|n|n|p|r|r|s|s|t|t|v"
+)
+_VOWELS = listed("a|a|a|e|e|e|i|i|i|o|o|o|u|u|ai|ea|ee|ie|oa|oo|ou|y")
+_CODAS = listed("b|ck|d|f|g|k|l|l|ld|ll|m|n|n|n|nd|ng|nt|p|r|r|rd|rk|rn|rt|s|s|sh|ss|st|t|t|th|x|z")
+CODA_SHARE = 0.4
 DIGITS = listed("zero|one|two|three|four|five|six|seven|eight|nine")
 ONES = (*DIGITS, *listed("ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen"))
 TENS = listed("zero|ten|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety")
 
 
+def invented_word(rng: random.Random, n_syllables: int) -> str:
+    """A word nobody knows, lower case, of so many syllables."""
+    return "".join(
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + (rng.choice(_CODAS) if rng.random() < CODA_SHARE else "")
+        for _ in range(n_syllables)
+    )
+
+
 def invented_name(rng: random.Random) -> str:
-    """A name nobody has: one to three words of two or three syllables."""
-    words = ["".join(rng.choices(SYLLABLES, k=rng.choice((2, 2, 3)))) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
-    return " ".join(words)
+    """A name nobody has: one word of two to four syllables, or two or three words of one to three."""
+    n_words = rng.choice((1, 1, 2, 2, 3))
+    syllables = (2, 2, 3, 4) if n_words == 1 else (1, 2, 2, 3)
+    return " ".join(invented_word(rng, rng.choice(syllables)) for _ in range(n_words))
 
 
 def number_words(n: int, rng: random.Random) -> str:

@@ -10,6 +10,7 @@ The exported file computes the same numbers (tests/cloud/test_export.py).
 from __future__ import annotations
 
 from collections.abc import Collection
+from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,14 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.embedding.device
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of all weights."""
+        digest = sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def exit_gain(self, e: int) -> Tensor:
         """The gain f32 [D] of the exit after layer `e`."""

@@ -16,10 +16,10 @@ from nearfar_cloud.training.mix import LONG_RUN, Shares
 
 # An hour or two on two cores (10 to 40 M tokens): what the device is for comes first, language last.
 DEVICE_FIRST = Shares(
-    stable={"intents": 29, "home": 22, "journals": 5, "skills": 4}
-    | {"sgd": 26, "stories": 4, "books": 4, "coffee": 3, "persona": 3},
-    decay={"intents": 31, "home": 22, "journals": 5, "skills": 2}
-    | {"sgd": 32, "stories": 2, "books": 1, "coffee": 3, "persona": 2},
+    stable={"intents": 28, "home": 22, "journals": 8, "skills": 4}
+    | {"sgd": 25, "stories": 4, "books": 4, "coffee": 3, "persona": 2},
+    decay={"intents": 32, "home": 22, "journals": 10, "skills": 2}
+    | {"sgd": 28, "stories": 2, "books": 1, "coffee": 2, "persona": 1},
 )
 
 TQ_BLOCK = 256  # weights in one block of GGUF's ternary types: every inner width is a multiple of it
@@ -36,7 +36,7 @@ class Shape:
     n_kv_heads: int
     d_ff: int
     n_ctx: int
-    exits: tuple[int, ...]  # an exit after each of these numbers of layers; the last one is where the device stops
+    exits: tuple[int, ...]  # an exit after each of these numbers of layers, or none; the device stops at the last one
     norm_eps: float = 1e-5
     rope_base: float = 10_000.0
     weights: Literal["ternary", "float"] = "ternary"  # of the matrices; float: nor are their inputs rounded
@@ -74,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A shape and the course of its training: warm up, stay stable, decay (WSD)."""
+    """A shape and the course of its training: warm up, stay stable, decay (WSD), or one half wave down (cosine)."""
 
     name: str
     shape: Shape
@@ -85,13 +85,15 @@ class Recipe:
     peak_lr: float = 3e-3
     final_lr: float = 0.02  # share of the peak that is left at the end
     warmup: float = 0.02  # share of the budget
-    decay_from: float = 0.75  # share of the budget
+    decay_from: float = 0.75  # share of the budget: from here on rows and loss weights are those of the decay
+    schedule: Literal["wsd", "cosine"] = "wsd"  # of the rate alone
     optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices; everything else is AdamW's
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     weight_decay: float = 0.1  # on the matrices, and 0 in the decay
     exit_weight: float = 0.3
     exit_kl: float = 0.5  # in the decay: this share of the exit loss is the divergence from full depth
+    distill: float = 0.5  # where there is a teacher: this share of the loss is the divergence from it
     prompt_weights: tuple[float, float] = (1.0, 0.1)  # of tokens that the model does not write: stable, decay
     prompt_stride: int = 1  # one prompt token in so many is looked at, and weighs that much more: the head is dear
     shares: Shares = LONG_RUN  # of the sources in the tokens
@@ -103,6 +105,8 @@ class Recipe:
             raise ConfigError(f"seq_len={self.seq_len} exceeds the context of {self.shape.n_ctx}")
         if self.short and not 0 < self.short[1] <= self.seq_len:
             raise ConfigError(f"short={self.short}: expected rows of 1..{self.seq_len} columns")
+        if not 0 <= self.distill <= 1:
+            raise ConfigError(f"distill={self.distill}: expected a share, 0..1")
         if not 0 <= self.warmup < self.decay_from < 1:
             raise ConfigError(f"warmup={self.warmup}, decay_from={self.decay_from}: expected 0 <= warmup < decay < 1")
 
@@ -125,6 +129,7 @@ def _recipes() -> dict[str, Recipe]:
     xs = Shape(4096, 128, 6, 4, 2, 384, 512, (2, 4))
     nano = Shape(4096, 256, 6, 4, 2, 512, 512, (2, 4))
     small = Shape(8192, 512, 10, 8, 4, 1024, 1024, (3, 6))
+    teacher = Shape(8192, 768, 12, 12, 4, 1536, 1024, (), weights="float")  # 2.4 times small
     return {
         r.name: r
         for r in (
@@ -146,6 +151,7 @@ def _recipes() -> dict[str, Recipe]:
                 shares=DEVICE_FIRST,
             ),
             Recipe("small", small, peak_lr=1.5e-3, batch_tokens=(8192, 65536)),
+            Recipe("teacher", teacher, peak_lr=6e-4, batch_tokens=(8192, 65536), precision="bf16"),
         )
     }
 

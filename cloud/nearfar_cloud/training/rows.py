@@ -22,7 +22,7 @@ from nearfar_cloud.training.held_out import test_texts, text_hash
 
 Split = Literal["train", "dev", "test"]
 
-VERSION = 2  # of the rows that these readers make; part of the data hash
+VERSION = 5  # of the rows that these readers make; part of the data hash
 MAX_ROW_CHARS = PIECE_CHARS  # of a dialogue or a book
 DIALOGUE_DAY = "2019-03-01"  # the day on which SGD's speakers say "today"
 RESULT_FIELDS = 6  # of a call's first result
@@ -53,12 +53,16 @@ def _held(text: str, split: Split) -> bool:
 
 
 def hwu64(data: Path, split: Split = "train") -> Iterator[tuple[str, str, str, list[tuple[str, str]]]]:
-    """(text, normal text, intent, slots) of HWU64; test is its own file.  The label is scenario_intent."""
+    """(text, normal form, intent, slots) of HWU64; test is its own file.  The label is scenario_intent.
+
+    The slots are words of the normal form ("six am"), not of what was typed ("6 AM").
+    """
     name = "hwu64_test" if split == "test" else "hwu64_train"
     for where, row in json_lines(data / "intents" / f"{name}.jsonl.xz", "intents"):
         text, scenario, intent = (field(where, row, key, str) for key in ("text", "scenario", "intent"))
-        if split == "test" or _held(text, split):
-            yield text, field(where, row, "norm", str), f"{scenario}_{intent}", pairs(where, row, "slots")
+        norm = field(where, row, "norm", str)
+        if split == "test" or _held(norm, split):
+            yield text, norm, f"{scenario}_{intent}", pairs(where, row, "slots")
 
 
 def snips(data: Path, split: Split = "train") -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
@@ -103,12 +107,30 @@ class Labelled:
 
 
 def labelled(data: Path, split: Split = "train") -> Iterator[Labelled]:
-    """The requests of HWU64, SNIPS and CLINC150; training leaves out what a test file repeats."""
+    """The requests of HWU64, SNIPS and CLINC150; training leaves out what a test file repeats.
+
+    Training also sees HWU64's requests as they were typed, where the values are words of that.
+    """
     known = test_texts(data) if split == "train" else frozenset()
-    found = [Labelled("hwu64", text, intent, tuple(slots)) for text, _, intent, slots in hwu64(data, split)]
+    found = []
+    for text, norm, intent, slots in hwu64(data, split):
+        found.append(Labelled("hwu64", norm, intent, tuple(slots)))
+        if split == "train" and text != norm and (spans := _spans(text, slots)) is not None:
+            found.append(Labelled("hwu64", text, intent, spans))
     found += [Labelled("snips", text, intent, tuple(slots)) for text, intent, slots in snips(data, split)]
     found += [Labelled("clinc150", text, intent) for text, intent in clinc150(data, split)]
     yield from (request for request in found if text_hash(request.text) not in known)
+
+
+def _spans(text: str, slots: list[tuple[str, str]]) -> tuple[tuple[str, str], ...] | None:
+    """The values as `text` spells them, or None where it has others than their words."""
+    spans = []
+    for kind, value in slots:
+        at = text.lower().find(value.lower())
+        if at < 0 or len(text.lower()) != len(text):  # a letter that is two in lower case would move what follows
+            return None
+        spans.append((kind, text[at : at + len(value)]))
+    return tuple(spans)
 
 
 def intents(data: Path, split: Split = "train", max_chars: int = MAX_ROW_CHARS) -> Iterator[Row]:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import inf
@@ -31,7 +31,8 @@ from nearfar_cloud.training.finish import commit, finish
 from nearfar_cloud.training.homes import HomeGenerator
 from nearfar_cloud.training.journals import JournalGenerator
 from nearfar_cloud.training.mix import SHORT_ROWS, Mix
-from nearfar_cloud.training.recipe import Recipe
+from nearfar_cloud.training.parent import open_parent, open_teacher
+from nearfar_cloud.training.recipe import RECIPES, Recipe
 from nearfar_cloud.training.schedule import Budget
 from nearfar_cloud.training.trainer import Report, Trainer
 
@@ -53,6 +54,7 @@ class Options:
     progress_s: float = 10.0
     compiled: bool = True
     device: str = "cpu"
+    teacher: Path | None = None  # a run or a checkpoint that is distilled
     as_json: bool = False
 
 
@@ -75,11 +77,14 @@ class Log:
         self.write({"kind": "note", "text": text}, text)
 
 
-def train(recipe: Recipe, options: Options) -> Path:
+def train(recipe: Recipe, options: Options, recipes: Mapping[str, Recipe] = RECIPES) -> Path:
     """Run `recipe` to the end of its budget and return the path of the GGUF file.
 
+    `recipes`: those that may have made the teacher, whose tokenizer a new run takes.
+
     Raises Cancelled after Ctrl-C (a checkpoint is written first), DataError for data that is missing or differs from
-    the checkpoint's, FileError without disk space or without a sound checkpoint.
+    the checkpoint's and for a teacher with another tokenizer, FileError without disk space or without a sound
+    checkpoint.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     log = Log(options.out / "log.jsonl", as_json=options.as_json)
@@ -92,6 +97,9 @@ def train(recipe: Recipe, options: Options) -> Path:
     for sentence in damaged:
         log.note(f"{sentence}; going on from the one before it")
 
+    path = options.out / "tokenizer.json"
+    if options.teacher and not path.is_file():
+        open_parent(options.teacher, recipes).tokenizer.save(path)
     tok = tokenizer_of(recipe, options)
     mix = Mix(
         options.data,
@@ -110,7 +118,13 @@ def train(recipe: Recipe, options: Options) -> Path:
     held_out = dev_rows(options.data, tok, recipe, mix.without)
     precision = saved.state["precision"] if saved else choose_precision(recipe, mix, options, log)
     trainer = Trainer(
-        recipe, mix, options.budget, precision=precision, compiled=options.compiled, device=options.device
+        recipe,
+        mix,
+        options.budget,
+        precision=precision,
+        compiled=options.compiled,
+        device=options.device,
+        teacher=open_teacher(options.teacher, tok, recipes) if options.teacher else None,
     )
     if saved is not None:
         trainer.restore(saved)

@@ -5,10 +5,13 @@ Warm up, stay stable, decay (WSD, MiniCPM, arXiv 2404.06395):
     lr     /------------------\\
           /                    \\__
     0   warmup            decay_from  1
+
+The other schedule is half a cosine wave from the warm-up to the end.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -52,10 +55,13 @@ def phase(progress: float, recipe: Recipe) -> Phase:
 
 
 def learning_rate(progress: float, recipe: Recipe) -> float:
-    """Linear up to the peak, flat, linear down to `final_lr` of it."""
+    """Linear up to the peak, flat, linear down to `final_lr` of it; or along a cosine from the peak to there."""
     if progress < recipe.warmup:
         return recipe.peak_lr * max(progress / recipe.warmup, 0.01)
-    fall = max(0.0, progress - recipe.decay_from) / (1 - recipe.decay_from)
+    if recipe.schedule == "cosine":
+        fall = (1 - math.cos(math.pi * (progress - recipe.warmup) / (1 - recipe.warmup))) / 2
+    else:
+        fall = max(0.0, progress - recipe.decay_from) / (1 - recipe.decay_from)
     return recipe.peak_lr * (1 - (1 - recipe.final_lr) * fall)
 
 

@@ -27,7 +27,7 @@ def _digits(rng: random.Random) -> Exchange:
 
 
 def _spell(rng: random.Random) -> Exchange:
-    word = rng.choice(lexicon.WORDS) if rng.random() < 0.5 else lexicon.invented_name(rng).split()[0]
+    word = rng.choice(lexicon.WORDS) if rng.random() < 0.5 else lexicon.invented_word(rng, rng.choice((2, 2, 3)))
     return [(rng.choice((f"spell {word}", f"how do you spell {word}?", f"spell the word {word}")), " ".join(word))]
 
 

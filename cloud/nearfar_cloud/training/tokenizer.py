@@ -139,10 +139,10 @@ def _texts(rows: Iterable[Row]) -> Iterator[str]:
     return (part.text for row in rows for part in row.parts if not part.control)
 
 
-def load_or_train(data: Path, path: Path, without: Sequence[str] = ()) -> RowTokenizer:
+def load_or_train(data: Path, path: Path, vocab_size: int = VOCAB_SIZE, without: Sequence[str] = ()) -> RowTokenizer:
     """The tokenizer at `path`; trained from the data folder and stored there if the file is not there yet."""
     if path.is_file():
         return RowTokenizer.load(path)
-    tokenizer = train(training_texts(data, without))
+    tokenizer = train(training_texts(data, without), vocab_size)
     tokenizer.save(path)
     return tokenizer

@@ -61,7 +61,7 @@ class Report:
     seconds: float  # of training so far
     lr: float
     loss: float
-    exit_layer: int
+    exit_layer: int  # 0 and a loss of 0 where the shape has no exits
     exit_loss: float
     grad_norm: float
     skipped: bool = False
@@ -79,10 +79,14 @@ class Trainer:
         precision: str = "fp32",
         compiled: bool = False,
         device: str = "cpu",
+        teacher: Decoder | None = None,
     ) -> None:
+        """`teacher`: a model with the same tokenizer; `recipe.distill` of the loss is then the divergence from it."""
         torch.manual_seed(recipe.seed)
         self.recipe, self.batches, self.budget, self.precision = recipe, batches, budget, precision
         self.model = Decoder(recipe.shape).to(device)  # drawn on the CPU: the same start everywhere
+        self.teacher = teacher.to(device).requires_grad_(False) if teacher is not None else None
+        self.teacher_sha256 = teacher.sha256 if teacher is not None else "none"
         self.optimizers = _optimizers(self.model, recipe)
         self.n, self.tokens, self.seconds, self.bad_steps = 0, 0, 0.0, 0
         self.chunk: Callable[..., Any] = chunk_loss
@@ -90,9 +94,10 @@ class Trainer:
             self._compile()
 
     def _compile(self) -> None:
-        model = self.model
-        for module in (*model.blocks, model.output_norm, *model.exit_norms.values()):
-            module.compile(dynamic=False)
+        for model in (self.model, self.teacher):
+            if model is not None:
+                for module in (*model.blocks, model.output_norm, *model.exit_norms.values()):
+                    module.compile(dynamic=False)
         self.chunk = torch.compile(chunk_loss, dynamic=False)
 
     @property
@@ -111,7 +116,8 @@ class Trainer:
         """One update of the weights."""
         start = time.perf_counter()
         progress, phase = self.progress, self.phase
-        exit_layer = self.recipe.shape.exits[self.n % len(self.recipe.shape.exits)]
+        exits = self.recipe.shape.exits
+        exit_layer = exits[self.n % len(exits)] if exits else 0
         micro = [
             self.batches.next_batch(rows, phase, columns)
             for _ in range(schedule.micro_batches(progress, self.recipe))
@@ -137,10 +143,11 @@ class Trainer:
         """Add the gradients of one micro-batch; its loss sums, f32 [3]."""
         decay = phase == "decay"
         head = self.model.head(q8_embedding=decay)
-        final, exits = self.model(batch.ids, batch.pos, batch.doc, head, self.dtype, (exit_layer,))
+        wanted = (exit_layer,) if exit_layer else ()
+        final, exits = self.model(batch.ids, batch.pos, batch.doc, head, self.dtype, wanted)
         sums = head_loss(
             final,
-            exits[exit_layer],
+            exits.get(exit_layer),
             head,
             batch.targets,
             batch.weights,
@@ -148,9 +155,19 @@ class Trainer:
             kl=self.recipe.exit_kl if decay else 0.0,
             dtype=self.dtype,
             chunk=self.chunk,
+            teacher=self._taught(batch),
+            distill=self.recipe.distill,
         )
         (sums[0] / max(total, 1e-9)).backward()
         return sums.detach()
+
+    def _taught(self, batch: Tensors) -> tuple[Tensor, Tensor] | None:
+        """The teacher's rows f32 [B, T, E] and the table [V, E] that makes logits of them."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            table = self.teacher.head(q8_embedding=False)
+            return self.teacher(batch.ids, batch.pos, batch.doc, table, self.dtype, ())[0], table
 
     def _update(self, lr: float, phase: Phase, loss: float) -> float:
         """Clip and step; a step that is not finite is skipped, three in a row stop the run.  Returns the norm."""
@@ -184,6 +201,7 @@ class Trainer:
             "recipe": self.recipe.name,
             "recipe_sha256": self.recipe.sha256,
             "data_sha256": self.batches.data_sha256,
+            "teacher_sha256": self.teacher_sha256,
             "precision": self.precision,
             "step": self.n,
             "tokens": self.tokens,
@@ -195,9 +213,10 @@ class Trainer:
         return Checkpoint(tensors, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take up a run where `checkpoint` left it.  DataError when recipe or data differ."""
+        """Take up a run where `checkpoint` left it.  DataError when recipe, data or teacher differ."""
         state, tensors = checkpoint.state, checkpoint.tensors
-        check_same_run(state, recipe=self.recipe.sha256, data=self.batches.data_sha256)
+        hashes = {"recipe": self.recipe.sha256, "data": self.batches.data_sha256, "teacher": self.teacher_sha256}
+        check_same_run(state, **hashes)
         self.batches.restore(state["mix"])
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, p in self.model.named_parameters():

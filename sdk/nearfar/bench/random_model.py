@@ -98,7 +98,7 @@ def write(recipe: Recipe, path: Path, *, seed: int = 0) -> Path:
     """Write the model; one tensor at a time is in memory.  A gigabyte takes some seconds.  Raises FileError."""
     c, rng = recipe.config, np.random.default_rng(seed)
     w = GGUFWriter(path)
-    _add_header(w, c, recipe.name)
+    add_header(w, c, recipe.name)
     matrices = {"token_embd.weight": ((c.n_vocab, c.d_model), recipe.head)}
     vectors = {"output_norm.weight": c.d_model}
     for i in range(c.n_layers):
@@ -177,7 +177,8 @@ def _is_whole(path: Path, recipe: Recipe) -> bool:
         return False
 
 
-def _add_header(w: GGUFWriter, c: ModelConfig, name: str) -> None:
+def add_header(w: GGUFWriter, c: ModelConfig, name: str) -> None:
+    """The keys of a model of these sizes, and of the smallest tokenizer."""
     w.add("general.architecture", c.arch)
     w.add("general.name", name)
     for key, value in {

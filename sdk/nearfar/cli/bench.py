@@ -12,11 +12,12 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from nearfar.arguments import whole
 from nearfar.bench.turn import Turn, measure
 from nearfar.cli import roofline
-from nearfar.cli.doctor import cpu_name
-from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser, whole
+from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser
 from nearfar.errors import MissingExtraError, NearfarError, UnsupportedError, UsageError
+from nearfar.machine import cpu_name
 
 if TYPE_CHECKING:
     from nearfar.llm import LLM

@@ -16,6 +16,7 @@ from typing import Any
 
 from nearfar import __version__, env
 from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser, shipped_path
+from nearfar.machine import cpu_name
 from nearfar.options import EngineOptions
 
 # What an extra is for.  Extras whose house is not there yet are not offered.
@@ -60,14 +61,6 @@ def diagnose(model: str = SHIPPED) -> dict[str, Any]:
         "extras": {name: extra_facts(name) for name in EXTRAS},
         "env": {name: os.environ.get(name) for name in env.VARIABLES},
     }
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def engine_facts(model: Path) -> dict[str, Any]:

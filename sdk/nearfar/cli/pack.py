@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nearfar.cli.verbs import Verbs, new_parser, real, whole
+from nearfar.arguments import real, whole
+from nearfar.cli.verbs import Verbs, new_parser
 from nearfar.errors import UsageError
 from nearfar.master import WIDTHS, Master
 from nearfar.pack import Packed, calibration_room, pack, parse_bytes

@@ -28,6 +28,7 @@ from nearfar.home import (
     spoken_duration,
 )
 from nearfar.llm import LLM, Completion
+from nearfar.splits import normalise
 
 MAX_REPLY_TOKENS = 48
 
@@ -80,10 +81,13 @@ def handle(
 
 
 def reply_to(llm: LLM, prompt: Parts, call: str, action: Action | None, state: HomeState) -> tuple[str, bool]:
-    """The model's reply to the call's result; the fixed sentence where it writes nothing.  (text, by the model)"""
+    """The model's reply to the call's result, as (text, by the model).
+
+    The fixed sentence stands in where the model writes nothing, or leaves out a word or a number of what was found.
+    """
     result = state.answer(action) if action else NO_INTENT
     written = llm.generate(home_reply_prompt(prompt, call, result), max_tokens=MAX_REPLY_TOKENS).text.strip()
-    if written:
+    if written and (result in ("ok", NO_INTENT) or set(normalise(result).split()) <= set(normalise(written).split())):
         return written, True
     if action is None:
         return reply(NO_INTENT, {}), False

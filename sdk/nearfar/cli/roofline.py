@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nearfar.cli.verbs import VerbParser, model_path, new_inner_parser, whole
+from nearfar.arguments import whole
+from nearfar.cli.verbs import VerbParser, model_path, new_inner_parser
 from nearfar.errors import MissingExtraError, UsageError
 
 PARTS = ("machine", "kernels", "models")
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 def records(args: argparse.Namespace, found: list[tuple[str, Path]]) -> Iterator[dict[str, Any]]:
     from nearfar.bench import roofline
-    from nearfar.cli.doctor import cpu_name
     from nearfar.lower_native import default_threads, panel_kinds, selected_isa
+    from nearfar.machine import cpu_name
 
     parts = args.parts
     kinds = chosen(args.kinds or ",".join(panel_kinds()), panel_kinds(), "--kinds")

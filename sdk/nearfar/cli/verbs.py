@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from nearfar.arguments import real, whole
 from nearfar.errors import FileError
 
 if TYPE_CHECKING:
@@ -124,32 +124,6 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int = 256)
         "--repetition-penalty", type=real(0.1, 10), default=1.0, metavar="R", help="over 1: repeat less"
     )
     parser.add_argument("--seed", type=whole(0, (1 << 63) - 1), default=0, metavar="N", help="of the random draws")
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number in low..high."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {low}..{high}")
-        return int(text)
-
-    return parse
-
-
-def real(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number in low..high."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a number {low:g}..{high:g}")
-        return value
-
-    return parse
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model, real, whole
+from nearfar.arguments import real, whole
+from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model
 from nearfar.errors import MissingDataError, MissingExtraError, NearfarError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CONTROLS = ("arc_easy", "piqa", "winogrande", "blimp", "gsm8k")  # questions that nano is not expected to answer
-TASKS = ("hwu64", "snips", "clinc150", "slurp", "sgd", "home", "actions", "journal", "language", *CONTROLS)
+TASKS = (
+    "hwu64",
+    "hwu64_typed",
+    "snips",
+    "clinc150",
+    "slurp",
+    "sgd",
+    "home",
+    "actions",
+    "journal",
+    "language",
+    *CONTROLS,
+)
 EXITS = "exits"
 EXIT_ROWS = 100  # rows of each task that the figures about exits are taken from
 SPEED_ROWS = 20  # rows of each task that are timed with and without exits

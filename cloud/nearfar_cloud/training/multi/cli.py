@@ -36,6 +36,7 @@ def add_verb(verbs: Any) -> None:
     length.add_argument("--tokens", metavar="N", type=int, help="tokens instead of time: such a run can be repeated")
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
     parser.add_argument("--out", metavar="FILE", default="master.gguf", help="the master (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint beside --out")
     parser.add_argument("--draw", choices=DRAWS, default="balanced", help="how a step's widths are drawn")
     parser.add_argument("--rank", type=int, default=4, metavar="R", help="of the pairs (default: %(default)s)")
     parser.add_argument(
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             data=data,
             out=Path(args.out),
             budget=budget,
+            resume=args.resume,
             draw=args.draw,
             rank=args.rank,
             train_shared=args.train_shared,

@@ -5,6 +5,7 @@ checkpoint -> MultiDecoder -> [step step step ...] -> search on held-out rows ->
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,24 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from nearfar.errors import Cancelled, DataError, FileError
+from nearfar.errors import Cancelled, FileError, UsageError
 from nearfar.master import Point
 from nearfar_cloud.training import dev
 from nearfar_cloud.training.card import card
-from nearfar_cloud.training.checkpoint import Checkpoint, Checkpoints, read
+from nearfar_cloud.training.checkpoint import Checkpoints, check_same_run
 from nearfar_cloud.training.dev import DevRows
 from nearfar_cloud.training.finish import commit, machine
 from nearfar_cloud.training.mix import Mix
-from nearfar_cloud.training.model import Decoder
 from nearfar_cloud.training.multi.linear import RANK, MultiDecoder
 from nearfar_cloud.training.multi.master import write_master
 from nearfar_cloud.training.multi.sampling import DRAWS, mean_bits
 from nearfar_cloud.training.multi.search import search
 from nearfar_cloud.training.multi.trainer import MultiTrainer, Report
+from nearfar_cloud.training.parent import open_parent
 from nearfar_cloud.training.recipe import RECIPES, Recipe
 from nearfar_cloud.training.run import Log, dev_rows, interrupt_flag
 from nearfar_cloud.training.schedule import Budget
-from nearfar_cloud.training.tokenizer import RowTokenizer
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Options:
     data: Path
     out: Path  # the master
     budget: Budget
+    resume: bool = False
     draw: str = "balanced"
     rank: int = RANK
     train_shared: bool = False
@@ -49,28 +50,29 @@ class Options:
     tries: int = 6  # exchanges that are measured at each point
     search_rows: int = 200
     progress_s: float = 10.0
+    checkpoint_s: float = 60.0
     as_json: bool = False
-
-
-@dataclass(frozen=True)
-class Parent:
-    """A trained model to start from."""
-
-    recipe: Recipe
-    model: Decoder
-    tokenizer: RowTokenizer
 
 
 def train_multi(options: Options, recipes: Mapping[str, Recipe] = RECIPES) -> Path:
     """Train, search and write the master; returns its path.  `recipes`: those that may have made the parent.
 
-    Raises Cancelled after Ctrl-C (nothing is written: the parent is as it was), FileError and DataError for a parent
-    or data that do not fit, ConfigError for widths without whole blocks.
+    Its checkpoints lie in a folder beside it, `master.checkpoints`; once the master is written they go.
+
+    Raises Cancelled after Ctrl-C (a checkpoint is written first), FileError and DataError for a parent, data or a
+    checkpoint that do not fit, ConfigError for widths without whole blocks.
     """
     options.out.parent.mkdir(parents=True, exist_ok=True)
     log = Log(options.out.with_suffix(".log.jsonl"), as_json=options.as_json)
+    checkpoints = Checkpoints(options.out.with_suffix(".checkpoints"))
+    saved, damaged = checkpoints.newest() or (None, [])
+    if saved is not None and not options.resume:
+        raise UsageError(f"{checkpoints.folder} holds step {saved.state['step']}: --resume it, or name another --out")
+    for sentence in damaged:
+        log.note(f"{sentence}; going on from the one before it")
     parent = open_parent(options.parent, recipes)
     recipe = replace(parent.recipe, short=None)  # one width of sequences: a step is one pass
+    torch.manual_seed(recipe.seed)
     model = MultiDecoder(parent.model, rank=options.rank, train_shared=options.train_shared)
     mix = Mix(
         options.data,
@@ -84,7 +86,13 @@ def train_multi(options: Options, recipes: Mapping[str, Recipe] = RECIPES) -> Pa
     )
     rows = joined(dev_rows(options.data, parent.tokenizer, recipe, mix.without), options.search_rows)
     trainer = MultiTrainer(model, recipe, mix, options.budget, DRAWS[options.draw])
-    train_pairs(trainer, log, options.progress_s)
+    asked = f"{options.draw} draws, rank {options.rank}, shared weights {'train' if options.train_shared else 'frozen'}"
+    same = {"parent": parent.model.sha256, "data": mix.data_sha256, "set of options": asked}
+    if saved is not None:
+        check_same_run(saved.state, **same)
+        trainer.restore(saved)
+        log.note(f"resumed at step {trainer.n}, {trainer.tokens} tokens, {trainer.seconds:.0f} s")
+    train_pairs(trainer, log, options.progress_s, Keeper(checkpoints, same, options.checkpoint_s))
     model.keep(True)
     points = search_frontier(model, rows, log, points=options.points, tries=options.tries)
     facts = {
@@ -102,46 +110,34 @@ def train_multi(options: Options, recipes: Mapping[str, Recipe] = RECIPES) -> Pa
     }
     made = card(recipe, facts=facts, sources=mix.description(), held_out={})
     write_master(model, parent.tokenizer, options.out, card=made, points=points)
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
     log.write({"kind": "done", "path": str(options.out)}, f"wrote {options.out}")
     return options.out
 
 
-def open_parent(path: Path, recipes: Mapping[str, Recipe] = RECIPES) -> Parent:
-    """A run's newest checkpoint, or the one named.  Raises FileError, DataError where no recipe of today made it."""
-    if path.is_dir():
-        newest = Checkpoints(path / "checkpoints").newest()
-        if newest is None:
-            raise FileError(f"{path}: expected the folder of a run with a checkpoint, or a checkpoint")
-        checkpoint, folder = newest[0], path
-    else:
-        checkpoint, folder = read(path), path.parent.parent
-    recipe = _recipe_of(checkpoint, path, recipes)
-    model = Decoder(recipe.shape)
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in checkpoint.tensors.items() if k.startswith("model.")}
-    )
-    tokenizer = RowTokenizer.load(folder / "tokenizer.json")
-    if tokenizer.n_vocab != recipe.shape.n_vocab:
-        raise DataError(f"{folder}/tokenizer.json has {tokenizer.n_vocab} tokens, the model {recipe.shape.n_vocab}")
-    return Parent(recipe, model, tokenizer)
+@dataclass
+class Keeper:
+    """Writes a checkpoint now and then.  `same`: what a run that goes on has to have in common with it."""
+
+    checkpoints: Checkpoints
+    same: Mapping[str, str]
+    every_s: float
+    kept: float = 0.0
+
+    def keep(self, trainer: MultiTrainer, log: Log) -> None:
+        """Write one.  A disk that is full ends nothing."""
+        self.kept = trainer.seconds
+        made = trainer.checkpoint()
+        state = {**made.state, **{f"{what}_sha256": value for what, value in self.same.items()}}
+        try:
+            self.checkpoints.save(trainer.n, replace(made, state=state))
+        except (FileError, OSError) as error:
+            log.note(f"{error}; will try again at the next checkpoint")
 
 
-def _recipe_of(checkpoint: Checkpoint, path: Path, recipes: Mapping[str, Recipe]) -> Recipe:
-    name, found = str(checkpoint.state.get("recipe")), checkpoint.state.get("recipe_sha256")
-    if name in recipes:
-        recipe = recipes[name]
-        float_twin = replace(recipe, shape=replace(recipe.shape, weights="float"))
-        for r in (recipe, float_twin):
-            if r.sha256 == found:
-                return r
-    raise DataError(
-        f"{path} was made with a recipe {name} ({str(found)[:16]}) that is none of {', '.join(recipes)} today"
-    )
-
-
-def train_pairs(trainer: MultiTrainer, log: Log, progress_s: float = 10.0) -> None:
+def train_pairs(trainer: MultiTrainer, log: Log, progress_s: float = 10.0, keeper: Keeper | None = None) -> None:
     """Steps until the budget is spent.  Raises Cancelled after Ctrl-C."""
-    shown, window = 0.0, list[Report]()
+    shown, window = trainer.seconds, list[Report]()
     with interrupt_flag() as interrupted:
         while trainer.progress < 1:
             report = trainer.step()
@@ -151,8 +147,11 @@ def train_pairs(trainer: MultiTrainer, log: Log, progress_s: float = 10.0) -> No
                 shown = report.seconds
                 log.write(*_progress(trainer, window))
                 window = []
+            if keeper and (interrupted() or trainer.progress >= 1 or report.seconds - keeper.kept >= keeper.every_s):
+                keeper.keep(trainer, log)
             if interrupted():
-                raise Cancelled(f"stopped at step {trainer.n}; nothing was written")
+                goes_on = "--resume goes on from there" if keeper else "nothing was written"
+                raise Cancelled(f"stopped at step {trainer.n}; {goes_on}")
 
 
 def _progress(trainer: MultiTrainer, window: list[Report]) -> tuple[dict[str, Any], str]:

@@ -31,7 +31,6 @@ from nearfar import env
 from nearfar.errors import NearfarError, UsageError
 from nearfar.master import Master, Point
 from nearfar.pack import writer_of
-from nearfar_cloud.training import tokenizer as tokenizers
 from nearfar_cloud.training.dev import DevRows
 from nearfar_cloud.training.finish import commit, machine
 from nearfar_cloud.training.mix import Mix
@@ -44,7 +43,7 @@ from nearfar_cloud.training.multi.trainer import MultiTrainer
 from nearfar_cloud.training.recipe import RECIPES, Recipe, Shape
 from nearfar_cloud.training.run import Log, dev_rows, set_threads
 from nearfar_cloud.training.schedule import Budget, parse_seconds
-from nearfar_cloud.training.tokenizer import RowTokenizer
+from nearfar_cloud.training.tokenizer import RowTokenizer, load_or_train
 from nearfar_cloud.training.trainer import Trainer
 
 TWIN_SHARE = 0.2  # of the budget
@@ -104,7 +103,7 @@ def study(
     """Train `made` (a float recipe) and the arms, measure; returns the path of `pack_study.json`, beside it a PNG."""
     out.mkdir(parents=True, exist_ok=True)
     log, made = Log(out / "log.jsonl", as_json=False), made or recipe()
-    tokenizer = tokenizer_of(data, out / "tokenizer.json", made.shape.n_vocab)
+    tokenizer = load_or_train(data, out / "tokenizer.json", made.shape.n_vocab)
     held_out = dev_rows(data, tokenizer, made, ())
     search_rows, report_rows = halves(held_out, rows)
     n_arms = sum(arm.draw is not None for arm in arms(1))
@@ -167,15 +166,6 @@ def part(budget: Budget, share: float) -> Budget:
     return Budget(seconds=(budget.seconds or 0) * share)
 
 
-def tokenizer_of(data: Path, path: Path, n_vocab: int) -> RowTokenizer:
-    """A tokenizer of the study's size, kept beside its figures."""
-    if path.is_file():
-        return RowTokenizer.load(path)
-    made = tokenizers.train(tokenizers.training_texts(data), n_vocab)
-    made.save(path)
-    return made
-
-
 def mix_of(data: Path, tokenizer: RowTokenizer, made: Recipe, out: Path, seed: int) -> Mix:
     return Mix(
         data,
@@ -193,8 +183,9 @@ def halves(sources: Mapping[str, DevRows], limit: int) -> tuple[DevRows, DevRows
     first, second = {}, {}
     for name, rows in sources.items():
         at = max(1, round(SEARCH_SHARE * len(rows.ids)))
-        first[name] = DevRows(*(getattr(rows, f.name)[:at] for f in fields(DevRows)))
-        second[name] = DevRows(*(getattr(rows, f.name)[at:] for f in fields(DevRows)))
+        arrays = {f.name: getattr(rows, f.name) for f in fields(DevRows) if f.name != "n_rows"}
+        first[name] = replace(rows, **{key: array[:at] for key, array in arrays.items()})
+        second[name] = replace(rows, **{key: array[at:] for key, array in arrays.items()})
     return joined(first, round(SEARCH_SHARE * limit)), joined(second, round((1 - SEARCH_SHARE) * limit))
 
 
@@ -216,13 +207,16 @@ def plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
-    for axis, key, title in (
-        (axes[0], "loss", "held-out loss of answer tokens (nats)"),
-        (axes[1], "exact", "held-out answers exact"),
+    # All trits are so far above the others that only a logarithm shows both.
+    lowest = min(p["loss"] for points in found.values() for p in points)
+    axes[0].set(yscale="log")
+    for axis, key, less, title in (
+        (axes[0], "loss", lowest - 0.002, f"held-out loss of answer tokens above {lowest:.3f} (nats)"),
+        (axes[1], "exact", 0.0, "held-out answers exact"),
     ):
         for name, points in found.items():
             style = "x" if len(points) == 1 else ".-" if name != "post-hoc" else ".:"
-            axis.plot([p["bytes"] / 1e6 for p in points], [p[key] for p in points], style, label=name, ms=8)
+            axis.plot([p["bytes"] / 1e6 for p in points], [p[key] - less for p in points], style, label=name, ms=8)
         axis.set(title=title, xlabel="file (MB)")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)

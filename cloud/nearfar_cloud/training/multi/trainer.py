@@ -12,11 +12,12 @@ from torch import Tensor
 
 from nearfar.errors import NearfarError
 from nearfar_cloud.training import schedule
+from nearfar_cloud.training.checkpoint import Checkpoint
 from nearfar_cloud.training.multi.linear import MultiDecoder
 from nearfar_cloud.training.multi.sampling import Draw, mean_bits
 from nearfar_cloud.training.recipe import Recipe
 from nearfar_cloud.training.schedule import Budget
-from nearfar_cloud.training.trainer import MAX_BAD_STEPS, Batches, as_tensors
+from nearfar_cloud.training.trainer import MAX_BAD_STEPS, MOMENTS, Batches, as_tensors
 
 PAIR_LR = 3e-3
 SHARED_LR = 1e-3  # of latents, embedding and norms, where they train as well
@@ -80,6 +81,38 @@ class MultiTrainer:
         self.seconds += time.perf_counter() - start
         mean = mean_bits(assignment, self.model.matrices)
         return Report(self.n, self.tokens, self.seconds, lr, mean, ce_now, kl_now, norm)
+
+    def checkpoint(self) -> Checkpoint:
+        """What `restore` needs to go on as if nothing had happened; what is frozen is the parent's and stays out."""
+        tensors = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                tensors[f"model.{name}"] = p.detach().clone()
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().clone()
+        state = {
+            "step": self.n,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "bad_steps": self.bad_steps,
+            "mix": self.batches.state(),
+            "rng": self.rng.bit_generator.state,
+        }
+        return Checkpoint(tensors, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up a training of the same parent where `checkpoint` left it."""
+        tensors, state = checkpoint.tensors, checkpoint.state
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(tensors[f"model.{name}"])
+                if moments := {k: tensors[at] for k in MOMENTS if (at := f"optimizer.{k}.{name}") in tensors}:
+                    self.optimizer.state[p] = moments
+        self.batches.restore(state["mix"])
+        self.rng.bit_generator.state = state["rng"]
+        self.n, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.bad_steps = state["bad_steps"]
 
     def _logits(
         self, assignment: str, ids: Tensor, pos: Tensor, doc: Tensor, rows: Tensor, exit_layer: int | None

@@ -1,0 +1,30 @@
+"""What an engine has done since its start: for metrics and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums over all steps; seconds are those of the engine's clock."""
+
+    steps: int = 0
+    rows: int = 0  # through all layers; those through some count in part
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
+    swapped: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    steps_after_cancel: int = 0  # steps that ran while a cancelled sequence had not been stopped yet: 1 each at most
+    prefix_hits: int = 0  # blocks that a sequence found computed when it got memory, and full ones that it did not
+    prefix_misses: int = 0
+    prefix_evicted: int = 0  # blocks that only the prefix cache held, and that had to make room
+    plan_s: float = 0.0
+    run_s: float = 0.0
+    expected_s: float = 0.0  # of run_s, as the cost model said before
+    commit_s: float = 0.0

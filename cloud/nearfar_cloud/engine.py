@@ -1,0 +1,384 @@
+"""The loop of the core: drain, plan, apply, run, commit.  One thread calls `step`; everything else is an inbox.
+
+submit, abort, extend ──> inbox ──> step ──> plan (scheduling) ──> pool ──> executor.run ──> commit ──> outputs
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from nearfar.errors import UsageError
+from nearfar_cloud.counts import Counts
+from nearfar_cloud.executors.base import Executor, Ids, Result, batch_work, run_or_find
+from nearfar_cloud.kv import prefix
+from nearfar_cloud.kv.pool import BLOCK, KVPool, n_blocks_of
+from nearfar_cloud.scheduling.compose import Composer
+from nearfar_cloud.scheduling.cost import CostModel
+from nearfar_cloud.scheduling.queue import Waiting
+from nearfar_cloud.scheduling.spec import Speculation
+from nearfar_cloud.scheduling.view import EngineView
+from nearfar_cloud.types import (
+    Admit,
+    Array,
+    Finish,
+    LogitsHook,
+    Output,
+    Preempt,
+    Request,
+    Seq,
+    Served,
+    Status,
+    StepPlan,
+    SwapIn,
+    Work,
+)
+
+
+class Engine:
+    """Serves sequences on one executor.
+
+    `speculation`: who guesses, and how much of it is worth checking; None: nobody.
+    `prefix_cache`: full blocks serve later requests of a tenant that begin alike; None: as the facts of the model say.
+    `cost`: what was learned earlier about the time of a step; None: nothing.
+    `parked_rows`: how many rows may wait between two layers, of `d_model` numbers each.
+    `clock`: seconds; a simulator brings its own.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        composer: Composer,
+        *,
+        speculation: Speculation | None = None,
+        prefix_cache: bool | None = None,
+        cost: CostModel | None = None,
+        parked_rows: int = 1 << 14,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.executor, self.composer, self.speculation = executor, composer, speculation
+        self.facts = executor.facts
+        self.prefix_cache = self.facts.prefix_cache if prefix_cache is None else prefix_cache
+        self.parked_rows, self.clock = parked_rows, clock
+        self.pool = KVPool(executor.n_blocks)
+        self.counts, self.cost = Counts(), cost or CostModel(self.facts.n_layers, experts=self.facts.experts)
+        self.copy_s = 2e-4  # of one block to another place: a guess until some have been copied
+        self.seqs: dict[int, Seq] = {}  # all of them; each one holds memory, waits for some, or is to be a branch
+        self.holding: dict[int, Seq] = {}
+        self.waiting = Waiting()
+        self.branches: dict[int, list[Seq]] = {}  # sequence -> those that begin with its prompt once that is computed
+        self._chains: dict[int, prefix.Chain] = {}
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._numbers = itertools.count(1)
+        self._outputs: list[Output] = []
+
+    @property
+    def n_blocks(self) -> int:
+        """What one sequence may hold at most."""
+        return self.pool.n_blocks
+
+    # ------------------------------------------------------------ what other threads may call
+
+    def submit(self, req: Request, hook: LogitsHook | None = None) -> int:
+        """Queue a request; returns the number of its sequence.  UsageError, ContextError: it can never be served."""
+        self.facts.check(req, self.n_blocks)
+        s = self._new(req, hook)
+        self._inbox.put(lambda: self._arrive([s]))
+        return s.id
+
+    def submit_branches(self, req: Request, n: int, hooks: Sequence[LogitsHook | None] | None = None) -> list[int]:
+        """`n` answers to one prompt, each as a request alone with the seed `seed + i` would get it.
+
+        The prompt is computed once.  Its full blocks are shared; what lies in the block that it does not fill is
+        computed by each, at most 64 rows: no block is then ever written by two, and nothing has to be copied.
+        Raises as `submit` does, and UsageError for rows from outside and for several means of one prompt.
+        """
+        hooks = [None] * n if hooks is None else hooks
+        requests = branches_of(req, n, len(hooks))
+        self.facts.check(req, self.n_blocks)
+        seqs = [self._new(r, hook) for r, hook in zip(requests, hooks, strict=True)]
+        self._inbox.put(lambda: self._arrive(seqs))
+        return [s.id for s in seqs]
+
+    def abort(self, seq: int) -> None:
+        """Stop a sequence; its blocks are free after the next step.  One that is done already stays done."""
+        n_steps = self.counts.steps
+        self._inbox.put(lambda: self._cancel(seq, n_steps))
+
+    def extend(self, seq: int, rows: Array) -> None:
+        """Further rows [n, D] of a sequence that takes rows; one token is decided behind the last of them."""
+        if rows.ndim != 2 or not len(rows) or rows.shape[1] != self.facts.d_model:
+            raise UsageError(f"rows of shape {rows.shape}: expected [n, {self.facts.d_model}], n >= 1")
+        self._inbox.put(lambda: self._extend(seq, rows))
+
+    # ------------------------------------------------------------ the loop
+
+    def step(self) -> list[Output]:
+        """One pass over what is most urgent; what it decided.  Nothing to do: an empty list at once."""
+        self._drain()
+        started, view = self.clock(), self.view()
+        self._guess(view)
+        plan = self.composer.plan(view)
+        self._apply(plan)
+        batch = [batch_work(self.seqs[w.seq], w) for w in plan.works]
+        planned = self.clock()
+        results = run_or_find(self.executor, batch) if batch else []
+        ran = self.clock()
+        served = [self._commit(work, result) for work, result in zip(plan.works, results, strict=True)]
+        self._learn(plan, [x for x in served if x is not None], ran - planned)
+        outputs, self._outputs = self._outputs, []
+        c = self.counts
+        c.steps += bool(plan.works)
+        c.rows += sum(w.rows(self.facts.n_layers) for w in plan.works)
+        c.prefix_evicted = self.pool.n_evicted
+        c.plan_s += planned - started
+        c.run_s += ran - planned
+        c.commit_s += self.clock() - ran
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something, as far as this thread can know."""
+        return not self._inbox.empty() or any(s.gap() is not None for s in self.seqs.values())
+
+    def view(self) -> EngineView:
+        holding = tuple(self.holding.values())
+        return EngineView(
+            now=self.clock(),
+            seqs=(*holding, *self.waiting.window()),
+            n_blocks=self.pool.n_blocks,
+            n_free=self.pool.n_free,
+            n_parkable=self.parked_rows - sum(s.n_parked for s in holding),
+            hit=self._hit,
+            n_freed=lambda s, promised: sum(self.pool.references[b] == 1 and b not in promised for b in s.blocks),
+            can_swap=lambda s: self.executor.can_swap(len(s.blocks)),
+            swap_s=lambda s: 2 * self.copy_s * len(s.blocks),
+            cost=self.cost,
+        )
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except Empty:
+                return
+
+    def _guess(self, view: EngineView) -> None:
+        if self.speculation is not None:
+            for seq, drafts in self.speculation.propose(view).items():
+                self.seqs[seq].drafts = drafts
+
+    def _learn(self, plan: StepPlan, served: Sequence[Served], seconds: float) -> None:
+        """Tell those who decide what the step came to."""
+        self.counts.expected_s += self.cost.predict(plan.works)
+        self.cost.observe(plan.works, seconds)
+        if self.speculation is not None:
+            self.speculation.observe(served)
+        self.composer.observe(served, self.view())
+
+    def _apply(self, plan: StepPlan) -> None:
+        """The memory of the plan: what is given up, then what is shared, then what is new."""
+        for op in plan.kv_ops:
+            if isinstance(op, Preempt):
+                self._preempt(self.seqs[op.seq], op)
+        for op in plan.kv_ops:
+            if isinstance(op, Admit):
+                self.waiting.discard(self.seqs[op.seq])
+                self._begin(self.seqs[op.seq], op.cached)
+        for op in plan.kv_ops:
+            if isinstance(op, SwapIn):
+                s = self.seqs[op.seq]
+                s.blocks, s.status = self.pool.alloc(n_blocks_of(s.reached)), Status.RUNNING
+                self._copy(self.executor.swap_in, s, s.blocks)
+        for w in plan.works:
+            s = self.seqs[w.seq]
+            need = n_blocks_of(w.end) - len(s.blocks)
+            if need > 0:
+                s.blocks += self.pool.alloc(need, s.blocks[-1] if s.blocks else None)
+
+    def _begin(self, s: Seq, blocks: Sequence[int]) -> None:
+        """`s` holds memory from now on, and has `blocks` in common with whoever computed them."""
+        self.pool.share(blocks)
+        s.blocks, s.status, s.n_published = list(blocks), Status.RUNNING, len(blocks)
+        s.n_cached = BLOCK * len(blocks)
+        s.admitted = self.clock() if s.admitted is None else s.admitted
+        for stage in s.stages:
+            stage.computed = s.n_cached
+        self.holding[s.id] = s
+        self.counts.cached_tokens += s.n_cached
+        if self._is_kept(s):
+            self.counts.prefix_hits += len(blocks)
+            self.counts.prefix_misses += (s.n_known - 1) // BLOCK - len(blocks)
+
+    def _copy(self, move: Callable[[int, Ids], None], s: Seq, blocks: Sequence[int]) -> None:
+        """Blocks of `s` to where they wait, or back; what one took is learned."""
+        started = self.clock()
+        move(s.id, np.asarray(blocks, np.int32))
+        self.copy_s += 0.3 * ((self.clock() - started) / len(blocks) - self.copy_s)
+
+    def _preempt(self, s: Seq, op: Preempt) -> None:
+        s.drafts = []
+        if op.how == "swap":
+            s.truncate(s.n_known)  # no draft is taken along
+            self._copy(self.executor.swap_out, s, s.blocks[: n_blocks_of(s.reached)])
+            s.status = Status.SWAPPED
+            self.counts.swapped += 1
+        else:
+            s.reset()
+            self.executor.drop(s.id)
+            s.status = Status.WAITING
+            del self.holding[s.id]
+            self.waiting.add(s)
+        self.pool.release(s.blocks)
+        s.blocks, s.n_published = [], 0
+        s.n_preempted += 1
+        self.counts.preempted += 1
+
+    def _commit(self, w: Work, result: Result) -> Served | None:
+        """What `w` computed counts, drafts are accepted or forgotten, full blocks are published, tokens go out."""
+        s = self.seqs[w.seq]
+        if result.error:
+            self.counts.failed += 1
+            self._finish(s, "error", result.error)
+            return None
+        s.advance(w)
+        n_out, begun = s.n_out, max(s.n_begun, w.start)
+        s.n_begun = max(s.n_begun, min(w.end, s.n_prompt))
+        finish = self._decide(s, w, result) if w.sample else None
+        if s.computed >= BLOCK * (s.n_published + 1) and self._is_kept(s):
+            chain = self._chain(s).upto(s.ids, s.computed)
+            for i in range(s.n_published, len(chain)):
+                self.pool.publish(s.blocks[i], chain[i])
+            s.n_published = max(s.n_published, len(chain))
+        self._branch(s)
+        if finish:
+            self._release(s)
+        return Served(s, w, max(0, s.n_begun - begun), s.n_out - n_out, max(0, len(result.ids) - 1))
+
+    def _decide(self, s: Seq, w: Work, result: Result) -> Finish | None:
+        """Append the tokens of a result, as far as the request wants them, and tell; whether it is the end."""
+        now = self.clock()
+        ids: list[int] = []
+        finish: Finish | None = None
+        for token in result.ids:
+            if token in s.req.stop_ids:
+                finish = "stop"
+                break
+            ids.append(token)
+            if s.n_out + len(ids) == s.req.max_tokens:
+                finish = "length"
+                break
+        s.ids += ids
+        s.n_out += len(ids)
+        s.drafts = []
+        if not s.takes_rows:
+            s.truncate(s.n_known - 1)  # rows of wrong drafts do not count; the last token has not been run
+        s.first_token, s.last_token = now if s.first_token is None else s.first_token, now
+        s.n_drafted, s.n_accepted = s.n_drafted + w.sample - 1, s.n_accepted + len(result.ids) - 1
+        self.counts.drafted += w.sample - 1
+        self.counts.accepted += len(result.ids) - 1
+        self.counts.generated_tokens += len(ids)
+        facts, told = s.facts(now) if finish else None, result.logprobs[: len(ids)]
+        self._outputs.append(Output(s.id, tuple(ids), finish, told, facts=facts, pooled=result.pooled))
+        return finish
+
+    # ------------------------------------------------------------ coming and going
+
+    def _new(self, req: Request, hook: LogitsHook | None) -> Seq:
+        s = Seq.new(next(self._numbers), req, self.facts.n_layers, self.clock())
+        s.hook = hook
+        return s
+
+    def _arrive(self, seqs: list[Seq]) -> None:
+        """The first one waits for memory, others of the same prompt for the first one."""
+        for s in seqs:
+            self.seqs[s.id] = s
+            self.counts.prompt_tokens += s.n_known
+        self._queue(seqs)
+
+    def _queue(self, seqs: list[Seq]) -> None:
+        """As `_arrive`, or again, when the first one has gone before its prompt was computed."""
+        seqs = [s for s in seqs if s.status is not Status.DONE]
+        for s in seqs if seqs and n_shareable(seqs[0]) == 0 else seqs[:1]:
+            self.waiting.add(s)
+        if len(seqs) > 1 and n_shareable(seqs[0]):
+            self.branches[seqs[0].id] = seqs[1:]
+
+    def _branch(self, s: Seq) -> None:
+        """Those who wait for the prompt of `s` begin with its full blocks, once they are computed.
+
+        They take no block, so no policy is asked; the blocks that they need then are taken as by all who run.
+        """
+        n = n_shareable(s)
+        if s.id in self.branches and s.computed >= n * BLOCK:
+            for branch in self.branches.pop(s.id):
+                if branch.status is not Status.DONE:
+                    self._begin(branch, s.blocks[:n])
+
+    def _extend(self, seq: int, rows: Array) -> None:
+        s = self.seqs.get(seq)
+        if s is None:
+            return
+        if s.n_rows + len(rows) > min(self.facts.n_ctx, BLOCK * self.pool.n_blocks):
+            self._finish(s, "error", f"{s.n_rows + len(rows)} rows: the model and its cache hold fewer")
+            return
+        s.rows.append(rows)
+        s.n_rows += len(rows)
+
+    def _cancel(self, seq: int, n_steps: int) -> None:
+        """Stop a sequence, if there still is one; so many steps had ended when somebody asked for it."""
+        if seq in self.seqs:
+            self.counts.cancelled += 1
+            self.counts.steps_after_cancel += self.counts.steps - n_steps
+            self._finish(self.seqs[seq], "abort")
+
+    def _finish(self, s: Seq, finish: Finish, error: str = "") -> None:
+        self._outputs.append(Output(s.id, (), finish, (), error, s.facts(self.clock())))
+        self._release(s)
+
+    def _release(self, s: Seq) -> None:
+        self.pool.release(s.blocks)
+        s.blocks, s.status = [], Status.DONE
+        self.executor.drop(s.id)
+        self._chains.pop(s.id, None)
+        del self.seqs[s.id]
+        self.holding.pop(s.id, None)
+        self.waiting.discard(s)
+        self._queue(self.branches.pop(s.id, []))
+
+    # ------------------------------------------------------------ the prefix cache
+
+    def _is_kept(self, s: Seq) -> bool:
+        """Whether full blocks of `s` serve later sequences."""
+        return self.prefix_cache and not s.takes_rows
+
+    def _chain(self, s: Seq) -> prefix.Chain:
+        if s.id not in self._chains:
+            salt = prefix.salt(s.req.objective.tenant, self.facts.fingerprint)
+            self._chains[s.id] = prefix.Chain(salt)
+        return self._chains[s.id]
+
+    def _hit(self, s: Seq) -> tuple[tuple[int, ...], int]:
+        """Blocks that hold the beginning of `s`; at least one row stays to be run, for its logits."""
+        if not self._is_kept(s) or s.req.pooled:  # a mean needs all rows
+            return (), 0
+        blocks = self.pool.match(self._chain(s).upto(s.ids, s.n_known - 1))
+        return tuple(blocks), self.pool.n_idle(blocks)
+
+
+def n_shareable(s: Seq) -> int:
+    """Blocks that the prompt fills, but for its last row, which everyone runs for its logits."""
+    return (s.n_prompt - 1) // BLOCK
+
+
+def branches_of(req: Request, n: int, n_hooks: int) -> list[Request]:
+    """`n` requests that differ in their seeds.  Raises UsageError for what has no branches, or not so many hooks."""
+    if n < 1 or n_hooks != n or req.rows is not None or (n > 1 and req.pooled):  # a mean needs all rows
+        raise UsageError(f"{n} answers with {n_hooks} hooks: expected ids, n >= 1 and a hook (or None) for each")
+    seeds = [(req.sampling.seed + i) % (1 << 64) for i in range(n)]
+    return [replace(req, sampling=replace(req.sampling, seed=seed)) for seed in seeds]

@@ -1,0 +1,1 @@
+"""What runs a batch: here, in another process, or on a clock."""

@@ -1,0 +1,141 @@
+"""What an engine asks of whoever computes: run a batch, move blocks.  Arrays of numpy, for it may be far away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.errors import ContextError, UsageError
+from nearfar.sampling import Sampling
+from nearfar_cloud.kv.pool import BLOCK, n_blocks_of
+from nearfar_cloud.scheduling.cost import Experts
+from nearfar_cloud.types import Array, LayerRange, LogitsHook, Logprobs, Request, Seq, Work
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the engine has to know of a model.
+
+    `prefix_cache`: whether blocks may serve later requests that begin alike.  They hold the same bits as computed anew,
+    so no answer depends on it; off for a model that is better off without (hits too rare for the memory, or an executor
+    whose rows are not the same in every batch).
+    """
+
+    fingerprint: str
+    n_layers: int
+    d_model: int
+    n_vocab: int
+    n_ctx: int
+    prefix_cache: bool = True
+    experts: Experts | None = None  # of a mixture
+
+    def check(self, req: Request, n_blocks: int) -> None:
+        """UsageError, ContextError: a request that this model with so many blocks can never serve."""
+        if req.rows is not None:
+            if req.rows.ndim != 2 or req.rows.shape[1] != self.d_model:
+                raise UsageError(f"rows of shape {req.rows.shape}: expected [n, {self.d_model}]")
+            if not 0 < req.entry < self.n_layers:
+                raise UsageError(f"rows enter at layer {req.entry}: expected 1..{self.n_layers - 1}")
+            n = len(req.rows)
+        else:
+            if min(req.ids) < 0 or max(req.ids) >= self.n_vocab:
+                raise UsageError(f"ids {min(req.ids)}..{max(req.ids)}: the vocabulary holds 0..{self.n_vocab - 1}")
+            n = len(req.ids) + req.max_tokens
+        limit = min(self.n_ctx, BLOCK * n_blocks)
+        if n > limit:
+            raise ContextError(f"prompt and answer take {n} positions: the model and its cache hold {limit}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Decide the tokens behind the last `1 + len(drafts)` rows of a work: each draft holds iff it is what is chosen."""
+
+    position: int  # of the first token that is decided
+    recent: Sequence[int]  # the ids before it, as far as penalties look back
+    drafts: tuple[int, ...]
+    sampling: Sampling
+    n_logprobs: int
+    hook: LogitsHook | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchWork:
+    """One work with all that it needs.  `ids` [n] or `rows` [n, D] where it enters; neither if its rows are parked."""
+
+    seq: int
+    start: int
+    n: int
+    layers: LayerRange
+    blocks: Ids  # of positions 0..start+n-1
+    ids: Ids | None
+    rows: Array | None
+    ask: Ask | None
+    pooled: bool = False  # the rows of the last layer are summed up, over all works of the sequence
+
+
+def batch_work(s: Seq, w: Work) -> BatchWork:
+    """Work `w` of sequence `s` with what an executor needs for it."""
+    ids = rows = ask = None
+    if w.layers.first == s.req.entry:
+        if s.takes_rows:
+            if len(s.rows) > 1:
+                s.rows = [np.concatenate(s.rows)]
+            rows = s.rows[0][w.start : w.end]
+        else:
+            ids = np.asarray((s.ids[w.start : w.end] + s.drafts)[: w.n], np.int32)
+    if w.sample:
+        window = s.req.sampling.repetition_window
+        ask = Ask(
+            position=s.n_known,
+            recent=s.ids[-window:] if window else [],
+            drafts=tuple(s.drafts[: w.sample - 1]),
+            sampling=s.req.sampling,
+            n_logprobs=s.req.n_logprobs,
+            hook=s.hook,
+        )
+    blocks = np.asarray(s.blocks[: n_blocks_of(w.end)], np.int32)
+    return BatchWork(s.id, w.start, w.n, w.layers, blocks, ids, rows, ask, s.req.pooled)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one work: the tokens decided (accepted drafts, then one), or what is wrong with it."""
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    error: str = ""
+    pooled: Array | None = None  # f32 [D], with the last work of a sequence that asks for it
+
+
+class Executor(Protocol):
+    """Owns weights, blocks, parked rows and copies.  `run` is all or nothing for what the engine may see."""
+
+    facts: ModelFacts
+    n_blocks: int
+
+    def run(self, batch: Sequence[BatchWork]) -> list[Result]: ...
+
+    def swap_out(self, seq: int, blocks: Ids) -> None: ...  # keep a copy of the blocks, in order
+
+    def swap_in(self, seq: int, blocks: Ids) -> None: ...  # and put it back into as many others
+
+    def can_swap(self, n_blocks: int) -> bool: ...
+
+    def drop(self, seq: int) -> None: ...  # copies, parked rows and sums of a sequence
+
+
+def run_or_find(executor: Executor, batch: Sequence[BatchWork]) -> list[Result]:
+    """Run a batch; if that fails, halves of it, until the work that fails is alone: it harms no other one."""
+    try:
+        return executor.run(batch)
+    except Exception as error:  # the boundary to whatever computes
+        if len(batch) == 1:
+            return [Result(error=f"{type(error).__name__}: {error}")]
+        half = len(batch) // 2
+        return run_or_find(executor, batch[:half]) + run_or_find(executor, batch[half:])

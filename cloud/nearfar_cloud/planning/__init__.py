@@ -1,0 +1,1 @@
+"""What a machine and a schedule will do, before they do it: workloads, replay, reports, measured costs, rooflines."""

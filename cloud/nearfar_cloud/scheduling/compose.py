@@ -1,0 +1,170 @@
+"""A plan out of a chain of policies.  Keeps what no policy may break: memory, and that somebody always gets on.
+
+order, rows -> for each: admit? -> the gap -> shape, shape, shape -> blocks, if need be from the last in order -> plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+from nearfar_cloud.kv.pool import BLOCK, n_blocks_of
+from nearfar_cloud.scheduling.policy import Policy
+from nearfar_cloud.scheduling.view import EngineView
+from nearfar_cloud.types import Admit, KVOp, LayerRange, Preempt, Seq, Served, Status, StepPlan, SwapIn, Work
+
+How = Literal["recompute", "swap"]
+Preemption = Literal["recompute", "swap", "cheaper"]  # the last: whichever is expected to take less time
+
+
+class Composer:
+    """Owns the chain.  `plan` is a function of the view and of what the policies have observed."""
+
+    def __init__(self, policies: Sequence[Policy], preemption: Preemption = "recompute") -> None:
+        self.policies, self.preemption = tuple(policies), preemption
+
+    def plan(self, view: EngineView) -> StepPlan:
+        """The next step; empty when nothing can run."""
+        return _Planning(self, view).run()
+
+    def observe(self, served: Sequence[Served], view: EngineView) -> None:
+        """What the step of a plan came to."""
+        for policy in self.policies:
+            policy.observe(served, view)
+
+
+class _Planning:
+    """The state of one planning: what is left of rows and blocks."""
+
+    def __init__(self, composer: Composer, view: EngineView) -> None:
+        self.policies, self.preemption, self.view = composer.policies, composer.preemption, view
+        budgets = [b for p in self.policies if (b := p.budget(view)) is not None]
+        self.left = min(budgets, default=1 << 30)
+        self.free, self.parkable = view.n_free, view.n_parkable
+        self.n_layers = view.cost.n_layers
+        self.works: dict[int, Work] = {}  # by sequence
+        self.ops: list[KVOp] = []
+        self.added: dict[int, int] = {}  # sequence -> blocks that this plan gives it
+        self.preempted: set[int] = set()
+        self.promised: set[int] = set()  # cached blocks that this plan shares with somebody
+
+    def run(self) -> StepPlan:
+        order = rows = self.view.seqs
+        for policy in self.policies:
+            order, rows = policy.order(order, self.view), policy.rows(rows, self.view)
+        self.order = order
+        closed = False
+        for s in rows:
+            if self.left <= 0:
+                break
+            if s.status is Status.DONE or s.id in self.preempted or (s.status is Status.SWAPPED and s.gap() is None):
+                continue
+            if s.status is not Status.RUNNING:
+                # Nobody overtakes a waiting sequence by being small: the large ones would wait for ever.
+                closed = closed or not self._admit(s)
+            if not closed or s.status is Status.RUNNING:
+                self._run(s)
+        return StepPlan(tuple(self.works.values()), tuple(self.ops))
+
+    @cached_property
+    def place(self) -> dict[int, int]:
+        """Sequence -> where it stands in order; asked for only when blocks are short."""
+        return {s.id: i for i, s in enumerate(self.order)}
+
+    @cached_property
+    def victims(self) -> list[Seq]:
+        """Who gives way first stands last: what has nothing to run, then the last in order."""
+        return sorted((s for s in self.order if s.status is Status.RUNNING), key=lambda s: s.gap() is None)
+
+    def _admit(self, s: Seq) -> bool:
+        """Whether `s` gets memory; then its op is in the plan."""
+        if not all(policy.admit(s, self.view) for policy in self.policies):
+            return False
+        # The known positions and a block more, if it will need one: else it would be the next victim.
+        room = min(n_blocks_of(s.n_known) + 1, n_blocks_of(s.n_reserved))
+        cached, n_idle = ((), 0) if s.status is Status.SWAPPED else self.view.hit(s)
+        if self.preempted:
+            n_idle = len(cached)  # some of them may have been a victim's
+        while room - len(cached) + n_idle > self.free and self._preempt(s):
+            n_idle = len(cached)
+        if room - len(cached) + n_idle > self.free:
+            return False
+        if s.status is Status.SWAPPED:
+            self.added[s.id] = n_blocks_of(s.reached)
+            self.free -= n_blocks_of(s.reached)
+            self.ops.append(SwapIn(s.id))
+        else:
+            self.added[s.id] = len(cached)
+            self.free -= n_idle
+            self.promised.update(cached)
+            self.ops.append(Admit(s.id, cached))
+        return True
+
+    def _run(self, s: Seq) -> None:
+        """Plan a part of the gap of `s`, if there is one, rows are left and blocks can be had."""
+        work: Work | None = self._gap(s)
+        for policy in self.policies:
+            if work is not None:
+                work = policy.shape(work, s, self.left, self.view)
+        if work is None or work.n <= 0:
+            return
+        most = self.left * self.n_layers // work.layers.n
+        if most < work.n:
+            work = work.narrowed(s, most)
+        parks = work.layers.first == s.req.entry and work.layers.last < self.n_layers
+        if parks:
+            work = work.narrowed(s, self.parkable)
+        if work.n <= 0:
+            return
+        have = len(s.blocks) + self.added.get(s.id, 0)
+        need = max(0, n_blocks_of(work.end) - have)
+        while need > self.free and self._preempt(s):
+            pass
+        if need > self.free:
+            fits = (have + self.free) * BLOCK - work.start
+            if fits <= 0:
+                return
+            work = work.narrowed(s, fits)
+            need = max(0, n_blocks_of(work.end) - have)
+        self.free -= need
+        self.added[s.id] = self.added.get(s.id, 0) + need
+        self.parkable -= work.n if parks else 0
+        self.left -= work.rows(self.n_layers)
+        self.works[s.id] = work
+
+    def _gap(self, s: Seq) -> Work | None:
+        """The gap as it will be once the memory ops of the plan are done."""
+        if s.status is not Status.WAITING:
+            return s.gap()
+        start = BLOCK * self.added[s.id]  # only cached blocks so far
+        return Work(s.id, start, s.n_known - start, LayerRange(s.req.entry, s.n_layers), 0).with_sample(s)
+
+    def _how(self, victim: Seq) -> How:
+        """What its blocks are kept by; swapped where that is asked for, or cheaper, and a tier has room."""
+        if self.preemption == "recompute" or not self.view.can_swap(victim):
+            return "recompute"
+        if self.preemption == "cheaper":
+            again = Work(victim.id, 0, victim.reached, LayerRange(victim.req.entry, self.n_layers), 0)
+            if self.view.cost.predict([again]) <= self.view.swap_s(victim):
+                return "recompute"
+        return "swap"
+
+    def _preempt(self, s: Seq) -> bool:
+        """Take the memory of the last in order who stands behind `s`, or of somebody who has nothing to run.
+
+        What was planned for the victim is not.
+        """
+        for victim in reversed(self.victims):
+            if victim is s or victim.id in self.preempted or not victim.blocks:
+                continue
+            if victim.gap() is not None and self.place[victim.id] < self.place[s.id]:
+                return False  # all others stand before it, too
+            self.ops.append(Preempt(victim.id, self._how(victim)))
+            self.preempted.add(victim.id)
+            if (work := self.works.pop(victim.id, None)) is not None:
+                self.left += work.rows(self.n_layers)
+                self.free += self.added.pop(victim.id)
+            self.free += self.view.n_freed(victim, self.promised)
+            return True
+        return False

@@ -1,0 +1,25 @@
+"""What policies see of the engine: nothing that they could change, no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from nearfar_cloud.scheduling.cost import CostModel
+from nearfar_cloud.types import Seq
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """One moment.  Policies read the sequences and change nothing."""
+
+    now: float  # seconds, of the engine's clock
+    seqs: Sequence[Seq]  # all that hold memory, in blocks or in a tier; then a window of those that wait for some
+    n_blocks: int
+    n_free: int  # blocks that could be had at once
+    n_parkable: int  # rows for which there is room between two layers
+    hit: Callable[[Seq], tuple[tuple[int, ...], int]]  # blocks the prefix cache has, and how many of them are idle
+    n_freed: Callable[[Seq, Collection[int]], int]  # blocks that only this sequence holds, but for those promised
+    can_swap: Callable[[Seq], bool]  # whether a tier has room
+    swap_s: Callable[[Seq], float]  # to copy its blocks there and back, by what copies have taken
+    cost: CostModel

@@ -42,6 +42,7 @@ from nearfar_cloud.training.tokenizer import RowTokenizer  # noqa: E402
 from tests.cloud import mini_data  # noqa: E402
 from tests.cloud.logits import engine_logits, torch_logits  # noqa: E402
 from tests.cloud.toy_batches import ToyBatches, tiny_recipe  # noqa: E402
+from tests.outside import llama_cpp_that_runs  # noqa: E402
 
 # As in test_export: training keeps the rows of the head in f32, the file's head takes them as int8; now and then a
 # last bit of a norm also moves an activation across a rounding boundary.  Logits are about 1 in size.
@@ -162,7 +163,7 @@ def test_an_outside_engine_runs_every_packed_assignment(
     model: MultiDecoder, tokenizer: RowTokenizer, tmp_path: Path
 ) -> None:
     """Stock llama.cpp opens the files: types may differ from matrix to matrix.  Rows of trits are int8 by 256 there."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra [llama])")
+    llama_cpp = llama_cpp_that_runs("Q8_0", "Q4_0", "TQ2_0")
     points = [Point(a, 1.0) for a in ASSIGNMENTS]
     write_master(model, tokenizer, tmp_path / "master.gguf", card={"name": "tiny"}, points=points)
     with Master.open(tmp_path / "master.gguf") as master:

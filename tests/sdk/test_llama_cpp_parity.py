@@ -17,6 +17,7 @@ from nearfar.home import demo_home
 from nearfar.llm import LLM, MODELS
 from nearfar.lower import Lower, open_lower
 from nearfar.weights import Weights
+from tests.outside import llama_cpp_that_runs
 from tests.tiny import ARCHITECTURES, NATIVE_TYPES, QUANTIZED_TYPES, WEIGHT_TYPES, write_tiny
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra [llama])")
@@ -78,6 +79,7 @@ def test_greedy_tokens_equal_llama_cpp(tmp_path: Path, arch: str, weight_type: s
     if backend == "native":
         pytest.importorskip("nearfar_native._core", reason="the compiled engine is not built")
     embedding = "F32" if weight_type in ("F32", "F16", "BF16") else "Q8_0"
+    llama_cpp_that_runs(weight_type, embedding)
     # ternary rows of 256: there one scale a row (ours) is one scale per 256 (llama.cpp's)
     d_ff = 256 if weight_type.startswith("TQ") else 512
     path = write_tiny(tmp_path / "m.gguf", arch, weight_type, embedding_type=embedding, seed=3, d_ff=d_ff)
@@ -103,6 +105,7 @@ REQUESTS = (
 @pytest.mark.parametrize("request_text", REQUESTS)
 def test_the_shipped_model_makes_the_same_call_in_llama_cpp(request_text: str) -> None:
     """The same file, token for token, at full depth, all with an f32 cache."""
+    llama_cpp_that_runs("TQ2_0", "Q8_0")
     prompt = home_prompt(demo_home().setting(), request_text)
     outside = Outside(MODELS / "nano.gguf")
     for backend in ("numpy", "native"):

@@ -14,6 +14,11 @@
     ├── DataError                8   training or evaluation data in the wrong form
     │   └── MissingDataError          ... or not in the folder at all
     ├── EngineBusy               9   a second thread entered an engine that is at work
+    ├── WireError               10   bytes or messages of another machine that make no sense
+    ├── UpperError              11   whoever runs the upper layers refuses, or cannot be reached
+    │   ├── MismatchError             ... its model, codec or settings are not the device's
+    │   └── Diverged                  ... the two sides hold different rows: the answer ends at its last final token
+    ├── EgressDenied            12   the policy forbids to send this
     └── Cancelled              130   stopped on request; everything is as it was before the call
 
 The number is the exit code of the command line.
@@ -109,6 +114,32 @@ class EngineBusy(NearfarError):
     """A second thread entered an engine that is at work."""
 
     exit_code = 9
+
+
+class WireError(NearfarError):
+    """Bytes or messages of another machine that make no sense."""
+
+    exit_code = 10
+
+
+class UpperError(NearfarError):
+    """Whoever runs the upper layers refuses, or cannot be reached."""
+
+    exit_code = 11
+
+
+class MismatchError(UpperError):
+    """The model, codec or settings of the upper side are not those of the device."""
+
+
+class Diverged(UpperError):
+    """The two sides hold different rows; the answer ends at its last final token."""
+
+
+class EgressDenied(NearfarError):
+    """The policy forbids to send this."""
+
+    exit_code = 12
 
 
 class Cancelled(NearfarError):

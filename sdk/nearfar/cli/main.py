@@ -32,12 +32,14 @@ VERBS = {
 
 EXIT_CODES = """\
 exit codes:
-  0  done                                   6  a schema that is wrong or cannot be satisfied
-  1  something failed                       7  an optional package is not installed
-  2  arguments that cannot be used          8  training or evaluation data in the wrong form
-  3  a file missing, cut short or damaged   9  the engine is at work for another thread
-  4  a sound file this build cannot run   130  stopped by Ctrl-C
-  5  more tokens than the context holds
+  0  done                                   8  training or evaluation data in the wrong form
+  1  something failed                       9  the engine is at work for another thread
+  2  arguments that cannot be used         10  another machine sent what makes no sense
+  3  a file missing, cut short or damaged  11  the upper side refuses, or is out of reach
+  4  a sound file this build cannot run    12  the policy forbids to send it
+  5  more tokens than the context holds   130  stopped by Ctrl-C
+  6  a schema that is wrong or cannot be satisfied
+  7  an optional package is not installed
 
 NEARFAR_DEBUG=1 shows where an unexpected failure came from; `nearfar doctor` lists every variable."""
 

@@ -1,4 +1,4 @@
-"""What a device and whoever runs its upper layers have in common: messages, codecs, sessions, fingerprints, the door out.
+"""What a device and whoever runs its upper layers share: messages, codecs, sessions, fingerprints, the door out.
 
 Ground floor: nothing here computes a layer.  `rpc.py` and the generated stubs are the only files that know gRPC.
 """

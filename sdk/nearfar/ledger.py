@@ -1,0 +1,342 @@
+"""The ledger of one answer: which tokens are final, which are drafts, what the upper side has been asked.
+
+A pure machine: events go in as method calls, effects come out as a list, and nothing here waits, sends or computes.
+`collab.py` drives it; `wire/session.py` is its counterpart on the other side.
+
+    ids      | prompt ......... | final ......... | provisional ...... |
+                                 n_prompt          final               len(ids)
+    rows     | ............................... asked ........ n_rows           (n_rows <= len(ids))
+
+Row i belongs to ids[i] and decides ids[i + 1].  Rows below `asked` have been asked about, each exactly once: an ask for
+rows asked..p brings how many drafts hold and the token at the first place where they end.  Verdicts are applied in the
+order of their asks, so each one speaks of a text whose beginning is final already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+from zlib import crc32
+
+from nearfar.errors import Diverged, WireError
+from nearfar.wire.hashes import START, chain, crc_of_id
+from nearfar.wire.messages import Ask, Commit, Cut, Ids, Need, Opened, Rows, Up, Verdict
+
+Source = Literal["exit", "upper", "verified"]
+MAX_MESSAGE = 16 << 10  # bytes of rows in one message, unless one row is larger
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a head of the device says of the token at `index`; `head` is "exit.2" or the like."""
+
+    head: str
+    conf: float
+
+
+# ------------------------------------------------------------ effects
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: Up
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """The device's cache keeps the first `n` positions: what lies behind was made of a wrong token."""
+
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The token at `index` of the text will not change any more."""
+
+    index: int
+    id: int
+    source: Source
+    draft: Draft | None
+
+
+@dataclass(frozen=True, slots=True)
+class Retract:
+    """Provisional tokens from `index` on were wrong."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """The other side has lost rows: `n` of them are sent again."""
+
+    n: int
+
+
+Effect: TypeAlias = Send | Rewind | Final | Retract | Rebuild
+
+
+@dataclass(slots=True)
+class OpenAsk:
+    """An ask without its verdict yet; one that came too early waits here."""
+
+    ask: Ask
+    verdict: Verdict | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the machine has seen, for reports."""
+
+    drafted: int = 0
+    accepted: int = 0  # drafts that a verdict confirmed
+    retracted: int = 0
+    asks: int = 0
+    stale: int = 0  # messages of an earlier generation, dropped
+    replayed: int = 0  # rows sent again
+    near_ties: int = 0  # verdicts whose two largest logits are closer than 1e-4
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The state of one answer on the device.  `by_ids`: positions travel as token ids instead of rows."""
+
+    ids: list[int]
+    by_ids: bool = False
+    gen: int = 0
+    n_prompt: int = 0
+    final: int = 0  # positions below it are final
+    asked: int = 0  # rows below it have been asked about
+    sent: int = 0  # rows below it have been sent in this generation
+    drafts: dict[int, Draft] = field(default_factory=dict)  # of provisional positions
+    rows: list[bytes] = field(default_factory=list)  # packed; empty with ids
+    crcs: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # chain over crcs: what both sides have to agree on
+    cuts: list[Cut] = field(default_factory=list)
+    open: dict[int, OpenAsk] = field(default_factory=dict)  # by request number, in the order of asking
+    counts: Counts = field(default_factory=Counts)
+    next_req: int = 1
+
+    def __post_init__(self) -> None:
+        self.n_prompt = self.n_prompt or len(self.ids)
+        self.final = self.final or len(self.ids)
+        self.asked = self.asked or len(self.ids) - 1
+
+    # ------------------------------------------------------------ what is where
+
+    @property
+    def n_rows(self) -> int:
+        """Positions that could be sent."""
+        return len(self.ids) if self.by_ids else len(self.rows)
+
+    @property
+    def n_provisional(self) -> int:
+        return len(self.ids) - self.final
+
+    @property
+    def n_unasked(self) -> int:
+        """Rows that nobody has asked about."""
+        return self.n_rows - self.asked
+
+    # ------------------------------------------------------------ the device makes something
+
+    def add_rows(self, pos0: int, rows: Sequence[bytes]) -> None:
+        """Packed rows of the positions from `pos0` on; those that are there already stay."""
+        assert pos0 <= len(self.rows), (pos0, len(self.rows))
+        new = rows[len(self.rows) - pos0 :]
+        self.rows += new
+        self.crcs += [crc32(row) for row in new]
+
+    def add_draft(self, token: int, draft: Draft) -> None:
+        """The next token, provisional."""
+        self.drafts[len(self.ids)] = draft
+        self.ids.append(token)
+        self.counts.drafted += 1
+
+    def decide(self, token: int, draft: Draft) -> list[Effect]:
+        """The next token, final at once on the device's own word (lossy and standalone); open asks no longer count."""
+        assert self.final == len(self.ids), "provisional tokens before one that the device decides"
+        self.ids.append(token)
+        self.open.clear()
+        self.asked = len(self.ids) - 1
+        return self._finalise(len(self.ids), {len(self.ids) - 1: "exit"}, {len(self.ids) - 1: draft})
+
+    def settle(self) -> list[Effect]:
+        """The provisional tokens become final as they are: the link is gone, and the policy says to go on."""
+        self.open.clear()
+        self.asked = max(self.asked, len(self.ids) - 1)
+        sources: dict[int, Source] = dict.fromkeys(range(self.final, len(self.ids)), "exit")
+        return self._finalise(len(self.ids), sources, dict(self.drafts))
+
+    def make_ask(self, *, upto: int | None = None, run: int = 1, deadline_ms: int = 0) -> list[Effect]:
+        """Ask about all rows that are there (or those up to row `upto`), after sending them."""
+        pos = self.n_rows - 1 if upto is None else upto
+        assert self.asked <= pos < self.n_rows, (self.asked, pos, self.n_rows)
+        sending = self.unsent(pos + 1)
+        draft = () if self.by_ids else tuple(self.ids[self.asked + 1 : pos + 1])
+        ask = Ask(self.next_req, self.gen, pos, self.asked, draft, run, deadline_ms)
+        self.open[ask.req] = OpenAsk(ask)
+        self.next_req += 1
+        self.asked = pos + 1
+        self.counts.asks += 1
+        return [*sending, Send(ask)]
+
+    def unsent(self, upto: int | None = None) -> list[Effect]:
+        """Messages with the rows below `upto` (default: all) that this generation has not sent."""
+        end = self.n_rows if upto is None else upto
+        effects: list[Effect] = []
+        while self.sent < end:
+            message = self._ids_from(self.sent, end) if self.by_ids else self._rows_from(self.sent, end)
+            self.sent = message.pos0 + len(message.ids if isinstance(message, Ids) else message.data)
+            effects.append(Send(message))
+        return effects
+
+    def _ids_from(self, first: int, end: int) -> Ids:
+        return Ids(self.gen, first, tuple(self.ids[first : min(end, first + MAX_MESSAGE // 4)]))
+
+    def _rows_from(self, first: int, end: int) -> Rows:
+        n = min(end - first, max(1, MAX_MESSAGE // max(1, len(self.rows[first]))))
+        return Rows(self.gen, first, tuple(self.rows[first : first + n]), tuple(self.crcs[first : first + n]))
+
+    def _hash(self, row: int) -> bytes:
+        """Of rows 0..row: the upper side has the same, or the two have diverged."""
+        if self.by_ids:
+            self.crcs += [crc_of_id(i) for i in self.ids[len(self.crcs) : row + 1]]
+        for crc in self.crcs[len(self.hashes) : row + 1]:
+            self.hashes.append(chain(self.hashes[-1] if self.hashes else START, crc))
+        return self.hashes[row]
+
+    # ------------------------------------------------------------ the upper side says something
+
+    def on_verdict(self, v: Verdict) -> list[Effect]:
+        """Raises WireError for a verdict that cannot be an answer to its ask, Diverged for one about other rows."""
+        waiting = self.open.get(v.req)
+        if waiting is None or v.gen != self.gen:
+            self.counts.stale += 1
+            return []
+        ask = waiting.ask
+        n_left = ask.pos - ask.verify_from
+        if v.pos0 != ask.verify_from + 1 or not 0 <= v.n_accept <= n_left or len(v.ids) != 1:
+            raise WireError(
+                f"a verdict of {v.n_accept} drafts and {len(v.ids)} ids at position {v.pos0}: "
+                f"expected 0..{n_left} and one id at {ask.verify_from + 1}"
+            )
+        if v.state_hash and v.state_hash != self._hash(ask.pos):
+            raise Diverged(f"the two sides hold different rows below position {ask.pos + 1}")
+        waiting.verdict = v
+        effects: list[Effect] = []
+        while self.open:
+            first = next(iter(self.open.values()))
+            if first.verdict is None:
+                break
+            effects += self._apply(first, first.verdict)
+        return effects
+
+    def _apply(self, asked: OpenAsk, v: Verdict) -> list[Effect]:
+        """The verdict on the oldest open ask: some drafts hold, then comes one token."""
+        ask, token = asked.ask, v.ids[0]
+        if ask.run > 1:
+            asked.ask, asked.verdict = _rest(ask), None
+        if ask.run == 1:
+            del self.open[v.req]
+        self.counts.near_ties += v.margin < 1e-4
+        self.counts.accepted += v.n_accept
+        q = v.pos0 + v.n_accept
+        sources: dict[int, Source] = dict.fromkeys(range(self.final, q), "verified")
+        effects: list[Effect] = []
+        if q < len(self.ids) and self.ids[q] == token:
+            if v.n_accept < ask.pos - ask.verify_from:
+                raise WireError(f"the upper side refuses the draft at position {q} and puts the same token there")
+            sources[q] = "verified"
+            self.counts.accepted += 1
+        else:
+            sources[q] = "upper"
+            effects += self._replace(q, token)
+        if ask.run > 1:  # it generates by itself: what it says it also has
+            self.asked, self.sent = q + 1, max(self.sent, q + 1)
+            effects += self._finalise(q + 1, sources, {})
+            return effects
+        return effects + self._finalise(q + 1, sources, dict(self.drafts))
+
+    def _replace(self, q: int, token: int) -> list[Effect]:
+        """`token` stands at `q`; drafts from there on, and the rows made of them, never were."""
+        effects: list[Effect] = []
+        if q < len(self.ids):
+            self.counts.retracted += len(self.ids) - q
+            effects += [Retract(q), Rewind(q)]
+            if self.n_rows > q:
+                effects.append(self._cut(q))
+            self.open.clear()
+            self.asked = q
+            for i in range(q, len(self.ids)):
+                self.drafts.pop(i, None)
+            del self.ids[q:]
+        self.ids.append(token)
+        return effects
+
+    def _cut(self, keep: int) -> Send:
+        """A new generation, in which rows from `keep` on never were."""
+        self.gen += 1
+        self.cuts.append(Cut(self.gen, keep))
+        del self.rows[keep:], self.crcs[keep:], self.hashes[keep:]
+        self.sent = min(self.sent, keep)
+        return Send(self.cuts[-1])
+
+    def _finalise(self, upto: int, sources: dict[int, Source], drafts: dict[int, Draft]) -> list[Effect]:
+        """Positions below `upto` are final; each is told once."""
+        effects: list[Effect] = []
+        for i in range(self.final, upto):
+            source = sources.get(i, "verified")
+            draft = drafts.get(i) if source != "upper" else None
+            effects.append(Final(i, self.ids[i], source, draft))
+            self.drafts.pop(i, None)
+        self.final = max(self.final, upto)
+        return [*effects, Send(Commit(self.final))]
+
+    # ------------------------------------------------------------ the link comes back, or wants something
+
+    def on_opened(self, opened: Opened) -> list[Effect]:
+        """After every connection: what the other side still has is kept, the rest is sent again, asks are repeated."""
+        effects: list[Effect] = []
+        keep = min(opened.rows, self.n_rows)
+        if opened.gen > self.gen:  # this device was started again and has forgotten its cuts
+            self.gen = opened.gen + 1
+            keep = min(keep, self.final)
+            self.cuts.append(Cut(self.gen, keep))
+            effects.append(Send(self.cuts[-1]))
+            self._renumber()
+        elif opened.gen < self.gen or opened.rows > self.n_rows:
+            if opened.gen == self.gen:  # it went on by itself, and the news of it was lost
+                self.gen += 1
+                self._renumber()
+            keep = min([keep, *(cut.keep for cut in self.cuts if cut.gen > opened.gen)])
+            effects.append(Send(Cut(self.gen, keep)))
+            self.cuts.append(Cut(self.gen, keep))
+        return effects + self._resend(keep)
+
+    def on_need(self, need: Need) -> list[Effect]:
+        """The other side lacks rows from `need.from_pos` on."""
+        if need.gen != self.gen:
+            self.counts.stale += 1
+            return []
+        return self._resend(min(need.from_pos, self.n_rows))
+
+    def _resend(self, keep: int) -> list[Effect]:
+        n_again = max(0, self.sent - keep)
+        self.counts.replayed += n_again
+        self.sent = keep
+        asks = [Send(waiting.ask) for waiting in self.open.values() if waiting.verdict is None]
+        effects: list[Effect] = [Rebuild(n_again)] if n_again else []
+        return [*effects, *self.unsent(), *asks]
+
+    def _renumber(self) -> None:
+        """Open asks belong to the new generation: the text that they speak of is the same."""
+        for waiting in self.open.values():
+            a = waiting.ask
+            waiting.ask = Ask(a.req, self.gen, a.pos, a.verify_from, a.draft, a.run, a.deadline_ms)
+
+
+def _rest(ask: Ask) -> Ask:
+    """What is left of an ask that runs on, after one more token."""
+    return Ask(ask.req, ask.gen, ask.pos + 1, ask.pos + 1, (), ask.run - 1, ask.deadline_ms)

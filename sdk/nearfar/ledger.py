@@ -326,9 +326,12 @@ class Ledger:
         n_again = max(0, self.sent - keep)
         self.counts.replayed += n_again
         self.sent = keep
-        asks = [Send(waiting.ask) for waiting in self.open.values() if waiting.verdict is None]
         effects: list[Effect] = [Rebuild(n_again)] if n_again else []
-        return [*effects, *self.unsent(), *asks]
+        return [*effects, *self.unsent(), *self.repeat()]
+
+    def repeat(self) -> list[Effect]:
+        """The asks without a verdict, once more under their numbers."""
+        return [Send(waiting.ask) for waiting in self.open.values() if waiting.verdict is None]
 
     def _renumber(self) -> None:
         """Open asks belong to the new generation: the text that they speak of is the same."""

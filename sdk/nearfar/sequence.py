@@ -83,6 +83,9 @@ class Sequence:
             else:
                 del self.owed[layer]
 
+    def finish(self) -> None:
+        """The answer is over; whoever holds more than memory gives it back here."""
+
     def continue_with(self, ids: Ids[int]) -> int:
         """Take `ids` as the new text, keep the cache of the common beginning; returns how much of it was kept.
 

@@ -275,7 +275,7 @@ class UpperSession:
             self.verdicts.popitem(last=False)
         self.absorbed = max(self.absorbed, a.pos + 1)
         effects: list[Effect] = [Reply(v)]
-        if a.run > 1:  # it goes on with its own token
+        if a.run > 1 and token not in self.opening.stop_ids:  # it goes on with its own token
             self.ids.append(token)
             self.crcs.append(crc_of_id(token))
             self.queue[0] = Ask(a.req, a.gen, a.pos + 1, a.pos + 1, (), a.run - 1, a.deadline_ms)

@@ -27,6 +27,7 @@ VERBS = {
     "pack": "nearfar.cli.pack",
     "eval": "nearfar.eval.cli",
     "calibrate": "nearfar.eval.cli",
+    "chaos": "nearfar.chaos.cli",
     "completion": "nearfar.cli.completion",
 }
 

@@ -155,6 +155,12 @@ def test_the_smallest_floats_become_zeros_or_themselves() -> None:
         assert (back == (rows if spec.id is CodecId.FP16 else 0)).all()
 
 
+@pytest.mark.parametrize("codec_id", [CodecId.INT8_OS, CodecId.INT4_OS])
+def test_a_group_too_small_for_a_scale_is_packed_like_zeros(codec_id: CodecId) -> None:
+    codec = Codec.of(CodecSpec(codec_id), 70)
+    assert codec.encode(np.full((1, 70), np.float32(1e-7))) == [bytes(codec.row_bytes)]
+
+
 # ------------------------------------------------------------ a row's bits are its own
 
 

@@ -41,6 +41,7 @@ PLACES = {
     "starlette": {"nearfar_cloud.gateway"},
     "uvicorn": {"nearfar_cloud.gateway.server"},
     "prometheus_client": {"nearfar_cloud.gateway.metrics"},
+    "cryptography": {"nearfar_cloud.gateway.certificates"},
     "msgspec": {"nearfar_cloud.executors.transport", "nearfar_cloud.fleet"},
     "ray": {"nearfar_cloud.fleet.ray_cluster"},
     "tokenizers": {"nearfar_cloud.training"},

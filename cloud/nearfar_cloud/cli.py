@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nearfar_cloud.gateway import certs_cli as certs
 from nearfar_cloud.gateway import cli as gateway
 from nearfar_cloud.planning import cli as planning
 
@@ -20,6 +21,7 @@ def add_verb(verbs: Any) -> None:
         description="Serve many requests with one engine, and plan it.",
         epilog="examples:\n"
         "  nearfar cloud serve nano\n"
+        "  nearfar cloud certs lan --host cloud.lan --client phone\n"
         "  nearfar cloud simulate --requests 100 --cv 4 --load 0.6\n"
         "  nearfar cloud roofline llama-8b --batch 16 --hardware h100-sxm\n"
         "  nearfar cloud simulate --help",
@@ -27,6 +29,7 @@ def add_verb(verbs: Any) -> None:
     )
     sub = parser.add_subparsers(dest="cloud_verb", metavar="VERB", required=True)
     gateway.add_serve(sub)
+    certs.add_certs(sub)
     planning.add_simulate(sub)
     planning.add_replay(sub)
     planning.add_profile(sub)

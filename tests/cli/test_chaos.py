@@ -56,7 +56,7 @@ def test_the_proxy_carries_bytes_until_a_signal_and_counts_them(number: int, cod
 
 
 def test_a_printed_schedule_is_played(nearfar: Nearfar, tmp_path: Path) -> None:
-    words = ("--seed", "7", "--every", "0.1", "--until", "1", "--kinds", "reset,stall")
+    words = ("--seed", "7", "--every", "0.02", "--until", "0.2", "--kinds", "reset,stall")
     done = nearfar("chaos", "schedule", *words)
     assert done.code == 0
     schedule = Schedule.from_json(done.out)
@@ -64,7 +64,7 @@ def test_a_printed_schedule_is_played(nearfar: Nearfar, tmp_path: Path) -> None:
     assert {f.kind for f in schedule.faults} == {"reset", "stall"}
     path = tmp_path / "faults.json"
     path.write_text(done.out)
-    process = proxy("--faults", path, "--for", "1.2", to="127.0.0.1:9")
+    process = proxy("--faults", path, "--for", "1.5", to="127.0.0.1:9")
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
     assert sum(json.loads(out.splitlines()[1])["faults"].values()) == 10

@@ -182,17 +182,17 @@ def test_half_open_swallows_everything_and_nobody_is_told(link: RunningLink, ech
 def test_a_stall_delays_and_loses_nothing(link: RunningLink) -> None:
     with closing(dial(link.address)) as sock:
         ask(sock, b"hello")
-        link.inject(Fault(0, "stall", 0.3))
         began = time.monotonic()
+        link.inject(Fault(0, "stall", 0.3))
         assert ask(sock, b"still here") == b"still here"
-        assert time.monotonic() - began >= 0.29
+        assert time.monotonic() - began >= 0.3
 
 
 def test_a_blackout_is_outlived_by_a_connection_that_waits(link: RunningLink) -> None:
     with closing(dial(link.address)) as sock:
         ask(sock, b"hello")
-        link.inject(Fault(0, "blackout", 0.3))
         began = time.monotonic()
+        link.inject(Fault(0, "blackout", 0.3))
         assert ask(sock, b"still here") == b"still here"
         assert time.monotonic() - began >= 0.3
 
@@ -200,17 +200,16 @@ def test_a_blackout_is_outlived_by_a_connection_that_waits(link: RunningLink) ->
 def test_an_upper_that_is_not_there_resets_the_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         address = gone.getsockname()
-    with running(address, FAST) as link, closing(dial(link.address)) as sock:
-        until_reset(sock)
+    with running(address, FAST) as link:
+        with suppress(ConnectionResetError), closing(dial(link.address)) as sock:  # it may come that early
+            until_reset(sock)
         assert link.counters().refused == 1
         assert link.counters().open == 0
 
 
 def test_a_schedule_is_played_by_itself(echo: Echo) -> None:
-    schedule = Schedule(1, "s", (Fault(0.2, "reset"), Fault(0.4, "cut", way="down", n_bytes=3)))
+    schedule = Schedule(1, "s", (Fault(0.1, "reset"), Fault(0.2, "cut", way="down", n_bytes=3)))
     with running(echo.address, FAST, schedule=schedule) as link:
-        with closing(dial(link.address)) as sock:
-            until_reset(sock)
         wait_for("both have come", lambda: link.counters().faults == {"reset": 1, "cut": 1})
         with closing(dial(link.address)) as sock:
             sock.sendall(b"hello")

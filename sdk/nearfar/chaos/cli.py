@@ -105,10 +105,12 @@ def run_schedule(args: argparse.Namespace) -> int:
 
 
 def run_proxy(args: argparse.Namespace) -> int:
+    from nearfar.chaos.priority import ahead_of_others
     from nearfar.chaos.proxy import new_loop
 
     link = profile(args.profile)
     schedule = read(args.faults) if args.faults else blackouts(link, args.seed, A_DAY)
+    ahead_of_others()
     with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(_serve(args, link, schedule))
 

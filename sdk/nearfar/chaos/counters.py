@@ -34,6 +34,12 @@ class Counters:
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"faults": dict(self.faults)}  # asdict would count pairs
 
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Counters:
+        """What `as_json` gave."""
+        ways = {name: Traffic(**facts[name]) for name in ("up", "down")}
+        return cls(**facts | ways | {"faults": Counter(facts["faults"])})
+
     def as_text(self) -> str:
         """A line for people."""
         faults = ", ".join(f"{n} {kind}" for kind, n in sorted(self.faults.items())) or "none"

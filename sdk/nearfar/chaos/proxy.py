@@ -23,6 +23,7 @@ from random import Random
 from nearfar.chaos import tcp
 from nearfar.chaos.counters import Counters
 from nearfar.chaos.pipe import End, Lane, Pipe
+from nearfar.chaos.priority import ahead_of_others
 from nearfar.chaos.profiles import Profile
 from nearfar.chaos.schedule import LINK_FAULTS, Fault, Schedule
 from nearfar.errors import NearfarError, UsageError
@@ -269,7 +270,12 @@ def running(
 ) -> Iterator[RunningLink]:
     """A link to `to` for as long as the block lasts."""
     proxy, loop = LinkProxy(to, profile, seed, schedule), new_loop()
-    thread = threading.Thread(target=loop.run_forever, name="nearfar-chaos", daemon=True)
+
+    def carry() -> None:
+        ahead_of_others()
+        loop.run_forever()
+
+    thread = threading.Thread(target=carry, name="nearfar-chaos", daemon=True)
     thread.start()
     try:
         address = asyncio.run_coroutine_threadsafe(proxy.start(listen), loop).result()

@@ -10,12 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nearfar.errors import UnsupportedError, WeightsError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "bitnet", "bitnet-b1.58")
 MASTER = "nearfar-master"  # what `nearfar pack` makes models of (master.py); no engine runs it
+SPLIT_VERSION = 1  # nearfar.version: of the keys that a split model has
+
+# What a file holds of its model: all of it, or one of the two halves that `nearfar split` makes (halves.py).
+Role = Literal["full", "device", "upper"]
 
 # Larger than any model in use; smaller than anything that would make a size overflow or an allocation absurd.
 _LIMITS = {"n_layers": 1024, "d_model": 1 << 16, "n_heads": 1024, "d_ff": 1 << 20, "n_vocab": 1 << 22, "n_ctx": 1 << 24}
@@ -52,10 +56,18 @@ class ExitConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and variants of one decoder-only transformer."""
+    """Sizes and variants of one decoder-only transformer, and which of its layers the file holds.
+
+        role      layers              begins with                  ends with
+        full      [0, n_layers)       the embedding                the final norm and the head
+        device    [0, split_layer)    the embedding                an exit after its last layer
+        upper     [split_layer, L)    rows that the device made    the final norm and the head
+
+    Layers keep the numbers that they have in the whole model.
+    """
 
     arch: str
-    n_layers: int
+    n_layers: int  # of the whole model
     d_model: int
     n_heads: int
     n_kv_heads: int
@@ -68,6 +80,30 @@ class ModelConfig:
     rope_scale: float = 1.0  # positions are multiplied by it (linear scaling: 1 / factor)
     ffn_act: str = "silu"  # "silu": silu(gate) * up; "relu2": relu(gate)^2 * up
     exits: tuple[ExitConfig, ...] = ()
+    role: Role = "full"
+    split_layer: int = 0  # where the model was cut; 0: it was not
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """The layers [first, last) that the file holds."""
+        if self.role == "full":
+            return 0, self.n_layers
+        return (0, self.split_layer) if self.role == "device" else (self.split_layer, self.n_layers)
+
+    @property
+    def row_layer(self) -> int:
+        """The layer whose inputs travel from one half to the other."""
+        return self.split_layer
+
+    @property
+    def last_exit(self) -> ExitConfig | None:
+        """The exit behind the last layer of a device half, where every token ends at the latest."""
+        return self.exits[-1] if self.role == "device" else None
+
+    @property
+    def last_head(self) -> str:
+        """The head behind the last layer: "final", or that exit's."""
+        return "final" if self.last_exit is None else f"exit.{self.last_exit.layer}"
 
     @property
     def d_kv(self) -> int:
@@ -152,6 +188,7 @@ class ModelConfig:
             rope_scale=keys.rope_scale(),
             ffn_act=keys.choice("nearfar.ffn_act", ("silu", "relu2"), "relu2" if arch == "bitnet-b1.58" else "silu"),
             exits=keys.exits(),
+            **keys.half(),
         )
         keys.check_shapes(config)
         return config
@@ -196,6 +233,25 @@ class _Keys:
             )
         return 1.0 / self.number("rope.scaling.factor", 1e-3, 1e3)
 
+    def half(self) -> dict[str, Any]:
+        """role and split_layer."""
+        role = self.choice("nearfar.role", get_args(Role), "full")
+        if role == "full":
+            return {}
+        version, split = self.meta.get("nearfar.version"), self.meta.get("nearfar.split_layer")
+        if version != SPLIT_VERSION:
+            raise UnsupportedError(
+                f"nearfar.version={str(version)[:40]}: this build reads split models of version {SPLIT_VERSION}; "
+                "split the whole model again"
+            )
+        if type(split) is not int:
+            raise WeightsError(f"nearfar.split_layer={str(split)[:40]}: expected the layer where the model was cut")
+        if (rows := self.meta.get("nearfar.row_layer", split)) != split:
+            raise UnsupportedError(
+                f"nearfar.row_layer={str(rows)[:40]}: this build takes rows where the model was cut, at layer {split}"
+            )
+        return {"role": role, "split_layer": split}
+
     def exits(self) -> tuple[ExitConfig, ...]:
         layers = self.meta.get("nearfar.exit_layers", ())
         if not isinstance(layers, (list, tuple)) or not all(isinstance(e, int) and e > 0 for e in layers):
@@ -234,7 +290,21 @@ class _Keys:
         rope_dim = self.meta.get(f"{self.arch}.rope.dimension_count", c.head_dim)
         if rope_dim != c.head_dim:
             raise UnsupportedError(f"rotation of {rope_dim} out of {c.head_dim} numbers a head")
+        self.check_half(c)
         if c.exits and c.exits[-1].layer >= c.n_layers:
             raise WeightsError(f"exit after layer {c.exits[-1].layer} of a model with {c.n_layers} layers")
         if self.meta.get(f"{self.arch}.expert_count", 0):
             raise UnsupportedError("a mixture of experts: pip install 'nearfar[llama]' runs it")
+
+    def check_half(self, c: ModelConfig) -> None:
+        if c.role == "full":
+            return
+        if not 0 < c.split_layer < c.n_layers:
+            raise WeightsError(f"nearfar.split_layer={c.split_layer}: expected 1..{c.n_layers - 1}")
+        if c.role == "device" and (not c.exits or c.exits[-1].layer != c.split_layer):
+            raise WeightsError(
+                f"a device half cut at layer {c.split_layer} with exits after {[e.layer for e in c.exits]}: "
+                f"expected the last one after layer {c.split_layer}, where every token ends"
+            )
+        if c.role == "upper" and c.exits:
+            raise WeightsError(f"an exit after layer {c.exits[0].layer} in an upper half: exits belong to the device's")

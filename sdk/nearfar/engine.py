@@ -3,6 +3,7 @@
 A model with exits after layers e1 < e2 has the stages [0, e1), [e1, e2), [e2, L).  A token that leaves at an exit
 owes the layers above it; the next token that goes further runs the owed rows in the same pass, so that the cache is
 always what full depth would have made (states are recomputed, never copied upwards) and no layer runs a row twice.
+The device half of a split model ends at its last exit, which then decides whatever its confidence.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Layers [first, last) and the head that looks at their rows; `exit` is None at full depth."""
+    """Layers [first, last) and the head that looks at their rows; `exit` is None at full depth.
+
+    `forced`: no layers follow, so the token is decided here.
+    """
 
     first: int
     last: int
     exit: ExitConfig | None
+    forced: bool
 
     @property
     def source(self) -> str:
@@ -55,6 +60,10 @@ class Stage:
     @property
     def head(self) -> str:
         return "final" if self.exit is None else self.source
+
+    def conf(self, logits: Array) -> float:
+        """logits [V] of the head -> how sure it is of its likeliest token, 0..1."""
+        return max_softmax(logits) if self.exit is None else confidence(logits, self.exit)
 
 
 class Stepper(Protocol):
@@ -101,7 +110,7 @@ class Engine:
                 logits = self.lower.logits(h[-1:], stage.head)[0]  # [V]
                 if constraint is not None:
                     logits = constraint.mask(logits)
-                conf = max_softmax(logits) if stage.exit is None else confidence(logits, stage.exit)
+                conf = stage.conf(logits)
                 if stage.exit and should_exit(conf, stage.exit.tau, debt=len(s.with_owed(stage.last, h))):
                     break
             if token is None:
@@ -109,11 +118,11 @@ class Engine:
             if constraint is not None:
                 constraint.accept(token)
         except BaseException:
-            if reached < self.lower.config.n_layers:
+            if reached < self.lower.config.layers[1]:
                 s.owe(reached, h[:-n_new])  # rows of older tokens that this step brought up to `reached`
             s.rewind(s.n_run)
             raise
-        if stage.exit is not None:
+        if not stage.forced:
             s.owe(stage.last, h)
         s.n_run = len(s.ids)
         s.ids.append(token)
@@ -127,7 +136,9 @@ def wants_largest(lower: Lower, sampling: Sampling, constraint: Constraint | Non
 
 
 def stages(config: ModelConfig, use_exits: bool = True) -> list[Stage]:
-    """The model cut at the exits that may fire (tau < 1); without any, one stage."""
-    live = [e for e in config.exits if use_exits and e.tau < 1]
-    cuts = [0, *(e.layer for e in live), config.n_layers]
-    return [Stage(a, b, e) for a, b, e in zip(cuts, cuts[1:], [*live, None], strict=False)]
+    """The layers here, cut at the exits that may fire (tau < 1) and end where no layers follow."""
+    first, last = config.layers
+    live = [e for e in config.exits if use_exits and e.tau < 1 and e.layer < last]
+    cuts = [first, *(e.layer for e in live), last]
+    heads = [*live, config.last_exit]
+    return [Stage(a, b, e, b == last) for a, b, e in zip(cuts, cuts[1:], heads, strict=False)]

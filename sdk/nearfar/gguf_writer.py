@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,19 +86,7 @@ class GGUFWriter:
 
     def write(self) -> Path:
         """Write, sync and rename; on failure the old file of that name is as it was.  Raises FileError."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            try:
-                with open(temporary, "wb") as f:
-                    self._write_to(f)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(temporary, self.path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        except OSError as e:
-            raise FileError(f"{self.path} cannot be written: {e.strerror or e}") from None
+        write_together([self])
         return self.path
 
     def n_bytes(self) -> int:
@@ -121,6 +110,30 @@ class GGUFWriter:
             _check_size(name, kind, shape, data)
             f.write(np.ascontiguousarray(data).data)
             f.write(bytes(_padded(data.size) - data.size))
+
+
+def write_together(writers: Sequence[GGUFWriter]) -> None:
+    """Write and sync all files, then rename them; on failure the old files of those names are as they were.
+
+    Raises FileError.
+    """
+    names = [(w.path.with_name(f".{w.path.name}.{os.getpid()}.tmp"), w.path) for w in writers]
+    path = Path()
+    try:
+        for w, (temporary, _) in zip(writers, names, strict=True):
+            path = w.path
+            with open(temporary, "wb") as f:
+                w._write_to(f)
+                f.flush()
+                os.fsync(f.fileno())
+        for temporary, path in names:
+            os.replace(temporary, path)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e.strerror or e}") from None
+    finally:
+        for temporary, _ in names:
+            with suppress(OSError):  # the first failure is the one that is told
+                temporary.unlink(missing_ok=True)
 
 
 def _check_size(name: str, kind: TensorType, shape: tuple[int, ...], data: NDArray[np.uint8]) -> None:

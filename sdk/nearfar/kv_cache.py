@@ -98,9 +98,9 @@ class KVCache:
         self._empty = Held(nothing, nothing, nothing, nothing)
         self._layers = [self._empty] * config.n_layers
 
-    def length(self, layer: int = 0) -> int:
-        """Positions that `layer` has run."""
-        return self._layers[layer].length
+    def length(self, layer: int | None = None) -> int:
+        """Positions that `layer` (default: the lowest one here) has run."""
+        return self._layers[self.config.layers[0] if layer is None else layer].length
 
     def append(self, layer: int, k: Array, v: Array, plain_k: Array | None = None) -> None:
         """Add rows: k and v are [T, KH, hd]; `plain_k` are the keys before rotation, which a Lambda policy needs.

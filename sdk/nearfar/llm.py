@@ -165,6 +165,11 @@ class LLM:
     ) -> LLM:
         weights = Weights.open(path, vouched=None if backend == "numpy" else partial(vouches_for, cache=options.cache))
         config = weights.config
+        if config.role == "upper":
+            raise UsageError(
+                f"{path} is the upper half of a split model, layers [{config.split_layer}, {config.n_layers}), which "
+                "takes rows and no text: open the device half, and serve this one to it"
+            )
         check_dtype(kv_dtype)
         trained = ANY_LENGTH if isinstance(kv_policy, Lambda) else config.n_ctx
         max_len = trained if n_ctx is None else n_ctx

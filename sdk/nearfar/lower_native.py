@@ -93,7 +93,7 @@ class NativeKV:
 
 
 class NativeLower:
-    """`Lower` in C++: layers [first, last) of a model (default: all), packed for the best kernels of this CPU.
+    """`Lower` in C++: layers [first, last) of a file (default: all), packed for the best kernels of this CPU.
 
     NEARFAR_ISA forces the kernels; `cache` says what the panel store did.  `weights` must stay open: embeddings are
     read from its file.  Raises ConfigError for an ISA that the CPU lacks, UsageError for a bad range.
@@ -102,11 +102,12 @@ class NativeLower:
     name = "native"
 
     def __init__(
-        self, weights: Weights, options: EngineOptions | None = None, first: int = 0, last: int | None = None
+        self, weights: Weights, options: EngineOptions | None = None, first: int | None = None, last: int | None = None
     ) -> None:
         self.weights, self.options = weights, options or EngineOptions()
         self.config: ModelConfig = weights.config
-        self.first, self.last = first, self.config.n_layers if last is None else last
+        here = self.config.layers
+        self.first, self.last = here[0] if first is None else first, here[1] if last is None else last
         tensors = weights.file.tensors
         self.n_threads = self.options.threads or _core.default_threads()
         matrices = {}
@@ -114,7 +115,9 @@ class NativeLower:
             kind, (rows, cols), raw = weights.raw(name)
             matrices[name] = (int(kind), rows, cols, raw)
         vectors = {name: weights.f32(name) for name, info in tensors.items() if len(info.shape) == 1}
-        vectors |= {head: weights.norm_gain(head) for head in ("final", *weights.exit_names)}
+        vectors |= {head: weights.norm_gain(head) for head in weights.heads}
+        # The engine wants an embedding.  An upper half may have none: the head stands in, and `embed` refuses.
+        matrices.setdefault("token_embd.weight", matrices[weights.head_name])
         isa = selected_isa()
         with _our_errors():
             panels, self.cache = self._open_panels(matrices, vectors, isa)
@@ -137,9 +140,9 @@ class NativeLower:
         self, matrices: dict[str, Matrix], vectors: dict[str, Array], isa: str
     ) -> tuple[dict[str, Panels], CacheState]:
         """What the store keeps of the matrices that a token reads: those of the layers, and the head."""
-        if not 0 <= self.first < self.last <= self.config.n_layers:
-            n = self.config.n_layers
-            raise UsageError(f"layers [{self.first}, {self.last}): the model has [0, {n})")
+        here = self.config.layers
+        if not here[0] <= self.first < self.last <= here[1]:
+            raise UsageError(f"layers [{self.first}, {self.last}): the model has [{here[0]}, {here[1]})")
         layers = [f"blk.{i}." for i in range(self.first, self.last)]
         names = [n for n in matrices if n.startswith(tuple(layers)) or n == self.weights.head_name]
         n_ternary = sum(matrices[n][1] * matrices[n][2] for n in names if matrices[n][0] in TERNARY)

@@ -235,7 +235,10 @@ class NumpyLower:
 
 
 def check_ids(ids: NDArray[np.int32], config: ModelConfig) -> None:
-    """UsageError unless `ids` is a non-empty row of token ids."""
+    """UsageError unless `ids` is a non-empty row of token ids, and the file has an embedding to look them up in."""
+    first, last = config.layers
+    if first > 0:
+        raise UsageError(f"the upper half holds the layers [{first}, {last}) and no embedding: rows enter it, not ids")
     if ids.ndim != 1 or not len(ids):
         raise UsageError(f"token ids of shape {ids.shape}: expected [T], T >= 1")
     if ids.min() < 0 or ids.max() >= config.n_vocab:
@@ -246,8 +249,9 @@ def check_range(h: Array, kv: KV, first: int, last: int, config: ModelConfig) ->
     """UsageError unless layers [first, last) can run on rows `h`; returns the position of the first row."""
     if h.ndim != 2 or h.shape[1] != config.d_model or not len(h):
         raise UsageError(f"rows of shape {h.shape}: expected [T, {config.d_model}], T >= 1")
-    if not 0 <= first < last <= config.n_layers:
-        raise UsageError(f"layers [{first}, {last}): the model has [0, {config.n_layers})")
+    here = config.layers
+    if not here[0] <= first < last <= here[1]:
+        raise UsageError(f"layers [{first}, {last}): the model has [{here[0]}, {here[1]})")
     lengths = {kv.length(i) for i in range(first, last)}
     if len(lengths) > 1:
         raise UsageError(f"layers [{first}, {last}) have run different positions: {sorted(lengths)}")

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from nearfar.cancel import Cancel
 from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
-from nearfar.engine import Engine, Token, wants_largest
+from nearfar.engine import Engine, Stage, Token, stages, wants_largest
 from nearfar.errors import UsageError
-from nearfar.exit import confidence, max_softmax
+from nearfar.exit import confidence
 from nearfar.sampling import Sampling, sample
 from nearfar.sequence import Ahead, Sequence
 
@@ -60,7 +60,8 @@ class Speculative:
     def __post_init__(self) -> None:
         if not 1 <= self.n_drafts <= MAX_DRAFTS:
             raise UsageError(f"speculate={self.n_drafts}: expected 1..{MAX_DRAFTS} drafts, True or False")
-        if not self.engine.lower.config.exits:
+        config = self.engine.lower.config
+        if not config.exits or self.exit.layer == self.whole.last:
             raise UsageError("speculate: this model has no early exits (nearfar.exit_layers) that could draft")
 
     @property
@@ -68,11 +69,16 @@ class Speculative:
         """The exit that drafts: the lowest, whose drafts are the cheapest."""
         return self.engine.lower.config.exits[0]
 
+    @property
+    def whole(self) -> Stage:
+        """All layers, whose head decides."""
+        return stages(self.engine.lower.config, use_exits=False)[-1]
+
     def new_sequence(self, sampling: Sampling, use_exits: bool = False) -> Sequence:
         return self.engine.new_sequence(sampling, use_exits)
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
-        """As `Engine.step`; `source` is "draft.{layer}" where the exit had foreseen the token, else "full"."""
+        """As `Engine.step`; `source` is "draft.{layer}" where the exit had foreseen the token."""
         assert not s.owed, "a sequence that left at exits"
         started, n_drafted = time.perf_counter(), 0
         try:
@@ -86,7 +92,7 @@ class Speculative:
             else:
                 assert row.logits is not None
                 logits = row.logits if constraint is None else constraint.mask(row.logits)  # [V]
-                conf = max_softmax(logits)
+                conf = self.whole.conf(logits)
                 token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)
             if constraint is not None:
                 constraint.accept(token)
@@ -98,7 +104,7 @@ class Speculative:
         s.ids.append(token)
         if not foreseen:
             s.rewind(s.n_run)
-        source = f"draft.{self.exit.layer}" if foreseen else "full"
+        source = f"draft.{self.exit.layer}" if foreseen else self.whole.source
         return Token(token, source, conf, 1000 * (time.perf_counter() - started), n_drafted)
 
     def _look_ahead(self, s: Sequence, constraint: Constraint | None, cancel: Cancel | None) -> int:
@@ -107,7 +113,7 @@ class Speculative:
         room = min(self.n_drafts, MAX_ROWS - len(s.ids) + s.n_run, self.engine.max_len - len(s.ids))
         if s.pause.left or room < 1:
             s.pause.left = max(0, s.pause.left - 1)
-            h = lower.forward(lower.embed(s.pending()), s.kv, 0, lower.config.n_layers, cancel)
+            h = lower.forward(lower.embed(s.pending()), s.kv, 0, self.whole.last, cancel)
             self._keep(s, h, [], constraint)
             return 0
         rows = [lower.forward(lower.embed(s.pending()), s.kv, 0, e, cancel)]  # [T, D]
@@ -133,7 +139,7 @@ class Speculative:
                     break
         s.pause.n_unsure = 0 if drafts else s.pause.n_unsure + 1
         s.pause.left = min(1 << s.pause.n_unsure >> 2, LONGEST_PAUSE)
-        h = lower.forward(np.concatenate(rows), s.kv, e, lower.config.n_layers, cancel)  # [T + drafts, D]
+        h = lower.forward(np.concatenate(rows), s.kv, e, self.whole.last, cancel)  # [T + drafts, D]
         self._keep(s, h, drafts, constraint)
         return len(drafts)
 
@@ -141,8 +147,8 @@ class Speculative:
         """Let the last row of h [T, D] and those of the drafts wait for their steps."""
         lower, rows = self.engine.lower, h[-len(drafts) - 1 :]
         if wants_largest(lower, s.sampling, constraint):
-            found = zip(*lower.greedy(rows), [*drafts, None], strict=True)
+            found = zip(*lower.greedy(rows, self.whole.head), [*drafts, None], strict=True)
             s.ahead.extend(Ahead(None, draft, (int(token), float(conf))) for token, conf, draft in found)
         else:
-            logits = lower.logits(rows)  # [drafts + 1, V]
+            logits = lower.logits(rows, self.whole.head)  # [drafts + 1, V]
             s.ahead.extend(Ahead(z, draft) for z, draft in zip(logits, [*drafts, None], strict=True))

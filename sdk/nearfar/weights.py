@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.config import ModelConfig
-from nearfar.errors import UnsupportedError, WeightsError
+from nearfar.errors import UnsupportedError, UsageError, WeightsError
 from nearfar.gguf_reader import READABLE, GGUFFile, TensorType
 from nearfar.quant import all_finite, dequantize
 
@@ -63,15 +63,14 @@ class Weights:
         return dequantize(raw, kind, shape)
 
     def norm_gain(self, head: str) -> NDArray[np.float32]:
-        """f32 [D]: the RMSNorm gain of "final" or of an early exit, "exit.{layer}"."""
+        """f32 [D]: the RMSNorm gain of one of `heads`.  Raises UsageError for another one."""
+        if head not in self.heads:
+            raise UsageError(f"{self.file.path} has no head {head!r}: its heads are {', '.join(self.heads)}")
         if head == "final":
             return self.f32("output_norm.weight")
         if self.has(f"{head}.norm.weight"):
             return self.f32(f"{head}.norm.weight")
-        gain = self.file.metadata.get(f"nearfar.{head}.norm")
-        if gain is None:
-            raise WeightsError(f"{self.file.path} has no head {head!r}: its exits are {self.exit_names}")
-        return np.array(gain, dtype=np.float32)
+        return np.array(self.file.metadata[f"nearfar.{head}.norm"], dtype=np.float32)
 
     @property
     def head_name(self) -> str:
@@ -79,8 +78,10 @@ class Weights:
         return "output.weight" if self.has("output.weight") else "token_embd.weight"
 
     @property
-    def exit_names(self) -> list[str]:
-        return [f"exit.{e.layer}" for e in self.config.exits]
+    def heads(self) -> list[str]:
+        """ "exit.{layer}" of each exit, and "final" where the last layer of the model is here."""
+        final = [] if self.config.role == "device" else ["final"]
+        return [f"exit.{e.layer}" for e in self.config.exits] + final
 
     def close(self) -> None:
         self.file.close()
@@ -98,9 +99,10 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     parts = file.metadata.get("split.count", 1)
     if parts != 1:
         raise UnsupportedError(f"one of {str(parts)[:40]} parts of a model: join them with llama-gguf-split --merge")
-    embedding = file.tensors.get("token_embd.weight")
-    config = ModelConfig.from_metadata(file.metadata, embedding.shape[0] if embedding else 1)
-    if embedding is None:
+    vocabulary = file.tensors.get("output.weight") if file.metadata.get("nearfar.role") == "upper" else None
+    vocabulary = vocabulary or file.tensors.get("token_embd.weight")
+    config = ModelConfig.from_metadata(file.metadata, vocabulary.shape[0] if vocabulary else 1)
+    if vocabulary is None:
         raise WeightsError("no tensor token_embd.weight: the file holds no model (only a tokenizer?)")
     return config
 
@@ -130,13 +132,48 @@ def layer_tensors(c: ModelConfig, i: int) -> dict[str, Shape]:
 
 def optional_tensors(c: ModelConfig) -> dict[str, Shape]:
     """Name -> shape of the tensors that a file may have besides."""
-    shapes: dict[str, Shape] = {"output.weight": (c.n_vocab, c.d_model)}
+    shapes: dict[str, Shape] = {}
+    if c.role != "upper":  # which needs the head, and no embedding beside it
+        shapes["output.weight"] = (c.n_vocab, c.d_model)
     shapes |= {f"exit.{e.layer}.norm.weight": (c.d_model,) for e in c.exits}
     if c.arch == "llama":
         shapes["rope_freqs.weight"] = (c.head_dim // 2,)
     if c.has_sub_norms:  # BitNet's one scale a matrix beside the matrix
         matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        shapes |= {f"blk.{i}.{m}.scale": (1,) for i in range(c.n_layers) for m in matrices}
+        shapes |= {f"blk.{i}.{m}.scale": (1,) for i in range(*c.layers) for m in matrices}
+    return shapes
+
+
+def device_names(names: Iterable[str], k: int) -> list[str]:
+    """Of the tensors of a model those that its layers [0, k) and the exits in them compute with, in their order."""
+    return [n for n in names if n in (*_BOTH, "token_embd.weight", "output.weight") or 0 <= _layer(n) < k]
+
+
+def upper_names(names: Iterable[str], k: int) -> list[str]:
+    """Of the tensors of a model those that its layers from `k` on and the final head compute with, in their order."""
+    names = list(names)
+    head = "output.weight" if "output.weight" in names else "token_embd.weight"
+    return [n for n in names if n in (*_BOTH, "output_norm.weight", head) or _layer(n) >= k]
+
+
+_BOTH = ("rope_freqs.weight",)
+
+
+def _layer(name: str) -> int:
+    """The layer of a tensor `blk.{i}.*`; -1 for others."""
+    found = re.match(r"blk\.(\d{1,4})\.", name)
+    return int(found[1]) if found else -1
+
+
+def needed_tensors(file: GGUFFile, c: ModelConfig) -> dict[str, Shape]:
+    """Name -> shape of the tensors that a file of this role must have."""
+    vocabulary = (c.n_vocab, c.d_model)
+    has_head = c.role == "upper" and "output.weight" in file.tensors  # else the embedding is the head
+    shapes: dict[str, Shape] = {"output.weight" if has_head else "token_embd.weight": vocabulary}
+    if c.role != "device":
+        shapes["output_norm.weight"] = (c.d_model,)
+    for i in range(*c.layers):
+        shapes |= layer_tensors(c, i)
     return shapes
 
 
@@ -145,21 +182,26 @@ def check_tensors(file: GGUFFile, c: ModelConfig, *, vouched: bool = False) -> N
 
     `vouched`: the matrices were found finite before.  Raises WeightsError, UnsupportedError.
     """
-    needed: dict[str, Shape] = {"token_embd.weight": (c.n_vocab, c.d_model), "output_norm.weight": (c.d_model,)}
-    for i in range(c.n_layers):
-        needed |= layer_tensors(c, i)
+    needed = needed_tensors(file, c)
     missing = [name for name in needed if name not in file.tensors]
     if missing:
         raise WeightsError(
             f"no tensor {missing[0]}{f' (and {len(missing) - 1} more)' if missing[1:] else ''}: "
-            f"{c.arch} with {c.n_layers} layers needs it; is the file complete?"
+            f"{_named(c)} needs it; is the file complete?"
         )
     known = needed | {name: shape for name, shape in optional_tensors(c).items() if name in file.tensors}
     for name in _unknown_parts(file, c, known):
-        raise WeightsError(f"tensor {name} has no place in a {c.arch} model of {c.n_layers} layers")
+        raise WeightsError(f"tensor {name} has no place in {_named(c)}")
     for name, shape in known.items():
         _check_tensor(file, name, shape, vouched and len(shape) == 2)
     _check_exits(file, c)
+
+
+def _named(c: ModelConfig) -> str:
+    if c.role == "full":
+        return f"a {c.arch} model of {c.n_layers} layers"
+    first, last = c.layers
+    return f"the {c.role} half, layers [{first}, {last}), of a {c.arch} model of {c.n_layers}"
 
 
 def _unknown_parts(file: GGUFFile, c: ModelConfig, known: dict[str, Shape]) -> Iterator[str]:

@@ -69,7 +69,7 @@ def make_check() -> Check:
                 t.decode(t.encode("Hello wörld 🙂 <|e|>", add_bos=False, parse_special=True))
                 outcome = "text"
             with weights.Weights.open(path) as w:
-                for head in ("final", *w.exit_names):
+                for head in w.heads:
                     w.norm_gain(head)
                 for name, info in w.file.tensors.items():
                     if info.type in gguf_reader.READABLE:

@@ -20,7 +20,7 @@ MAX_ERROR = 2e-6
 
 def batch(dtype: torch.dtype) -> tuple[KVStore, Spans, tuple[torch.Tensor, ...]]:
     rng = torch.Generator().manual_seed(0)
-    store = KVStore(1, 12, 2, 32, dtype)
+    store = KVStore((0, 1), 12, 2, 32, dtype)
     pieces = [(70, 0, [3, 7]), (1, 0, [1]), (64, 0, [11]), (130, 0, [0, 5, 9])]
     spans = Spans.of([(n, start, np.array(blocks, np.int32)) for n, start, blocks in pieces])
     rows = sum(n for n, _, _ in pieces)

@@ -34,9 +34,15 @@ class ModelFacts:
     n_ctx: int
     prefix_cache: bool = True
     experts: Experts | None = None  # of a mixture
+    first_layer: int = 0  # the upper half of a model begins there, with rows
 
     def check(self, req: Request, n_blocks: int) -> None:
         """UsageError, ContextError: a request that this model with so many blocks can never serve."""
+        if req.entry < self.first_layer:
+            raise UsageError(
+                f"{f'rows for layer {req.entry}' if req.entry else 'ids'} for the upper half of a model, layers "
+                f"[{self.first_layer}, {self.n_layers}): expected rows that enter at layer {self.first_layer}"
+            )
         if req.rows is not None:
             if req.rows.ndim != 2 or req.rows.shape[1] != self.d_model:
                 raise UsageError(f"rows of shape {req.rows.shape}: expected [n, {self.d_model}]")

@@ -71,7 +71,7 @@ class LocalExecutor:
         prefix_cache: bool = True,
     ) -> None:
         c = loaded.config
-        self.store = KVStore(c.n_layers, n_blocks, c.n_kv_heads, c.head_dim, kv_dtype(loaded, kv))
+        self.store = KVStore(c.layers, n_blocks, c.n_kv_heads, c.head_dim, kv_dtype(loaded, kv))
         self.model: Decoder | NativeDecoder
         if isinstance(loaded, Packed):
             self.model = NativeDecoder(loaded)
@@ -84,7 +84,7 @@ class LocalExecutor:
         if isinstance(loaded, Loaded) and (mixture := loaded.experts) is not None:
             experts = Experts(mixture.n, mixture.n_used, 3 * mixture.d_ff * c.d_model * loaded.dtype.itemsize)
         sizes = c.n_layers, c.d_model, c.n_vocab, c.n_ctx
-        self.facts = ModelFacts(self._fingerprint(loaded), *sizes, prefix_cache, experts)
+        self.facts = ModelFacts(self._fingerprint(loaded), *sizes, prefix_cache, experts, first_layer=c.layers[0])
         self._parked: dict[tuple[int, int], tuple[int, Tensor]] = {}  # sequence, layer -> first position, [n, D]
         self._copies: dict[int, list[Tensor]] = {}
         self._sums: dict[int, Array64] = {}  # sequence -> f64 [D], of the normed last rows so far

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from nearfar.errors import FileError, TokenizerError, UsageError
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
-from nearfar.weights import Weights
 from nearfar_cloud.engine import Engine
 from nearfar_cloud.executors.local import KV, LocalExecutor, kv_dtype
 from nearfar_cloud.gateway.hf_tokenizer import folder_metadata
@@ -18,7 +17,7 @@ from nearfar_cloud.gateway.service import Core
 from nearfar_cloud.kv.pool import BLOCK, n_blocks_of
 from nearfar_cloud.model.attention import head_bytes
 from nearfar_cloud.model.hf import is_mixture, load_folder
-from nearfar_cloud.model.loader import Loaded, load_gguf
+from nearfar_cloud.model.loader import Loaded, load_gguf, open_gguf
 from nearfar_cloud.model.packed import FORMS, Packed, can_pack, pack_folder, pack_gguf
 from nearfar_cloud.scheduling.compose import Composer
 from nearfar_cloud.scheduling.spec import Speculation
@@ -91,7 +90,10 @@ def describe(model: str, name: str | None = None, form: Form | None = None) -> D
         if form in FORMS and form != "bf16":
             raise UsageError(f"{path}: {form} is made of folders; a GGUF file is served as it is, as fp32 or bf16")
         # Stays open: a large vocabulary is read from the file's map as it is needed.
-        meta = Weights.open(path).file.metadata
+        weights = open_gguf(path)
+        if weights.config.role == "upper":
+            raise UsageError(f"{path} is the upper half of a split model, which takes rows and no text: not for HTTP")
+        meta = weights.file.metadata
     else:
         expected = f"{SHIPPED!r} (the shipped model), the path of a GGUF file, or a folder from Hugging Face"
         raise FileError(f"{model}: no such file; expected {expected}")
@@ -123,7 +125,7 @@ def _name(path: Path) -> str:
 
 def _engine(loaded: Loaded | Packed, kv: KV, kv_bytes: int) -> Engine:
     c = loaded.config
-    a_block = 2 * c.n_layers * c.n_kv_heads * head_bytes(c.head_dim, kv_dtype(loaded, kv))
+    a_block = 2 * (c.layers[1] - c.layers[0]) * c.n_kv_heads * head_bytes(c.head_dim, kv_dtype(loaded, kv))
     n_blocks = min(kv_bytes // a_block, MOST_CONTEXTS * n_blocks_of(c.n_ctx))
     if n_blocks < 2:
         raise UsageError(f"{kv_bytes} bytes for keys and values: this model needs at least {2 * a_block}")

@@ -62,14 +62,18 @@ class Spans:
 
 
 class KVStore:
-    """The blocks of all layers: per layer K [n_blocks, KH, hd, BLOCK] and V [n_blocks, KH, BLOCK, hd].
+    """The blocks of layers [first, last): of each K [n_blocks, KH, hd, BLOCK] and V [n_blocks, KH, BLOCK, hd].
 
+    `k` and `v` begin with layer `first`: the upper half of a model keeps nothing for the layers that it lacks.
     bf16 has the same shapes, its numbers in pairs; int8 is u8 [n_blocks, KH, head_bytes]: codes in pairs, then an f32
     scale for each position (`native/src/paged_attention.h`).
     """
 
-    def __init__(self, n_layers: int, n_blocks: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.head_dim = head_dim
+    def __init__(
+        self, layers: tuple[int, int], n_blocks: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        self.first, self.head_dim = layers[0], head_dim
+        n_layers = layers[1] - layers[0]
         k, v = (head_dim, BLOCK), (BLOCK, head_dim)
         if dtype == torch.int8:
             k = v = (head_bytes(head_dim, dtype),)  # type: ignore[assignment]
@@ -87,8 +91,9 @@ class KVStore:
         """k, v [n, KH, hd] of the span's positions into their blocks."""
         position = torch.arange(span.start, span.start + span.n)
         block, lane = torch.from_numpy(span.blocks).long()[position // BLOCK], position % BLOCK
-        self.k[layer][block, :, :, lane] = k.to(self.k[layer].dtype)
-        self.v[layer][block, :, lane] = v.to(self.v[layer].dtype)
+        keys, values = self.k[layer - self.first], self.v[layer - self.first]
+        keys[block, :, :, lane] = k.to(keys.dtype)
+        values[block, :, lane] = v.to(values.dtype)
 
     def read(self, blocks: Tensor) -> list[Tensor]:
         """A copy of blocks in all layers, in order."""
@@ -150,11 +155,11 @@ class NativeAttention:
     name = "native"
 
     def __init__(self, store: KVStore, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-        self._k, self._v = [bits(x) for x in store.k], [bits(x) for x in store.v]
+        self._first, self._k, self._v = store.first, [bits(x) for x in store.k], [bits(x) for x in store.v]
         self._run = native.PagedAttention(n_heads, n_kv_heads, head_dim, torch.get_num_threads())
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-        store = self._k[layer], self._v[layer]
+        store = self._k[layer - self._first], self._v[layer - self._first]
         where = spans.table, spans.blocks
         self._run.append(k.contiguous().numpy(), v.contiguous().numpy(), *store, *where)
         return torch.from_numpy(self._run.attend(q.contiguous().numpy(), *store, *where))
@@ -185,7 +190,7 @@ class TorchAttention:
 def attend(q: Tensor, store: KVStore, layer: int, span: Span) -> Tensor:
     """q [n, H, hd] of a span whose keys and values are written -> f32 [n, H * hd]"""
     n, n_heads, hd = q.shape
-    keys, values = store.k[layer], store.v[layer]
+    keys, values = store.k[layer - store.first], store.v[layer - store.first]
     n_kv = keys.shape[1]
     q = q.float().reshape(n, n_kv, n_heads // n_kv, hd) * hd**-0.5
     position = torch.arange(span.start, span.start + span.n).view(n, 1, 1, 1)

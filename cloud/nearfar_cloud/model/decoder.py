@@ -69,15 +69,21 @@ class FeedForward:
 
 
 class Decoder:
-    """Layers, embedding and head of one loaded model; keys and values lie in the store that is attached."""
+    """Layers, embedding and head of one loaded model; keys and values lie in the store that is attached.
+
+    The upper half of a model has layers from `first` on, and no ids to look up.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self.config, self.pairs, self.dtype = loaded.config, loaded.rope_pairs, loaded.dtype
         get = loaded.tensors.get
-        self.embedding = loaded.tensors["token_embd.weight"]
-        self.head = Linear(get("output.weight", self.embedding))
+        self.embedding = get("token_embd.weight")
+        head = get("output.weight", self.embedding)
+        assert head is not None
+        self.head = Linear(head)
         self.output_norm = loaded.tensors["output_norm.weight"].float()
-        self.layers = [_layer(loaded, i) for i in range(self.config.n_layers)]
+        self.first = self.config.layers[0]
+        self.layers = [_layer(loaded, i) for i in range(*self.config.layers)]
         half = self.config.head_dim // 2
         frequency = self.config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         factors = get("rope_freqs.weight")
@@ -91,6 +97,7 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 [R] -> [R, D]"""
+        assert self.embedding is not None, "an upper half: ModelFacts.check refuses ids"
         return self.embedding[ids]
 
     def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +115,7 @@ class Decoder:
 
     def layer(self, i: int, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attention, spans: Spans) -> Tensor:
         """x [R, D] of the spans -> [R, D]; their keys and values go into the store behind `attend`."""
-        c, p = self.config, self.layers[i]
+        c, p = self.config, self.layers[i - self.first]
         q, k, v = p.qkv(rms_norm(x, p.attn_norm, c.norm_eps)).split((c.d_q, c.d_kv, c.d_kv), dim=-1)
         q, k = q.unflatten(-1, (c.n_heads, c.head_dim)), k.unflatten(-1, (c.n_kv_heads, c.head_dim))
         v = v.unflatten(-1, (c.n_kv_heads, c.head_dim))

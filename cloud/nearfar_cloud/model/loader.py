@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nearfar.config import ModelConfig
+from nearfar.errors import UsageError
 from nearfar.weights import Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,9 +43,23 @@ class Loaded:
         return torch.float32 if self.dtype == torch.float32 else torch.float16
 
 
+def open_gguf(path: str | os.PathLike[str]) -> Weights:
+    """A file with the layers up to the head.  Raises what `load_gguf` raises."""
+    weights = Weights.open(path)
+    if weights.config.role == "device":
+        raise UsageError(
+            f"{path} is the device half of a split model, layers [0, {weights.config.split_layer}): serve the upper "
+            "half, or the whole model"
+        )
+    return weights
+
+
 def load_gguf(path: str | os.PathLike[str], dtype: str = "fp32") -> Loaded:
-    """Raises what Weights.open raises: FileError, GGUFError, WeightsError, UnsupportedError."""
-    with Weights.open(path) as weights:
+    """A whole model or an upper half.
+
+    Raises what Weights.open raises (FileError, GGUFError, WeightsError, UnsupportedError), UsageError for a device's.
+    """
+    with open_gguf(path) as weights:
         digest = sha256(dtype.encode())
         tensors = {}
         for name, info in weights.file.tensors.items():

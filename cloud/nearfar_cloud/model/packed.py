@@ -28,7 +28,7 @@ from nearfar.weights import Weights
 from nearfar_cloud.model.attention import KVStore, Spans, bits
 from nearfar_cloud.model.decoder import rms_norm
 from nearfar_cloud.model.hf import is_mixture, load_folder
-from nearfar_cloud.model.loader import Loaded
+from nearfar_cloud.model.loader import Loaded, open_gguf
 
 try:
     from nearfar_native import _core as native
@@ -82,8 +82,8 @@ def _isa() -> str:
 
 
 def pack_gguf(path: str | os.PathLike[str]) -> Packed:
-    """A file as it is, with the bits of the device.  Raises what Weights.open raises."""
-    weights = Weights.open(path)
+    """A file as it is, with the bits of the device.  Raises what `load_gguf` raises."""
+    weights = open_gguf(path)
     digest, matrices, vectors = sha256(b"packed"), {}, {}
     for name, info in weights.file.tensors.items():
         kind, shape, raw = weights.raw(name)
@@ -94,6 +94,8 @@ def pack_gguf(path: str | os.PathLike[str]) -> Packed:
         else:
             vectors[name] = weights.f32(name)
     vectors["final"] = weights.norm_gain("final")
+    # The engine wants an embedding.  An upper half may have none: the head stands in, ModelFacts.check refuses ids.
+    matrices.setdefault("token_embd.weight", matrices[weights.head_name])
     c = weights.config
     fingerprint = digest.hexdigest()
     return Packed(c, matrices, vectors, c.rope_pairs, fingerprint, weights=weights)  # type: ignore[arg-type]
@@ -149,13 +151,15 @@ class NativeDecoder:
         spec = native.ModelSpec(**c.engine_spec(packed.rope_pairs))
         threads = torch.get_num_threads()
         self._model = native.Model(
-            spec, packed.matrices, packed.vectors, {}, 0, c.n_layers, threads, isa=_isa(), floats=packed.floats
+            spec, packed.matrices, packed.vectors, {}, *c.layers, threads, isa=_isa(), floats=packed.floats
         )
         self._store: native.PagedStore | None = None
 
     def attach(self, store: KVStore) -> str:
         """Keep keys and values there; the name of the attention."""
-        k, v, dtype = [bits(x) for x in store.k], [bits(x) for x in store.v], store.k[0].dtype
+        dtype = store.k[0].dtype
+        # The engine counts from layer 0: where an upper half has no layers, the first that it has stands in, untouched.
+        k, v = ([bits(x) for x in [blocks[0]] * store.first + blocks] for blocks in (store.k, store.v))
         if dtype == torch.uint8:
             self._store = native.PagedStore(k, v, store.head_dim)
         else:

@@ -65,7 +65,7 @@ def losses_after(lower: Lower, context: Sequence[int], options: Sequence[Sequenc
     """
     if not context or not all(options):
         raise UsageError("a likelihood needs at least one token before the text and one of it")
-    longest, last = len(context) + max(map(len, options)), lower.config.n_layers
+    longest, last = len(context) + max(map(len, options)), lower.config.layers[1]
     if longest > lower.config.n_ctx:
         raise ContextError(f"{longest} tokens; the model was trained for {lower.config.n_ctx}")
     kv = lower.new_kv(longest, "f32")
@@ -86,7 +86,7 @@ def _losses(lower: Lower, rows: NDArray[np.float32], ids: NDArray[Any]) -> NDArr
     losses = []
     for start in range(0, len(ids), CHUNK):
         part = slice(start, start + CHUNK)
-        z = lower.logits(np.ascontiguousarray(rows[part]), "final").astype(np.float64)  # [T, V]
+        z = lower.logits(np.ascontiguousarray(rows[part]), lower.config.last_head).astype(np.float64)  # [T, V]
         top = z.max(axis=-1)
         log_sum = top + np.log(np.exp(z - top[:, None]).sum(axis=-1))
         losses.append(log_sum - z[np.arange(len(z)), ids[part]])
@@ -97,7 +97,7 @@ def token_losses(lower: Lower, ids: NDArray[np.int32], window: int = WINDOW) -> 
     """ids i32 [T] -> -log p of each token that has one before it in its window, f64."""
     if window < 2 or len(ids) < 2:
         raise UsageError(f"{len(ids)} tokens in windows of {window}: expected 2 or more of both")
-    last, losses = lower.config.n_layers, []
+    last, losses = lower.config.layers[1], []
     for start in range(0, len(ids) - 1, window):
         part = ids[start : start + window]
         h = lower.forward(lower.embed(part), lower.new_kv(len(part), "f32"), 0, last)

@@ -1,0 +1,126 @@
+"""A model cut in two files: a device half, which ends at an exit, and an upper half, which takes rows.
+
+    NAME-device.gguf   tokenizer, embedding, blk.0 .. blk.k-1, exits up to layer k
+    NAME-upper.gguf    blk.k .. blk.L-1, final norm, head
+
+Tensors keep names, types and bytes; they go from map to file, so a model may be larger than memory.  Both files carry
+the fingerprints of all parts (wire/fingerprint.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.config import SPLIT_VERSION, ExitConfig, Role
+from nearfar.errors import FileError, UsageError
+from nearfar.gguf_reader import ValueType
+from nearfar.gguf_writer import GGUFWriter, write_together
+from nearfar.weights import Weights, device_names, upper_names
+from nearfar.wire.fingerprint import codec_part, exit_parts, model_fp, own_parts
+
+# Keys of the whole model that are written anew or not at all; those that only a reader of text or an exit needs.
+_ANEW = re.compile(
+    r"general\.alignment|nearfar\.(version|role|n_layers|split_layer|row_layer|fingerprint|parts|golden|exit_layers)"
+    r"|nearfar\.codec\..+"
+)
+_DEVICE_ONLY = re.compile(r"tokenizer\..+|nearfar\.rows|nearfar\.(exit|calibration)\..+")
+
+Gains = dict[ExitConfig, NDArray[np.float32]]  # [D] each, lowest exit first
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """The files that were written, and the fingerprint of the pair."""
+
+    device: Path
+    upper: Path
+    fingerprint: bytes
+
+
+def split(
+    whole: Weights, k: int, folder: Path, *, make_exit: bool = False, outliers: Sequence[int] = (), golden: str = ""
+) -> Halves:
+    """Cut the model at layer `k` and write both halves into `folder`, or neither.
+
+    `make_exit`: after layer k stands an exit that nobody trained, where there is none.  `outliers`: the channels that
+    travel beside the codes; `golden`: the self-test (wire/golden.py).  Raises UsageError, FileError.
+    """
+    exits = exits_below(whole, k, make_exit=make_exit)
+    parts = own_parts(whole, k) | exit_parts(exits) | {"codec": codec_part(outliers)}
+    names = {"device": device_names(whole.file.tensors, k), "upper": upper_names(whole.file.tensors, k)}
+    names["device"] += [n for e in exits if whole.has(n := f"exit.{e.layer}.norm.weight")]
+    writers: dict[Role, GGUFWriter] = {
+        "device": GGUFWriter(folder / f"{whole.file.path.stem}-device.gguf"),
+        "upper": GGUFWriter(folder / f"{whole.file.path.stem}-upper.gguf"),
+    }
+    for role, writer in writers.items():
+        _add_keys(writer, whole, role, exits)
+        writer.add("nearfar.version", SPLIT_VERSION)
+        writer.add("nearfar.role", role)
+        writer.add("nearfar.n_layers", whole.config.n_layers)
+        writer.add("nearfar.split_layer", k)
+        writer.add("nearfar.row_layer", k)
+        writer.add("nearfar.codec.outlier_channels", list(outliers), ValueType.U32)
+        writer.add("nearfar.fingerprint", model_fp(parts).hex())
+        writer.add("nearfar.parts", [f"{name} {part.hex()}" for name, part in parts.items()])
+        for name in names[role]:
+            info = whole.file.tensors[name]
+            writer.add_tensor(name, whole.file.raw(name), info.type, info.shape)
+    if golden:
+        writers["device"].add("nearfar.golden", golden)
+    _make_folder(folder)
+    write_together(list(writers.values()))
+    return Halves(writers["device"].path, writers["upper"].path, model_fp(parts))
+
+
+def exits_below(whole: Weights, k: int, *, make_exit: bool = False) -> Gains:
+    """The exits of a device half cut at layer `k`.  Raises UsageError where the model cannot be cut there."""
+    c = whole.config
+    if c.role != "full":
+        raise UsageError(f"{whole.file.path} is the {c.role} half of a model that was cut: expected a whole one")
+    if not 0 < k < c.n_layers:
+        raise UsageError(f"cut at layer {k}: the model has {c.n_layers} layers, expected 1..{c.n_layers - 1}")
+    exits = {e: whole.norm_gain(f"exit.{e.layer}") for e in c.exits if e.layer <= k}
+    if not exits or max(e.layer for e in exits) < k:
+        if not make_exit:
+            raise UsageError(
+                f"no exit after layer {k} (the model has {_listed(e.layer for e in c.exits)}), so a device half could "
+                "end no token by itself: cut at an exit, or let --make-exit put one there that is not trained"
+            )
+        exits[ExitConfig(k)] = whole.norm_gain("final")
+    return exits
+
+
+def _add_keys(writer: GGUFWriter, whole: Weights, role: Role, exits: Gains) -> None:
+    """The keys of the whole model that concern this half, and its exits."""
+    dropped = [f"nearfar.exit.{e.layer}." for e in whole.config.exits if e not in exits]
+    for key in whole.file.metadata:
+        kept = not _ANEW.fullmatch(key) and not key.startswith(tuple(dropped))
+        if kept and (role == "device" or not _DEVICE_ONLY.fullmatch(key)):
+            writer.add_encoded(key, whole.file.encoded(key))
+    if role == "upper":
+        return
+    writer.add("nearfar.exit_layers", [e.layer for e in exits], ValueType.U32)
+    for e in exits.keys() - set(whole.config.exits):  # the one that was made
+        writer.add(f"nearfar.exit.{e.layer}.kind", "norm")
+        writer.add(f"nearfar.exit.{e.layer}.head", "tied")
+        writer.add(f"nearfar.exit.{e.layer}.norm", exits[e])
+        writer.add(f"nearfar.exit.{e.layer}.tau", e.tau)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder} cannot be made: {error.strerror or error}") from None
+
+
+def _listed(layers: Iterable[int]) -> str:
+    found = [str(layer) for layer in layers]
+    return f"exits after {', '.join(found)}" if found else "no exits"

@@ -1,0 +1,188 @@
+"""Which model this is, part by part, so that two machines see whether their halves belong together.  Ground floor.
+
+    tokenizer     the keys tokenizer.ggml.*
+    arch          sizes, variants, rotation
+    device        the tensors below the cut: embedding, layers [0, k), the head of the exits
+    upper         the tensors above it: layers [k, L), final norm, head; all tensors of a model that is not cut
+    split         "k of L", as plain text: a whole model learns from it where to cut
+    exits         of the device: their layers and gains
+    codec         the channels that travel beside the codes
+    calibration   of the exits: temperatures, maps, thresholds
+    sampler       version of nearfar.sampling
+
+A part is a BLAKE2b digest (`split` is not); a tensor counts with name, type, shape and bytes.  A file computes the
+parts that it owns and carries the others as `nearfar split` wrote them down (nearfar.parts), so each half names the
+pair.  This guards against mixing things up, not against malice: who writes a file writes its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.config import ExitConfig, ModelConfig
+from nearfar.digest import blake2b
+from nearfar.errors import UsageError, WeightsError
+from nearfar.gguf_reader import GGUFFile
+from nearfar.weights import Weights, device_names, upper_names
+from nearfar.wire.messages import MAX_OUTLIERS, SAMPLER_VERSION
+
+DIGEST = 32  # bytes
+PARTS = ("tokenizer", "arch", "device", "upper", "split", "exits", "codec", "calibration", "sampler")
+FOR_ROWS = ("tokenizer", "arch", "device", "upper", "split", "codec", "sampler")  # exits are the device's own business
+FOR_IDS = ("tokenizer", "sampler")  # any model with the same tokenizer may draft
+
+_DECLARED = re.compile(r"([a-z]{1,20}) ([0-9a-f]{2,128})")
+_SPLIT = re.compile(rb"(\d{1,4}) of (\d{1,4})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A part that differs; empty bytes: that side does not have it."""
+
+    part: str
+    theirs: bytes
+    ours: bytes
+
+    def __str__(self) -> str:
+        return f"{self.part} (theirs {shown(self.theirs)}, ours {shown(self.ours)})"
+
+
+def parts(weights: Weights, split_layer: int | None = None) -> dict[str, bytes]:
+    """Every part that the file computes or carries.  Reads all its tensors: about a second a gigabyte.
+
+    `split_layer`: where a whole model is to be cut; a half knows.  Raises UsageError, WeightsError.
+    """
+    return declared_parts(weights.file) | own_parts(weights, split_layer)
+
+
+def own_parts(weights: Weights, split_layer: int | None = None) -> dict[str, bytes]:
+    """The parts that the file computes from what it holds."""
+    file, c = weights.file, weights.config
+    k = c.split_layer if split_layer is None else split_layer
+    if not 0 <= k < c.n_layers or (c.role != "full" and k != c.split_layer):
+        first, last = c.layers
+        raise UsageError(f"{file.path} holds the layers [{first}, {last}) of {c.n_layers}: no model cut at layer {k}")
+    found = {
+        "arch": _digest([_arch(c)]),
+        "codec": codec_part(outliers(file, c)),
+        "sampler": _digest([_json(SAMPLER_VERSION)]),
+    }
+    if k > 0:
+        found["split"] = b"%d of %d" % (k, c.n_layers)
+    if c.role != "upper":
+        exits = {e: weights.norm_gain(f"exit.{e.layer}") for e in c.exits if e.layer <= (k or c.n_layers)}
+        found |= {"tokenizer": _tokenizer(file)} | exit_parts(exits)
+        if k > 0:
+            found["device"] = _tensors(file, device_names(file.tensors, k))
+    if c.role != "device":
+        found["upper"] = _tensors(file, upper_names(file.tensors, k) + ["token_embd.weight"] * (k == 0))
+    file.release_pages()
+    return found
+
+
+def exit_parts(exits: Mapping[ExitConfig, NDArray[np.float32]]) -> dict[str, bytes]:
+    """The two parts about exits, of their configs with their gains f32 [D], lowest first."""
+    return {
+        "exits": _digest([b"%d %s" % (e.layer, gain.tobytes()) for e, gain in exits.items()]),
+        "calibration": _digest([_json([asdict(e) for e in exits])]),
+    }
+
+
+def codec_part(outliers: Sequence[int]) -> bytes:
+    """Of the channels that travel beside the codes."""
+    return _digest([_json(list(outliers))])
+
+
+def declared_parts(file: GGUFFile) -> dict[str, bytes]:
+    """The parts as `nearfar split` wrote them into the file, its own included; none in a model that was not cut."""
+    found = {}
+    for text in file.metadata.get("nearfar.parts", ()):
+        match = _DECLARED.fullmatch(str(text))
+        if match is None or match[1] not in PARTS or len(match[2]) % 2:
+            raise WeightsError(
+                f"{file.path}: nearfar.parts holds {str(text)[:40]!r}, expected a name and a fingerprint"
+            )
+        found[match[1]] = bytes.fromhex(match[2])
+    return found
+
+
+def model_fp(parts: Mapping[str, bytes]) -> bytes:
+    """One fingerprint of all parts, 32 bytes."""
+    return _digest([b"%s %d %s" % (name.encode(), len(parts[name]), parts[name]) for name in sorted(parts)])
+
+
+def compare(
+    theirs: Mapping[str, bytes], ours: Mapping[str, bytes], needed: Collection[str] = FOR_ROWS
+) -> list[Mismatch]:
+    """The parts among `needed` that we have and that are not the same on the other side."""
+    return [
+        Mismatch(name, theirs.get(name, b""), ours[name])
+        for name in PARTS
+        if name in needed and name in ours and theirs.get(name) != ours[name]
+    ]
+
+
+def split_of(parts: Mapping[str, bytes], n_layers: int) -> int:
+    """The layer k where the other side's model was cut; 0 if it was not, or is no model of `n_layers` layers."""
+    match = _SPLIT.fullmatch(parts.get("split", b""))
+    k = int(match[1]) if match and int(match[2]) == n_layers else 0
+    return k if k < n_layers else 0
+
+
+def outliers(file: GGUFFile, c: ModelConfig) -> tuple[int, ...]:
+    """The channels that travel beside the codes (nearfar.codec.outlier_channels)."""
+    found = file.metadata.get("nearfar.codec.outlier_channels", [])
+    fine = isinstance(found, list) and all(type(i) is int and 0 <= i < c.d_model for i in found)
+    if not fine or found != sorted(set(found)) or len(found) > MAX_OUTLIERS:
+        raise WeightsError(
+            f"{file.path}: nearfar.codec.outlier_channels={str(found)[:60]}: expected at most {MAX_OUTLIERS} rising "
+            f"channels of 0..{c.d_model - 1}"
+        )
+    return tuple(found)
+
+
+def shown(part: bytes) -> str:
+    """A part for people: text as it is, the first digits of a digest."""
+    if not part:
+        return "none"
+    return part.decode() if _SPLIT.fullmatch(part) else f"{part[:6].hex()}…"
+
+
+def _arch(c: ModelConfig) -> bytes:
+    """The facts that are the same in both halves."""
+    facts = {name: getattr(c, name) for name in c.__dataclass_fields__ if name not in ("exits", "role", "split_layer")}
+    return _json(facts)
+
+
+def _tokenizer(file: GGUFFile) -> bytes:
+    names = sorted(name for name in file.metadata if name.startswith("tokenizer.ggml."))
+    return _digest([b"%s %s" % (name.encode(), file.encoded(name)) for name in names])
+
+
+def _tensors(file: GGUFFile, names: Iterable[str]) -> bytes:
+    digests = []
+    for name in sorted(set(names)):
+        info = file.tensors[name]
+        digest = blake2b(f"{name} {int(info.type)} {info.shape} ".encode(), digest_size=DIGEST)
+        digest.update(file.raw(name).data)
+        digests.append(digest.digest())
+    return _digest(digests)
+
+
+def _digest(pieces: Sequence[bytes]) -> bytes:
+    """Of the pieces in their order, each with its length."""
+    digest = blake2b(digest_size=DIGEST)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
+    return digest.digest()
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()

@@ -11,6 +11,7 @@ once, so the round trip that a connect takes is added to the first byte instead.
 from __future__ import annotations
 
 import asyncio
+import select
 import selectors
 import socket
 import struct
@@ -236,8 +237,18 @@ def _reset(transport: asyncio.Transport) -> None:
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A loop whose timers are exact to some ten µs: epoll, which asyncio would choose, counts whole milliseconds."""
-    return asyncio.SelectorEventLoop(selectors.SelectSelector())
+    """A loop whose timers are exact to some ten µs."""
+    return asyncio.SelectorEventLoop(_ExactSelector())
+
+
+class _ExactSelector(selectors.DefaultSelector):
+    """Linux' epoll counts whole milliseconds; select() on its descriptor counts µs, with any number of sockets."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None or timeout <= 0 or not hasattr(self, "fileno"):
+            return super().select(timeout)
+        select.select([self.fileno()], [], [], timeout)
+        return super().select(0)
 
 
 class RunningLink:

@@ -28,7 +28,7 @@ UPPER_FAULTS = {
     "kill": "SIGKILL to whoever serves the upper layers; a new process after some seconds",
     "stop": "SIGSTOP, and SIGCONT after some seconds",
     "evict": "the upper forgets the rows and cache of the answer",
-    "swap": "as kill, and the new process has other weights",
+    "swap": "SIGKILL, then for some seconds a process with other weights in its place",
 }
 KINDS = LINK_FAULTS | UPPER_FAULTS
 _LASTING = {"stall", "blackout", "kill", "stop", "swap"}

@@ -1,0 +1,119 @@
+"""A server that is killed, stopped and swapped comes back at the same address."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nearfar.chaos.schedule import Fault
+from nearfar.chaos.victim import Victim
+from nearfar.errors import NearfarError, UsageError
+
+# answers every connection with its name and its number
+SERVER = """
+import os, socket, sys
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as s:
+    while True:
+        with s.accept()[0] as c: c.sendall(f"{sys.argv[2]} {os.getpid()}".encode())
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        return int(s.getsockname()[1])
+
+
+def ask(port: int, timeout: float = 20.0) -> str:
+    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
+        return sock.recv(100).decode()
+
+
+def answers(port: int) -> bool:
+    try:
+        return bool(ask(port))
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def upper(port: int) -> Iterator[Victim]:
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-c", SERVER, str(port), name]
+
+    with Victim(command("ours"), lambda: answers(port), command("other")) as upper:
+        yield upper
+
+
+def test_a_killed_process_comes_back_as_another_one(upper: Victim, port: int) -> None:
+    before = upper.pid
+    assert ask(port) == f"ours {before}"
+    upper.inject(Fault(0, "kill", seconds=0.2))
+    assert not answers(port)
+    upper.wait()
+    assert upper.pid != before
+    assert ask(port) == f"ours {upper.pid}"
+
+
+def test_a_stopped_process_is_silent_and_then_goes_on(upper: Victim, port: int) -> None:
+    before = upper.pid
+    upper.inject(Fault(0, "stop", seconds=0.3))
+    assert "\nState:\tT" in Path(f"/proc/{before}/status").read_text()
+    upper.wait()
+    assert ask(port) == f"ours {before}"
+
+
+def test_for_a_while_another_process_is_in_its_place(upper: Victim, port: int) -> None:
+    upper.inject(Fault(0, "swap", seconds=0.1))
+    upper.wait()
+    assert ask(port).startswith("ours")
+    upper.inject(Fault(0, "swap", seconds=1e6))
+    while not (answers(port) and ask(port).startswith("other")):
+        time.sleep(0.01)
+    assert ask(port) == f"other {upper.pid}"
+
+
+def test_faults_follow_each_other(upper: Victim, port: int) -> None:
+    pids = {upper.pid}
+    for _ in range(3):
+        upper.inject(Fault(0, "kill"))
+    upper.wait()
+    pids.add(upper.pid)
+    assert len(pids) == 2
+    assert answers(port)
+
+
+def test_nothing_is_left_behind_even_if_it_is_stopped(port: int) -> None:
+    with Victim([sys.executable, "-c", SERVER, str(port), "ours"], lambda: answers(port)) as upper:
+        upper.inject(Fault(0, "stop", seconds=1e6))
+        pid = upper.pid
+    assert not Path(f"/proc/{pid}").exists()
+    assert not answers(port)
+
+
+def test_what_is_no_server_and_what_a_process_cannot_do_is_refused(upper: Victim, port: int) -> None:
+    with pytest.raises(UsageError, match="'reset'"):
+        upper.inject(Fault(0, "reset"))
+    alone = Victim([sys.executable, "-c", "raise SystemExit(3)"], lambda: False)
+    with pytest.raises(NearfarError, match="exit code 3"):
+        alone.__enter__()
+    with pytest.raises(UsageError, match="other weights"):
+        alone.inject(Fault(0, "swap"))
+
+
+def test_a_process_that_does_not_come_back_is_told_to_whoever_waits(port: int, tmp_path: Path) -> None:
+    once = tmp_path / "once"
+    code = f"import os; os.mkdir({str(once)!r})\n{SERVER}"  # a second one fails
+    with Victim([sys.executable, "-c", code, str(port), "ours"], lambda: answers(port)) as upper:
+        upper.inject(Fault(0, "kill"))
+        with pytest.raises(NearfarError, match="exit code 1"):
+            upper.wait()

@@ -22,18 +22,19 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: help run setup check test native sanitize sanitize-thread emulate fuzz soak bench bench-roofline bench-peers bench-busy train eval pack-study clean
+.PHONY: help run setup check test proto native sanitize sanitize-thread emulate fuzz soak bench bench-roofline bench-peers bench-busy train eval pack-study clean
 
 help:
 	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
 	@echo "make test       set up for development and run every test"
 	@echo "make setup      only the set-up: [dev], [train] and [cloud] extras, compiled extension"
 	@echo "make check      ruff, mypy --strict, clang-format"
+	@echo "make proto      the code of the protocol between two machines, out of sdk/nearfar/wire/nearfar.proto"
 	@echo "make native     rebuild the C++ engine and run its own tests (needs doctest)"
 	@echo "make sanitize   the C++ tests under address and undefined-behaviour sanitizers (needs doctest)"
 	@echo "make sanitize-thread   the C++ tests of threads under the thread sanitizer (needs doctest)"
 	@echo "make emulate    the C++ tests on CPUs that this machine is not, under qemu (needs a cross compiler)"
-	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, and as long the panel files"
+	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, as long the panel files, as long the messages of the wire"
 	@echo "make soak       MINUTES=20 of a server under everything that clients do, and what is left of it"
 	@echo "make bench      the figures of docs/benchmarks.md"
 	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
@@ -57,6 +58,9 @@ check: $(VENV)/dev
 test: $(VENV)/dev
 	$(PY) -m pytest
 
+proto: $(VENV)/dev
+	$(PY) -m grpc_tools.protoc -I sdk --python_out=sdk --pyi_out=sdk sdk/nearfar/wire/nearfar.proto
+
 native: $(VENV)/ready
 	$(CONFIGURE) -B build/native -DCMAKE_BUILD_TYPE=Release
 	$(CMAKE) --build build/native -j 2
@@ -79,6 +83,7 @@ emulate: $(VENV)/dev
 fuzz: $(VENV)/dev
 	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)
 	$(PY) tests/fuzz/fuzz_panels.py --seconds $(FUZZ_SECONDS)
+	$(PY) tests/fuzz/fuzz_wire.py --seconds $(FUZZ_SECONDS)
 
 soak: $(VENV)/dev
 	$(PY) bench/soak.py --minutes $(MINUTES)

@@ -14,7 +14,8 @@ _GROUND += ("arguments", "digest", "machine", "text_table", "corpora", "master",
 # Text to ids and back, chat forms, grammars: they stand on the ground floor alone and count as a part of it.
 _GROUND += ("tokenizer", "vocab", "bpe", "spm", "pretokenize", "detokenize", "stop", "chat", "chat_forms", "constraint")
 # What the two sides of a network share.
-_GROUND += ("wire", "wire.messages", "wire.codec", "wire.hashes", "wire.fingerprint", "wire.golden", "wire.session")
+_GROUND += ("wire", "wire.messages", "wire.codec", "wire.hashes", "wire.fingerprint", "wire.session")
+_GROUND += ("wire.nearfar_pb2", "wire.pack", "wire.unpack", "wire.rpc", "wire.loop_thread")
 GROUND_FLOOR = {f"nearfar.{name}" for name in _GROUND}
 # What each house may import of another one: all of it, or the modules named.
 ARROWS = {
@@ -32,6 +33,8 @@ PLACES = {
         "nearfar_cloud.model.sampler",
         "nearfar_native",
     },
+    "grpc": {"nearfar.wire.rpc", "nearfar.wire.dial", "nearfar_cloud.gateway"},
+    "google": {"nearfar.wire.nearfar_pb2", "nearfar.wire.pack", "nearfar.wire.unpack"},
     "llguidance": {"nearfar.constraint"},
     "llama_cpp": {"nearfar.backend_llama"},
     "sklearn": {"nearfar.eval.baselines"},

@@ -1,0 +1,306 @@
+"""One answer's way to an upper side beyond the network; made by `RemoteUpper.open`.
+
+    engine's thread                      |  network thread
+    send ───────────────────────────────>|  Outbox ─> Egress ─> pack ─> stream
+    receive <─────────── queue of news <─|  unpack <─ stream; connect, hello, open, ping, connect again ...
+
+A link outlives its connections.  Each begins with `Open`, and `Opened` tells what the other side still has; then the
+ledger sends what is missing.  What was sent with one connection in mind never reaches the next one: a message carries
+the number of the connection whose `Opened` the engine had seen, and nothing else of a batch comes before an `Opened`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from typing import TypeAlias
+
+from nearfar.errors import EgressDenied, MismatchError, NearfarError, UpperError, WireError
+from nearfar.upper import Lost, News, Traffic
+from nearfar.wire import pack
+from nearfar.wire.dial import Call, Silent, StreamEnded, Unreachable
+from nearfar.wire.dialler import Dialler, Greeted
+from nearfar.wire.egress import Egress
+from nearfar.wire.loop_thread import LoopThread
+from nearfar.wire.messages import Ask, Close, Credit, Down, Err, Open, Opened, Ping, Pong, Up, Verdict
+from nearfar.wire.outbox import Outbox
+
+PING_AFTER_S = 1.0  # of silence
+SILENT_S = 5.0  # without a sign of life: lost
+FLUSH_S = 1.0  # a Close may take so long to leave
+FIRST_CREDIT = 64 << 10  # bytes of rows under way, where the other side does not say how many
+FRAME = 5  # bytes of gRPC around a message
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.05, 5.0  # between attempts to connect
+MOST_WAIT_S = 60.0  # whatever the other side asks for
+
+Item: TypeAlias = tuple[int, News] | NearfarError  # number of its connection; an error is the last item
+
+
+class RemoteLink:
+    """`Link` over the network."""
+
+    def __init__(self, network: LoopThread, dialler: Dialler, opening: Open) -> None:
+        self.opening, self.traffic, self.max_run = opening, Traffic(), 1
+        self._network, self._dialler = network, dialler
+        self._egress = Egress(dialler.policy, dialler.account)
+        self._news: SimpleQueue[Item] = SimpleQueue()
+        self._held: Item | None = None  # taken from the queue, and not told yet
+        self._seen = 0  # number of the connection whose Opened was told last
+        self._first: Future[None] = Future()  # the first hello
+        # network thread
+        self._number = 0  # of connections so far
+        self._outbox: Outbox | None = None  # of the connection that is open
+        self._tokens: dict[str, bytes] = {}  # by address: what takes the session up again
+        self._asked: dict[int, float] = {}
+        self._wake = asyncio.Event()
+        self._heard = 0.0
+        self._pinged = 0.0  # 0: nobody waits for a pong
+        self._retry_after_s = 0.0
+        self._is_open = False  # Opened has come on this connection
+        self._is_closing = False
+        self._task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------ engine's thread
+
+    def start(self) -> None:
+        """Returns when the first hello is over.  Raises UpperError, MismatchError, WireError, EgressDenied."""
+        self._network.call(self._begin)
+        self._first.result()
+
+    def send(self, message: Up) -> None:
+        """Never waits; nothing happens while there is no connection."""
+        self._network.call(self._put, self._seen, message)
+
+    def receive(self, timeout_s: float) -> list[News]:
+        """What has come.  Raises EgressDenied, MismatchError, WireError when the link has ended with one."""
+        batch: list[News] = []
+        while True:
+            item, self._held = self._held or self._next(0.0 if batch else timeout_s), None
+            if item is None:
+                return batch
+            if batch and (isinstance(item, NearfarError) or isinstance(item[1], Opened)):
+                self._held = item
+                return batch
+            if isinstance(item, NearfarError):
+                self._held = item
+                raise item
+            number, news = item
+            if isinstance(news, Opened):
+                self._seen = number
+            batch.append(news)
+
+    def deadline_s(self) -> float:
+        return self._dialler.round_trips.deadline_s
+
+    def close(self) -> None:
+        """The rest happens by itself: a Close that was sent before still leaves."""
+        self._network.call(self._finish)
+
+    @property
+    def is_over(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    def _next(self, timeout_s: float) -> Item | None:
+        try:
+            return self._news.get(timeout_s > 0, timeout_s)
+        except Empty:
+            return None
+
+    # ------------------------------------------------------------ network thread: one connection after the other
+
+    def _begin(self) -> None:
+        self._dialler.forgive()
+        self._task = asyncio.create_task(self._run())
+
+    def _put(self, seen: int, message: Up) -> None:
+        if self._outbox is not None and seen == self._number:
+            self._outbox.push(message)
+            self._wake.set()
+            self._is_closing = self._is_closing or isinstance(message, Close)
+
+    def _finish(self) -> None:
+        assert self._task is not None
+        if self._outbox is not None and self._is_closing:
+            asyncio.get_running_loop().call_later(FLUSH_S, self._task.cancel)
+        else:
+            self._task.cancel()
+
+    async def finished(self) -> None:
+        if self._task is not None:
+            self._finish()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        """Until the answer is over, or no other attempt makes sense."""
+        try:
+            await self._connections()
+        except (EgressDenied, MismatchError, WireError) as error:
+            self._fail(error)
+        except UpperError as error:
+            self._fail(error) if not self._first.done() else self._tell(Lost(str(error), final=True))
+        except asyncio.CancelledError:
+            if not self._first.done():
+                self._fail(UpperError("the link was closed before anybody answered"))
+            raise
+        except Exception as error:  # a bug of ours must not leave the engine waiting
+            self._fail(UpperError(f"the link has failed: {type(error).__name__}: {error}"))
+            raise
+
+    async def _connections(self) -> None:
+        """One after the other."""
+        lost_at, n_failed = time.monotonic(), 0
+        while True:
+            greeted, fault = self._dialler.take(), None
+            try:
+                await self._talk(greeted)
+            except (Unreachable, UpperError, WireError) as error:
+                fault = error
+            finally:
+                was_open, self._is_open, self._outbox = self._is_open, False, None
+                await self._dialler.release(greeted, fault, was_open=was_open)
+            if fault is None or self._is_closing:
+                return
+            if was_open:
+                lost_at, n_failed = time.monotonic(), 0
+                self._tell(Lost(str(fault)))
+            n_failed += 1
+            if not self._first.done() and n_failed >= len(self._dialler.addresses):
+                raise UpperError(f"no upper side could be reached: {fault}") from None
+            await asyncio.sleep(self._pause_s(time.monotonic() - lost_at, n_failed))
+
+    def _pause_s(self, lost_for_s: float, n_failed: int) -> float:
+        """Before the next attempt: none until every address was tried, then a twentieth of the outage so far."""
+        asked_for, self._retry_after_s = self._retry_after_s, 0.0
+        pause = 0.0
+        if n_failed > len(self._dialler.addresses):
+            pause = min(max(lost_for_s / 20, LEAST_PAUSE_S), MOST_PAUSE_S)
+        return max(pause, asked_for) * random.uniform(0.75, 1.25)
+
+    async def _talk(self, greeted: Greeted) -> None:
+        """One connection, from `Open` to its end.  Raises Unreachable, UpperError, WireError, EgressDenied."""
+        call, self._outbox = greeted.connection.session(), Outbox(FIRST_CREDIT)
+        self._number += 1
+        self._heard = time.monotonic()
+        self._asked.clear()
+        self._outbox.push(replace(self.opening, resume_token=self._tokens.get(greeted.name, b"")))
+        reader = asyncio.create_task(self._read(greeted, call, self._outbox))
+        work = [
+            reader,
+            asyncio.create_task(self._write(greeted, call, self._outbox)),
+            asyncio.create_task(self._watch()),
+        ]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+            (reader if reader in done else done.pop()).result()
+        except _Over:
+            return
+        finally:
+            for task in work:
+                task.cancel()
+            call.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    async def _write(self, greeted: Greeted, call: Call, outbox: Outbox) -> None:
+        """Everything that leaves, through the door of the policy."""
+        while True:
+            now = time.monotonic()
+            message = outbox.pop(now)
+            if message is None:
+                self._wake.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(outbox.pause_s(now)):
+                        await self._wake.wait()
+                continue
+            data = pack.pack_up(outbox.n_sent, message)
+            self._egress.out(greeted.name, message, len(data))
+            self.traffic.up += len(data) + FRAME
+            if isinstance(message, Ask):
+                self._asked.setdefault(message.req, now)
+            try:
+                await call.write(data)
+            except Unreachable:
+                return  # the reader hears why
+            if isinstance(message, Close):
+                await call.done_writing()
+                return
+
+    async def _read(self, greeted: Greeted, call: Call, outbox: Outbox) -> None:
+        """Everything that comes; hello first."""
+        server = await asyncio.shield(greeted.server)
+        self.max_run = server.limits.max_run
+        outbox.credit = server.limits.credit_bytes or FIRST_CREDIT
+        if not self._first.done():
+            self._first.set_result(None)
+        while True:
+            try:
+                ack, message, n_bytes = await call.read()
+            except StreamEnded:
+                if self._is_closing:
+                    raise _Over from None
+                raise
+            self._heard = time.monotonic()
+            self.traffic.down += n_bytes + FRAME
+            outbox.acked(ack)
+            if message is not None:
+                self._on(message, greeted, outbox)
+            self._wake.set()
+
+    def _on(self, message: Down, greeted: Greeted, outbox: Outbox) -> None:
+        match message:
+            case Pong():
+                if self._pinged:
+                    self._dialler.round_trips.pings.append(self._heard - self._pinged)
+                self._pinged = 0.0
+                return
+            case Credit():
+                outbox.on_credit(message, self._heard)
+                return
+            case Opened(resume_token=token):
+                if self._is_open:
+                    raise WireError(f"{greeted.name} says Opened a second time on one stream")
+                self._is_open, self._tokens[greeted.name] = True, token
+            case Err(_, text, retryable, retry_after_ms):
+                self._retry_after_s = min(retry_after_ms / 1000, MOST_WAIT_S)
+                if not retryable:
+                    self._tell(message)
+                    self._tell(Lost(text, final=True))
+                    raise _Over
+            case _ if not self._is_open:
+                raise WireError(f"{greeted.name} says {type(message).__name__} before Opened")
+            case Verdict(req=req):
+                if (asked := self._asked.pop(req, None)) is not None:
+                    self._dialler.round_trips.asks.append(self._heard - asked)
+        self._tell(message)
+
+    async def _watch(self) -> None:
+        """Ask for a sign of life where none comes.  Raises Silent."""
+        self._pinged = 0.0
+        while True:
+            await asyncio.sleep(PING_AFTER_S / 2)
+            now = time.monotonic()
+            if now - self._heard > SILENT_S:
+                raise Silent(f"nothing came for {SILENT_S:g} s")
+            if self._is_open and self._outbox is not None and not self._pinged and now - self._heard > PING_AFTER_S:
+                self._pinged = now
+                self._outbox.push(Ping(1))
+                self._wake.set()
+
+    # ------------------------------------------------------------ network thread: news
+
+    def _tell(self, news: News) -> None:
+        self._news.put((self._number, news))
+
+    def _fail(self, error: NearfarError) -> None:
+        """It is over, and the engine must hear of it."""
+        if not self._first.done():
+            self._first.set_exception(error)
+        self._news.put(error)
+
+
+class _Over(Exception):
+    """The answer has come to its end."""

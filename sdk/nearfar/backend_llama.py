@@ -68,6 +68,9 @@ class LlamaEngine:
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence:
         return Sequence(LlamaKV(self.model, self.max_len, self.threads), sampling=sampling, use_exits=use_exits)
 
+    def close(self) -> None:
+        """Nothing to give back: memory goes with the object."""
+
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """As `Engine.step`; `source` is always "full"."""
         started = time.perf_counter()

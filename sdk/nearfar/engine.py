@@ -9,8 +9,9 @@ The device half of a split model ends at its last exit, which then decides whate
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ Array = NDArray[np.float32]
 class Token:
     """One decision: which token, which head made it ("full" or "exit.{layer}"), how sure, in how many ms.
 
-    `n_drafted`: tokens that were drafted in this step (nearfar.speculate).
+    `n_drafted`: tokens that were drafted in this step (nearfar.speculate).  `where`: "device", "edge" or "cloud".
     """
 
     id: int
@@ -39,6 +40,7 @@ class Token:
     conf: float
     ms: float
     n_drafted: int = 0
+    where: str = "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,27 @@ class Stage:
         return max_softmax(logits) if self.exit is None else confidence(logits, self.exit)
 
 
+class Look(NamedTuple):
+    """What a look at the newest row came to: the token, the stage whose head chose it, and how sure that is."""
+
+    token: int
+    stage: Stage
+    conf: float
+
+
+OnRows = Callable[[int, int, Array], None]  # rows [n, D] that are the inputs of a layer, from a position on
+
+
+def _nobody(layer: int, at: int, rows: Array) -> None:
+    """Whom rows are told by default."""
+
+
 class Stepper(Protocol):
     """What `LLM` drives: our engine, or an outside one behind the same face."""
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence: ...
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token: ...
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -91,18 +109,39 @@ class Engine:
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """Compute the pending rows of `s`, append one token and return it; a step that fails appends nothing."""
-        assert not s.ahead, "rows that nearfar.speculate has run ahead: rewind first"
         started = time.perf_counter()
+        look = self.look(s, stages(self.lower.config, s.use_exits), constraint, cancel)
+        s.ids.append(look.token)
+        return Token(look.token, look.stage.source, look.conf, 1000 * (time.perf_counter() - started))
+
+    def close(self) -> None:
+        """Nothing to give back: memory goes with the object."""
+
+    def look(
+        self,
+        s: Sequence,
+        cut: list[Stage],
+        constraint: Constraint | None = None,
+        cancel: Cancel | None = None,
+        on_rows: OnRows = _nobody,
+    ) -> Look:
+        """Run the pending rows of `s` up to the first stage of `cut` that is sure; nothing is appended.
+
+        `on_rows` gets the rows that leave each stage.  A look that fails leaves `s` as it was.
+        """
+        assert not s.ahead, "rows that nearfar.speculate has run ahead: rewind first"
         h = self.lower.embed(s.pending())  # [T, D]
         n_new, reached = len(h), 0
         token: int | None = None
         try:
-            for stage in stages(self.lower.config, s.use_exits):
+            for stage in cut:
+                at = s.kv.length(stage.first)
                 h = self.lower.forward(
                     s.with_owed(stage.first, h), s.kv, stage.first, stage.last, cancel
                 )  # [owed+T, D]
                 s.owed.pop(stage.first, None)
                 reached = stage.last
+                on_rows(stage.last, at, h)
                 if stage.exit is None and wants_largest(self.lower, s.sampling, constraint):
                     ids, sure = self.lower.greedy(h[-1:], stage.head)
                     token, conf = int(ids[0]), float(sure[0])
@@ -125,8 +164,23 @@ class Engine:
         if not stage.forced:
             s.owe(stage.last, h)
         s.n_run = len(s.ids)
-        s.ids.append(token)
-        return Token(token, stage.source, conf, 1000 * (time.perf_counter() - started))
+        return Look(token, stage, conf)
+
+    def catch_up(self, s: Sequence, cut: list[Stage], cancel: Cancel | None = None, on_rows: OnRows = _nobody) -> None:
+        """Run all rows that wait between stages of `cut` through the rest of the layers."""
+        h = np.empty((0, self.lower.config.d_model), np.float32)
+        for stage in cut:
+            if not len(rows := s.with_owed(stage.first, h)):
+                continue
+            at = s.kv.length(stage.first)
+            try:
+                new = self.lower.forward(rows, s.kv, stage.first, stage.last, cancel)
+            except BaseException:
+                s.owe(stage.first, h)
+                raise
+            s.owed.pop(stage.first, None)
+            h = new
+            on_rows(stage.last, at, h)
 
 
 def wants_largest(lower: Lower, sampling: Sampling, constraint: Constraint | None) -> bool:

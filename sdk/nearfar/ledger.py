@@ -93,6 +93,7 @@ class Counts:
     accepted: int = 0  # drafts that a verdict confirmed
     retracted: int = 0
     asks: int = 0
+    rows_asked: int = 0  # rows that the upper side had to run for them
     stale: int = 0  # messages of an earlier generation, dropped
     replayed: int = 0  # rows sent again
     near_ties: int = 0  # verdicts whose two largest logits are closer than 1e-4
@@ -178,8 +179,9 @@ class Ledger:
         ask = Ask(self.next_req, self.gen, pos, self.asked, draft, run, deadline_ms)
         self.open[ask.req] = OpenAsk(ask)
         self.next_req += 1
-        self.asked = pos + 1
+        self.counts.rows_asked += pos + 1 - (self.asked if self.counts.asks else 0)
         self.counts.asks += 1
+        self.asked = pos + 1
         return [*sending, Send(ask)]
 
     def unsent(self, upto: int | None = None) -> list[Effect]:

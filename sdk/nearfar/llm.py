@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -31,11 +31,18 @@ from nearfar.lower import open_lower
 from nearfar.options import EngineOptions, Head, Lut
 from nearfar.panel_store import vouches_for
 from nearfar.sampling import Sampling
-from nearfar.sequence import Sequence
+from nearfar.sequence import Sequence, SharedStats
 from nearfar.speculate import MAX_DRAFTS, Speculative
 from nearfar.stop import StopMatcher
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
 from nearfar.weights import Weights
+
+if TYPE_CHECKING:
+    from nearfar.collab import Collab
+    from nearfar.share import CodecName, ModeName, RowsName
+    from nearfar.upper import Upper
+    from nearfar.wire.egress import Policy as EgressPolicy
+    from nearfar.wire.tls import Credentials
 
 FinishReason = Literal["stop", "eos", "length", "cancelled"]
 Prompt = str | Seq[int] | Seq[Part]  # text, token ids, or the parts that nearfar.forms builds
@@ -50,7 +57,8 @@ class TokenEvent:
 
     `text` is what may be shown now: whole characters, nothing of a stop string, so it may be "" or belong to earlier
     tokens too.  `source` is the head that decided ("exit.2", "full"; "draft.2": full depth, as exit 2 had
-    foreseen), `conf` how sure it was (0..1), `ms` the time.
+    foreseen; with an upper side "upper", and "verified.2" where exit 2 had foreseen its token), `conf` how sure the
+    device was (0..1), `ms` the time, `where` the machine: "device", "edge" or "cloud".
     """
 
     index: int
@@ -59,6 +67,7 @@ class TokenEvent:
     source: str
     conf: float
     ms: float
+    where: str = "device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,8 @@ class Stats:
     tokens_per_s: float
     by_source: dict[str, int]
     n_drafted: int = 0
+    total_ms: float = 0.0  # from the call to the last token
+    shared: SharedStats | None = None  # with an upper side
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +130,13 @@ class LLM:
         lut: Lut = "off",
         head: Head = "file",
         cache: str | Path | None = None,
+        upper: str | Seq[str] | Upper | None = None,
+        mode: ModeName = "lossless",
+        rows: RowsName | None = None,
+        codec: CodecName = "int8",
+        collab: Collab | None = None,
+        policy: EgressPolicy | None = None,
+        credentials: Credentials | None = None,
     ) -> LLM:
         """Open a GGUF file.
 
@@ -133,8 +151,19 @@ class LLM:
         of it where only the largest logit counts.
         `cache`: where the native engine keeps packed matrices for the next time: "auto" (beside the model, else in the
         user's cache folder; small models are packed at once), "off", or a folder.
-        Raises FileError, UnsupportedError, MissingExtraError.
+
+        With `upper` two machines make an answer: "grpcs://host:port" of a server, several (the next one where one
+        fails), or an object.
+        `mode`: "lossless" (the exits draft, the upper layers decide every token), "lossy" (a sure exit decides) or
+        "cloud-only" (the other side generates).
+        `rows`: "hidden" (of a device half that `nearfar split` made; packed by `codec`: "fp16", "int8", "int4") or
+        "ids"; None: what the file is for.  `collab` says all that in one object, and more.
+        `policy`: what may leave this device, `credentials`: who it is.  Hidden rows are not privacy.
+
+        Raises FileError, UnsupportedError, MissingExtraError; with `upper` also EgressDenied.
         """
+        if upper is None and (collab, policy, credentials) != (None, None, None):
+            raise UsageError("collab, policy and credentials belong to answers with an upper side: expected upper too")
         backend, path = backend or env.backend(), Path(path)
         options = EngineOptions(threads=threads, lut=lut, cache=env.cache() if cache is None else cache, head=head)
         ours = _only_ours(lut, head, kv_dtype, kv_policy)
@@ -143,7 +172,14 @@ class LLM:
                 raise UsageError(f"{ours} belongs to nearfar's own engine: leave it out, or backend 'llama'")
             return _open_llama(path, n_ctx, threads, why="asked for")
         try:
-            return cls._open_own(path, backend, options, n_ctx, kv_dtype, kv_policy)
+            llm, weights = cls._open_own(path, backend, options, n_ctx, kv_dtype, kv_policy)
+            if upper is not None:
+                from nearfar.share import how_of, share
+
+                assert isinstance(llm.stepper, Engine)
+                how = collab or how_of(weights, mode, rows, codec)
+                llm.stepper = share(llm.stepper, weights, upper, how, policy, credentials)
+            return llm
         except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
             if backend is not None or ours or not _has_llama():
                 raise
@@ -162,7 +198,7 @@ class LLM:
         n_ctx: int | None,
         kv_dtype: KVDtype,
         kv_policy: Policy,
-    ) -> LLM:
+    ) -> tuple[LLM, Weights]:
         weights = Weights.open(path, vouched=None if backend == "numpy" else partial(vouches_for, cache=options.cache))
         config = weights.config
         if config.role == "upper":
@@ -181,7 +217,8 @@ class LLM:
             raise TokenizerError(f"{path}: {error}") from error
         lower = open_lower(weights, backend, options)
         engine = Engine(lower, max_len, kv_dtype, kv_policy)
-        return cls(engine, tokenizer, weights.file.metadata, max_len=max_len, backend=lower.name, config=config)
+        llm = cls(engine, tokenizer, weights.file.metadata, max_len=max_len, backend=lower.name, config=config)
+        return llm, weights
 
     def generate(
         self,
@@ -224,6 +261,7 @@ class LLM:
         exits: bool = True,
         speculate: bool | int = False,
         cancel: Cancel | None = None,
+        journal: str | Path | None = None,
     ) -> Stream:
         """Tokens as they are made.
 
@@ -233,6 +271,8 @@ class LLM:
         `exits=False` computes every token at full depth.
         `speculate`: the same tokens as `exits=False`, several for each pass through the upper layers, because the
         lowest exit drafts them; True, or how many drafts a pass at most (1..7).  The exits then decide nothing.
+        `journal`: with an upper side, a file in which every token stands before you see it; it goes with the answer.
+        If the process was killed, the same call with the same file tells those tokens again and goes on behind them.
         Raises UsageError (nothing to compute), ContextError (prompt longer than the context), SchemaError.
         """
         if max_tokens < 1:
@@ -258,6 +298,7 @@ class LLM:
             exits=exits and not speculate,
             speculate=speculate,
             cancel=cancel,
+            journal=None if journal is None else Path(journal),
         )
 
     def chat(self, messages: Seq[Mapping[str, str]], *, template: str | None = None, **options: Any) -> Completion:
@@ -280,6 +321,7 @@ class LLM:
         """Give the memory back.  The object cannot answer afterwards."""
         self._warm = None
         self._vocabulary = None
+        self.stepper.close()
         self.stepper = _Closed()
 
     def __enter__(self) -> LLM:
@@ -342,6 +384,7 @@ class Stream(Iterator[TokenEvent]):
         exits: bool,
         speculate: bool | int,
         cancel: Cancel | None,
+        journal: Path | None,
     ) -> None:
         self._speculate = speculate
         self._llm, self._stops, self._stop_ids, self._constraint = llm, stops, stop_ids, constraint
@@ -353,7 +396,11 @@ class Stream(Iterator[TokenEvent]):
         self._started = time.perf_counter()
         self._first_s = self._last_s = 0.0
         self._n_drafted = 0
+        self._shared: SharedStats | None = None
         self._sequence: Sequence | None = llm._take_sequence(sampling, exits)
+        self._sequence.ends = stop_ids
+        if journal is not None:
+            self._sequence.keep_in(journal)
         self._n_cached = self._sequence.continue_with(ids)
 
     def __next__(self) -> TokenEvent:
@@ -368,7 +415,7 @@ class Stream(Iterator[TokenEvent]):
             self._tail = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
             raise StopIteration from None
         except BaseException:
-            self._end("cancelled")
+            self._end("cancelled", done=False)
             raise
         self._last_s = time.perf_counter() - self._started
         self._first_s = self._first_s or self._last_s
@@ -379,7 +426,7 @@ class Stream(Iterator[TokenEvent]):
         if finish is not None:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
             self._end(finish)
-        event = TokenEvent(len(self._events), token.id, text, token.source, token.conf, token.ms)
+        event = TokenEvent(len(self._events), token.id, text, token.source, token.conf, token.ms, token.where)
         self._events.append(event)
         return event
 
@@ -404,6 +451,8 @@ class Stream(Iterator[TokenEvent]):
             tokens_per_s=(n - 1) / decode_s if n > 1 and decode_s > 0 else 0.0,
             by_source=sources,
             n_drafted=self._n_drafted,
+            total_ms=1000 * self._last_s,
+            shared=self._shared if self._sequence is None else self._sequence.shared_stats(),
         )
         text = "".join(event.text for event in self._events) + self._tail
         return Completion(text, [e.id for e in self._events], self._finish or "cancelled", list(self._events), stats)
@@ -417,13 +466,19 @@ class Stream(Iterator[TokenEvent]):
             return "length"
         return None
 
-    def _end(self, finish: FinishReason) -> None:
+    def _end(self, finish: FinishReason, done: bool = True) -> None:
         self._finish = finish
+        if self._sequence is not None:
+            self._sequence.finish(done)
+            self._shared = self._sequence.shared_stats()
         self._llm._warm, self._sequence = self._sequence, None
 
 
 class _Closed:
     """The stepper of an LLM that was closed."""
+
+    def close(self) -> None:
+        """Nothing is left."""
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Sequence:
         raise UsageError("this LLM was closed")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.errors import KVTruncated
+from nearfar.errors import KVTruncated, UsageError
 from nearfar.lower import KV
 from nearfar.sampling import Sampling
 
@@ -36,6 +37,28 @@ class Pause:
     n_unsure: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class SharedStats:
+    """What an answer took that two machines made (nearfar.collab).  `link_ms`: waited for, beyond the upper side's own.
+
+    `asks` are round trips; of the `drafted` tokens `accepted` held and `retracted` did not.
+    """
+
+    asks: int
+    rows_asked: int  # rows that the upper side ran for them
+    bytes_up: int
+    bytes_down: int
+    device_ms: float
+    upper_ms: float
+    link_ms: float
+    drafted: int
+    accepted: int
+    retracted: int
+    reopened: int  # times that the link came back
+    replayed: int  # rows that were sent again
+    near_ties: int  # decisions whose two largest logits were closer than 1e-4
+
+
 @dataclass(slots=True)
 class Sequence:
     """Owns the state of one generation.  `n_run` ids have passed the first layers; the rest is pending."""
@@ -44,6 +67,7 @@ class Sequence:
     ids: list[int] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
     use_exits: bool = True
+    ends: frozenset[int] = frozenset()  # ids that end the text
     n_run: int = 0
     owed: dict[int, Array] = field(default_factory=dict)  # first layer of a stage -> rows [n, D] it has not run
     ahead: deque[Ahead] = field(default_factory=deque)  # nearfar.speculate: good while the drafts are right
@@ -83,8 +107,16 @@ class Sequence:
             else:
                 del self.owed[layer]
 
-    def finish(self) -> None:
-        """The answer is over; whoever holds more than memory gives it back here."""
+    def finish(self, done: bool = True) -> None:
+        """The answer is over, or (not `done`) failed; whoever holds more than memory gives it back here."""
+
+    def keep_in(self, journal: Path) -> None:
+        """Let final tokens stand in a file before they are told.  Raises UsageError where nothing could be lost."""
+        raise UsageError("a journal belongs to answers with an upper side (LLM.open, upper=...)")
+
+    def shared_stats(self) -> SharedStats | None:
+        """What the other machine did; None where there is none."""
+        return None
 
     def continue_with(self, ids: Ids[int]) -> int:
         """Take `ids` as the new text, keep the cache of the common beginning; returns how much of it was kept.

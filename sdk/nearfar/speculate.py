@@ -77,6 +77,9 @@ class Speculative:
     def new_sequence(self, sampling: Sampling, use_exits: bool = False) -> Sequence:
         return self.engine.new_sequence(sampling, use_exits)
 
+    def close(self) -> None:
+        self.engine.close()
+
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """As `Engine.step`; `source` is "draft.{layer}" where the exit had foreseen the token."""
         assert not s.owed, "a sequence that left at exits"

@@ -134,6 +134,29 @@ def margin(logits: Array) -> float:
     return float(high - low)
 
 
+class NoLink:
+    """A link that is down and stays so."""
+
+    max_run = 1
+
+    def __init__(self, reason: str) -> None:
+        self.traffic = Traffic()
+        self._news: list[News] = [Lost(reason, final=True)]
+
+    def send(self, message: Up) -> None:
+        """Goes nowhere."""
+
+    def receive(self, timeout_s: float) -> list[News]:
+        news, self._news = self._news, []
+        return news
+
+    def deadline_s(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class LocalUpper:
     """The upper layers in this process: of a full model, or of an upper file."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nearfar.chat import render
 from nearfar.cli.interrupt import ctrl_c_cancels
-from nearfar.cli.terminal import Paint, colours_wanted, print_marks, printable, speed
+from nearfar.cli.terminal import Paint, colours_wanted, print_marks, printable, shares, speed
 from nearfar.errors import Cancelled
 from nearfar.llm import LLM, Completion, Prompt, TokenEvent
 
@@ -37,7 +37,10 @@ def print_summary(completion: Completion, paint: Paint) -> None:
     """Which head decided how many tokens; without colours also a line of marks under the text."""
     if not paint.on:
         print_marks(completion.events, sys.stdout, text_is_shown="\n" not in printable(completion.text))
-    print(f"{paint.decided(completion.stats)} · {speed(completion.stats)}")
+    stats = completion.stats
+    print(f"{paint.decided(stats)} · {speed(stats)}")
+    if stats.shared is not None:
+        print(f"{stats.total_ms:,.0f} ms in all · {shares(stats.shared, stats.n_generated)}")
 
 
 def in_chat_form(llm: LLM, text: str) -> Prompt:
@@ -62,6 +65,7 @@ def token_facts(event: TokenEvent) -> dict[str, Any]:
         "id": event.id,
         "text": event.text,
         "source": event.source,
+        "where": event.where,
         "conf": round(event.conf, 6),
         "ms": round(event.ms, 3),
     }

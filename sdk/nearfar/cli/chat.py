@@ -15,10 +15,12 @@ from nearfar.cli.verbs import (
     add_depth_options,
     add_engine_options,
     add_sampling_options,
+    add_upper_options,
     depth_of,
     new_parser,
     open_model,
     sampling_of,
+    upper_of,
 )
 from nearfar.cli.words import checked_text, lines
 from nearfar.errors import ContextError
@@ -35,13 +37,16 @@ def add_verb(verbs: Verbs) -> None:
         "nearfar chat",
         'nearfar chat model.gguf --system "Answer in one sentence." --temperature 0.7',
         'printf "hello\\nthank you\\n" | nearfar chat --json',
-        detail="Tokens are coloured by the exit that decided them; without colours a line of marks follows.",
+        "nearfar chat nano-device.gguf --upper grpcs://box.local:9090 --ca ca.pem --token-file key",
+        detail="Tokens are coloured by who decided them: an exit, an exit that the upper side has confirmed, the upper "
+        "side. Without colours a line of marks follows.",
     )
     parser.add_argument("model", nargs="?", default=SHIPPED, help="path of a GGUF file (default: the shipped model)")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     parser.add_argument("--template", metavar="NAME", help="a chat form for a file that carries none")
     add_depth_options(parser)
     add_sampling_options(parser, max_tokens=512)
+    add_upper_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -49,7 +54,7 @@ def add_verb(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     person = sys.stdin.isatty() and not args.json
     opening = [{"role": "system", "content": checked_text(args.system, "--system")}] if args.system else []
-    with open_model(args, args.model) as llm:
+    with open_model(args, args.model, **upper_of(args)) as llm:
         paint = paint_for(llm)
         messages = list(opening)
         if person:

@@ -9,10 +9,12 @@ from typing import TextIO
 
 from nearfar import env
 from nearfar.llm import Stats, TokenEvent
+from nearfar.sequence import SharedStats
 
-RESET, BOLD, DIM = "\x1b[0m", "\x1b[1m", "\x1b[2m"
+RESET, BOLD, DIM, UNDERLINE = "\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[4m"
 _EXIT_COLOURS = ("\x1b[32m", "\x1b[36m", "\x1b[34m", "\x1b[35m")  # green first: the earliest exit
 _FULL_COLOUR = "\x1b[33m"
+_UPPER_COLOUR = "\x1b[31m"
 
 
 class Paint:
@@ -22,7 +24,8 @@ class Paint:
         self.n_layers, self.on = n_layers, on
         colours = [(e, _EXIT_COLOURS[i % len(_EXIT_COLOURS)]) for i, e in enumerate(exits)]
         self._colour = {f"{kind}.{e}": colour for kind in ("exit", "draft") for e, colour in colours}
-        self._colour["full"] = _FULL_COLOUR
+        self._colour |= {f"verified.{e}": UNDERLINE + colour for e, colour in colours}
+        self._colour |= {"verified.full": UNDERLINE + _FULL_COLOUR, "full": _FULL_COLOUR, "upper": _UPPER_COLOUR}
 
     def token(self, event: TokenEvent) -> str:
         return self.style(printable(event.text), self._colour.get(event.source, ""))
@@ -54,17 +57,29 @@ def speed(stats: Stats) -> str:
     return f"{stats.tokens_per_s:,.0f} tokens/s · {stats.first_token_ms:.1f} ms to the first token"
 
 
+def shares(shared: SharedStats, n_tokens: int) -> str:
+    """`0.31 asks/token · 12.3 kB up, 0.9 kB down · device 40 ms, link 120 ms, upper 35 ms`"""
+    parts = [
+        f"{shared.asks / max(1, n_tokens):.2f} asks/token",
+        f"{shared.bytes_up / 1000:,.1f} kB up, {shared.bytes_down / 1000:,.1f} kB down",
+        f"device {shared.device_ms:,.0f} ms, link {shared.link_ms:,.0f} ms, upper {shared.upper_ms:,.0f} ms",
+    ]
+    if shared.reopened:
+        parts.append(f"link lost {shared.reopened} times, {shared.replayed} rows sent again")
+    return " · ".join(parts)
+
+
 def marks(events: Iterable[TokenEvent]) -> tuple[str, str]:
     """The text and, under each token's first character, its exit's layer or f for full depth.
 
-    With drafts the layer is that of the exit that had foreseen the token.
+    With drafts the layer is that of the exit that had foreseen the token; u is the upper side.
 
     A token without text of its own (the middle of a character, a control token) has no column and no mark.
     """
     text, below = "", ""
     for event in events:
         shown = printable(event.text).replace("\n", "⏎")
-        mark = "f" if event.source == "full" else event.source.rpartition(".")[2]
+        mark = event.source.rpartition(".")[2].replace("full", "f").replace("upper", "u")
         text += shown
         below += mark[: len(shown)].ljust(len(shown), "·")
     return text, below

@@ -108,6 +108,65 @@ def depth_of(args: argparse.Namespace) -> dict[str, bool]:
     return {"exits": not args.no_exits, "speculate": args.speculate}
 
 
+def add_upper_options(parser: argparse.ArgumentParser) -> None:
+    """Whoever runs the upper layers, and how the two share an answer."""
+    group = parser.add_argument_group("an upper side, which decides where this device is not sure")
+    group.add_argument(
+        "--upper",
+        metavar="URL",
+        action="append",
+        help="grpcs://host:port, or grpc:// on this machine; again for the next one to try",
+    )
+    group.add_argument(
+        "--mode",
+        choices=("lossless", "lossy", "cloud-only"),
+        default="lossless",
+        help="every token as the upper layers say (default), sure ones as the device says, or all made there",
+    )
+    group.add_argument("--rows", choices=("hidden", "ids"), help="what travels (default: hidden rows of a device half)")
+    group.add_argument(
+        "--codec", choices=("fp16", "int8", "int4"), default="int8", help="of hidden rows (default int8)"
+    )
+    group.add_argument("--tau", type=real(0, 1), metavar="T", help="sure above this (default: as calibrated)")
+    group.add_argument(
+        "--lost", choices=("wait", "finish"), default="wait", help="without a link: wait, or go on alone"
+    )
+    group.add_argument("--ca", metavar="FILE", help="certificates that are believed, PEM (default: the public ones)")
+    group.add_argument("--token-file", metavar="FILE", help="a file with the key to show")
+    group.add_argument("--client-cert", metavar="FILE", help="a certificate to show, PEM")
+    group.add_argument("--client-key", metavar="FILE", help="its private key, PEM")
+    group.add_argument("--local-only", action="store_true", help="nothing leaves this device, whatever else is said")
+
+
+def upper_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Those options as arguments of `LLM.open`; none without `--upper`."""
+    if not args.upper:
+        return {}
+    from dataclasses import replace
+
+    from nearfar.share import how_of
+    from nearfar.weights import Weights
+    from nearfar.wire.egress import Policy
+    from nearfar.wire.tls import Credentials
+
+    token = "" if args.token_file is None else _first_line(args.token_file)
+    with Weights.open(model_path(args.model)) as weights:
+        how = replace(how_of(weights, args.mode, args.rows, args.codec), tau=args.tau, lost=args.lost)
+    return {
+        "upper": args.upper,
+        "collab": how,
+        "policy": Policy(local_only=args.local_only),
+        "credentials": Credentials.read(args.ca, token, args.client_cert, args.client_key),
+    }
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: {error}; expected a text file with the key") from None
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int = 256) -> None:
     parser.add_argument(
         "--max-tokens",
@@ -139,8 +198,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     )
 
 
-def open_model(args: argparse.Namespace, model: str) -> LLM:
-    """`nano` is the shipped model, anything else the path of a GGUF file."""
+def open_model(args: argparse.Namespace, model: str, **upper: Any) -> LLM:
+    """`nano` is the shipped model, anything else the path of a GGUF file.  `upper`: what `upper_of` gives."""
     from nearfar.kv_cache import FULL, Lambda
     from nearfar.llm import LLM
 
@@ -154,6 +213,7 @@ def open_model(args: argparse.Namespace, model: str) -> LLM:
         lut=args.lut,
         head=args.head,
         cache=args.cache,
+        **upper,
     )
 
 

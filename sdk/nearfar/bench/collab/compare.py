@@ -1,0 +1,101 @@
+"""All systems on all links: they take turns prompt by prompt, so that a busy spell of the machine hits all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from nearfar.bench.collab.measure import Answer, Run, System, ask, summary
+from nearfar.bench.collab.paced import Rate
+from nearfar.bench.collab.prompts import prompts
+from nearfar.bench.collab.systems import Files, Serving, oracle, serving, systems
+from nearfar.chaos.profiles import Profile
+from nearfar.chaos.proxy import running
+from nearfar.errors import UsageError
+from nearfar.sampling import Sampling
+from nearfar.wire.messages import CodecId, CodecSpec
+
+NAMES = (
+    "device only",
+    "cloud-only",
+    "resend",
+    "split",
+    "lossy .8",
+    "lossy .9",
+    "lossy ids .8",
+    "lossless int8",
+    "lossless fp16",
+    "lossless ids",
+)
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """Of `--systems`; cloud-only, which others are compared with, always runs.  Raises UsageError."""
+    if text is None:
+        return NAMES
+    wanted = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in wanted if name not in NAMES]:
+        raise UsageError(f"--systems {unknown[0]!r}: expected some of {', '.join(NAMES)}")
+    return tuple(name for name in NAMES if name in wanted or name == "cloud-only")
+
+
+def compare(
+    files: Files,
+    k: int,
+    n_layers: int,
+    links: Sequence[Profile],
+    kinds: Sequence[str],
+    wanted: Sequence[str],
+    *,
+    n_answers: int,
+    max_tokens: int,
+    device_rate: Rate | None,
+    upper_rate: Rate | None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each link, kind of prompt and system: its name, and what `summary` says."""
+    rows: list[dict[str, Any]] = []
+    codecs = [CodecSpec(i) for i in (CodecId.FP16, CodecId.INT8_OS, CodecId.IDS)]
+    right = _oracles(files, k, codecs, kinds, n_answers, max_tokens)
+    with ExitStack() as stack:
+        of_rows = stack.enter_context(serving(files.upper, upper_rate))
+        of_ids = stack.enter_context(serving(files.full, upper_rate))
+        for link in links:
+            with ExitStack() as wires:
+                ports = [wires.enter_context(running(("127.0.0.1", p), link, seed)) for p in (of_rows, of_ids)]
+                urls = [f"grpc://{address[0]}:{address[1]}" for address in (p.address for p in ports)]
+                every = systems(files, Serving(*urls), device_rate, k, n_layers)
+                chosen = [system for system in every if system.name in wanted]
+                for kind in kinds:
+                    if progress is not None:
+                        progress(f"{link.name}, {kind}: {len(chosen)} systems, {n_answers} answers each")
+                    runs = _take_turns(chosen, kind, n_answers, max_tokens)
+                    for system in chosen:
+                        facts = summary(runs[system.name], right[system.codec.id, kind], right[CodecId.IDS, kind])
+                        rows.append({"link": link.name, "prompts": kind, "system": system.name, **facts})
+    return rows
+
+
+def _take_turns(chosen: Sequence[System], kind: str, n_answers: int, max_tokens: int) -> dict[str, Run]:
+    runs = {system.name: Run(system.name) for system in chosen}
+    with ExitStack() as stack:
+        opened = {system.name: stack.enter_context(system.open()) for system in chosen}
+        for prompt in prompts(kind, n_answers):
+            for system in chosen:
+                runs[system.name].answers.append(ask(opened[system.name], system, prompt, max_tokens, Sampling()))
+    return runs
+
+
+def _oracles(
+    files: Files, k: int, codecs: Iterable[CodecSpec], kinds: Sequence[str], n_answers: int, max_tokens: int
+) -> dict[tuple[CodecId, str], list[Answer]]:
+    """What each answer should be, by codec and kind of prompt."""
+    found = {}
+    for codec in codecs:
+        with oracle(files, k, codec) as llm:
+            for kind in kinds:
+                texts = [llm.generate(p, max_tokens=max_tokens, exits=False).ids for p in prompts(kind, n_answers)]
+                found[codec.id, kind] = [Answer(ids, [0.0] * len(ids)) for ids in texts]
+    return found

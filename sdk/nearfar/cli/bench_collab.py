@@ -1,0 +1,152 @@
+"""`nearfar bench collab`: what a shared answer costs on each link, beside the ways that it competes with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from nearfar.arguments import whole
+from nearfar.cli.verbs import SHIPPED, VerbParser, model_path, new_inner_parser
+from nearfar.errors import UsageError
+from nearfar.machine import cpu_name
+
+if TYPE_CHECKING:
+    from nearfar.bench.collab.paced import Rate
+
+COLUMNS = (
+    ("total_s", "s/answer", "{:.2f}"),
+    ("ttft_ms", "ttft ms", "{:.0f}"),
+    ("tbt_p50_ms", "tbt p50", "{:.0f}"),
+    ("tbt_p95_ms", "p95", "{:.0f}"),
+    ("asks_per_token", "asks/tok", "{:.3f}"),
+    ("kb_per_answer", "kB/answer", "{:.1f}"),
+    ("upper_row_layers_per_token", "row-layers/tok", "{:.2f}"),
+    ("device_s", "device s", "{:.2f}"),
+    ("upper_s", "upper s", "{:.2f}"),
+    ("link_s", "link s", "{:.2f}"),
+    ("acceptance", "accepted", "{:.3f}"),
+    ("agrees_with_oracle", "= oracle", "{:.3f}"),
+    ("agrees_with_full", "= full", "{:.3f}"),
+)
+
+
+def add_verb(outer: VerbParser) -> None:
+    parser = new_inner_parser(
+        outer,
+        "collab",
+        "compare ways to share an answer between this device and an upper side",
+        "nearfar bench collab",
+        "nearfar bench collab nano --at 4 --profiles lan,4g-good --answers 8 --json",
+        "nearfar bench collab model.gguf --at 16 --device-rate 0,0 --upper-rate 0,0",
+        detail="Both sides run here, so each gets a stated rate: STEP,ROW milliseconds that a pass of n rows "
+        "through all layers takes at least (STEP + n ROW; 0,0: as fast as it is). The links are emulated.",
+    )
+    parser.add_argument(
+        "model", nargs="?", default=SHIPPED, help="path of a whole GGUF file (default: the shipped model)"
+    )
+    parser.add_argument("--at", type=whole(1, 1024), metavar="K", help="cut before layer K (default: the last exit)")
+    parser.add_argument(
+        "--profiles", default="lan,wifi,4g-good,4g-bad,sat", metavar="NAMES", help="default: %(default)s"
+    )
+    parser.add_argument("--systems", metavar="NAMES", help="some of the rows only, separated by commas")
+    parser.add_argument("--prompts", default="home,text", metavar="KINDS", help="home, text (default: both)")
+    parser.add_argument("--answers", type=whole(1, 10_000), default=4, metavar="N", help="of each kind (default 4)")
+    parser.add_argument("--tokens", type=whole(2, 1 << 16), default=48, metavar="N", help="of an answer at most")
+    parser.add_argument("--device-rate", default="30,0.3", metavar="STEP,ROW", help="default: %(default)s")
+    parser.add_argument("--upper-rate", default="37,0.4", metavar="STEP,ROW", help="default: %(default)s")
+    parser.add_argument("--seed", type=whole(0, 1 << 31), default=0, help="of the links")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of it, PNG (extra [train])")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nearfar.bench.collab.compare import compare, names_of
+    from nearfar.bench.collab.systems import Files
+    from nearfar.chaos.profiles import profile
+    from nearfar.halves import split
+    from nearfar.weights import Weights
+
+    profiles = [profile(name) for name in args.profiles.split(",")]
+    kinds = args.prompts.split(",")
+    if unknown := set(kinds) - {"home", "text"}:
+        raise UsageError(f"--prompts {','.join(sorted(unknown))}: expected home, text")
+    wanted = names_of(args.systems)
+    device_rate, upper_rate = _rate(args.device_rate, "--device-rate"), _rate(args.upper_rate, "--upper-rate")
+    path = model_path(args.model)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        whole_model = stack.enter_context(Weights.open(path))
+        exits = [e.layer for e in whole_model.config.exits]
+        if args.at is None and not exits:
+            raise UsageError(f"{path} has no exits: --at says where to cut")
+        k = args.at or exits[-1]
+        halves = split(whole_model, k, folder, make_exit=k not in exits)
+        files = Files(path, halves.device, halves.upper)
+        runs = compare(
+            files,
+            k,
+            whole_model.config.n_layers,
+            profiles,
+            kinds,
+            wanted,
+            n_answers=args.answers,
+            max_tokens=args.tokens,
+            device_rate=device_rate,
+            upper_rate=upper_rate,
+            seed=args.seed,
+            progress=None if args.json else lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    result = {
+        "model": args.model,
+        "cut": k,
+        "cpu": cpu_name(),
+        "device_rate_ms": args.device_rate,
+        "upper_rate_ms": args.upper_rate,
+        "answers": args.answers,
+        "tokens": args.tokens,
+        "rows": runs,
+    }
+    if args.plot:
+        from nearfar.bench.collab.plot import plot
+
+        plot(runs, Path(args.plot))
+    print(json.dumps(result) if args.json else report(result))
+    return 0
+
+
+def report(result: dict[str, Any]) -> str:
+    """A table for each link and kind of prompt."""
+    lines = [
+        f"{result['model']}, cut at layer {result['cut']}, {result['cpu']}; emulated rates (ms a pass, ms a row): "
+        f"device {result['device_rate_ms']}, upper {result['upper_rate_ms']}",
+    ]
+    width = max(len(row["system"]) for row in result["rows"])
+    for link, kind in dict.fromkeys((row["link"], row["prompts"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["link"], row["prompts"]) == (link, kind)]
+        head = [title for _, title, _ in COLUMNS]
+        cells = [[fmt.format(row[key]) for key, _, fmt in COLUMNS] for row in rows]
+        widths = [max(len(h), *(len(c[i]) for c in cells)) for i, h in enumerate(head)]
+        lines.append(f"\n{link}, {kind}")
+        lines.append(" " * width + "  " + "  ".join(h.rjust(w) for h, w in zip(head, widths, strict=True)))
+        for row, cell in zip(rows, cells, strict=True):
+            lines.append(
+                row["system"].ljust(width) + "  " + "  ".join(c.rjust(w) for c, w in zip(cell, widths, strict=True))
+            )
+    return "\n".join(lines)
+
+
+def _rate(text: str, option: str) -> Rate | None:
+    from nearfar.bench.collab.paced import Rate
+
+    try:
+        step, row = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: expected two numbers, STEP,ROW in milliseconds") from None
+    if not (0 <= step < 1e5 and 0 <= row < 1e5):
+        raise UsageError(f"{option} {text}: expected 0 up to 100000 milliseconds")
+    return Rate(step, row) if step or row else None

@@ -1,0 +1,465 @@
+"""The loop of an answer that two machines make: the device drafts, whoever runs the upper layers decides.
+
+    draft:  ids -> embed -> layers up to an exit -> token, sure or not          engine.look
+    send:   rows of layer k (or ids), as soon as they are there                 ledger.unsent
+    ask:    unsure, or the window is full, or the text would end                ledger.make_ask
+    news:   verdicts, needs, a link that is lost or there again                 ledger.on_verdict ...
+
+All decisions about tokens are the ledger's; this file turns its effects into calls.  One thread owns all of it; the
+network lives behind `Link` in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from nearfar.cancel import Cancel
+from nearfar.constraint import Constraint
+from nearfar.engine import Engine, Stage, Token, stages
+from nearfar.errors import Diverged, EgressDenied, MismatchError, UpperError, UsageError
+from nearfar.exit import should_exit
+from nearfar.journal import Journal, JournalHead
+from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewind, Send
+from nearfar.lower import Array
+from nearfar.pace import MAX_WINDOW, Pace
+from nearfar.sampling import Sampling
+from nearfar.sequence import Sequence, SharedStats
+from nearfar.upper import Link, Lost, NoLink, Traffic, Upper, check_sampling
+from nearfar.wire.codec import Codec
+from nearfar.wire.hashes import settings_hash
+from nearfar.wire.messages import Close, Code, CodecId, CodecSpec, Err, Mode, Need, Open, Opened, Verdict
+
+CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
+POLL_S = 0.02  # how often a wait looks at the stop button
+GRACE_S = 1.0  # for the first connection, before the device goes on alone
+SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
+
+Then = Literal["wait", "finish"]
+
+
+@dataclass(frozen=True, slots=True)
+class Collab:
+    """How two machines share an answer.
+
+    `tau`: threshold of every exit instead of the calibrated ones; 1: no exit is ever sure.
+    `window`: drafts that one ask has looked at, at most, or None for the number that pays.
+    `in_flight`: asks under way at most; while they are, drafting goes on.
+    `slow`: an ask that takes longer than the link's deadline is waited for, or (lossy) the device's best exit decides.
+    `lost`: without a link the device waits, or goes on alone and its tokens are final ("finish").
+    `patience_s`: a link that is lost so long ends the answer with UpperError (with "wait").
+    """
+
+    mode: Mode = Mode.LOSSLESS
+    codec: CodecSpec = CodecSpec(CodecId.INT8_OS)  # noqa: RUF009 - frozen
+    tau: float | None = None
+    window: int | None = None
+    in_flight: int = 2
+    slow: Then = "wait"
+    lost: Then = "wait"
+    patience_s: float = 60.0
+    want_hidden: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tau is not None and not 0 <= self.tau <= 1:
+            raise UsageError(f"tau={self.tau}: expected 0..1")
+        if self.window is not None and not 1 <= self.window <= 256:
+            raise UsageError(f"window={self.window}: expected 1..256 drafts")
+        if not 1 <= self.in_flight <= 8:
+            raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
+        if self.mode == Mode.CLOUD_ONLY and not self.by_ids:
+            raise UsageError(f"cloud-only sends ids, not rows as {self.codec.id.name}: expected the codec IDS")
+
+    @property
+    def by_ids(self) -> bool:
+        return self.codec.id == CodecId.IDS
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What is worth telling beside tokens.
+
+    "waiting" (ms so far), "degraded" (the link is gone), "back", "rebuilding" (rows sent again), "retract" (from the
+    position on).
+    """
+
+    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract"]
+    n: int = 0
+
+
+@dataclass(slots=True)
+class Shares:
+    """Where the time of an answer went, in seconds."""
+
+    device_s: float = 0.0
+    waited_s: float = 0.0
+    upper_s: float = 0.0  # as the other side counts it; a part of it lies within device_s
+    opened: int = 0  # connections of this answer
+
+
+@dataclass(slots=True)
+class Shared(Sequence):
+    """A sequence whose tokens are decided by two machines."""
+
+    ledger: Ledger = field(default_factory=lambda: Ledger([0]))
+    link: Link | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+    journal_path: Path | None = None  # where this answer is kept until it is over; a file that is there is taken up
+    journal: Journal | None = None
+    ready: deque[Token] = field(default_factory=deque)  # final and not told yet
+    notices: deque[Notice] = field(default_factory=deque)
+    shares: Shares = field(default_factory=Shares)
+    candidate: tuple[int, Draft] | None = None  # lossy: what the device would say, while the upper side is asked
+    unsure: bool = False  # lossless: the newest draft is not sure, so it is time to ask
+    ended: bool = False  # the newest draft ends the text: there is nothing to draft behind it
+    lost_at: float | None = 0.0  # since when there is no link; None: there is one
+    is_gone: bool = False  # it was lost, or could not be had: not only on its way
+    opening: Open | None = None
+    asked_at: dict[int, float] = field(default_factory=dict)
+    reminded: float = 0.0  # when the user and the upper side last heard of a wait
+    told_at: float = 0.0
+
+    def keep_in(self, journal: Path) -> None:
+        self.journal_path = journal
+
+    def shared_stats(self) -> SharedStats:
+        c, t, x = self.ledger.counts, self.traffic, self.shares
+        link_s = max(0.0, x.waited_s - x.upper_s)
+        times = 1000 * x.device_s, 1000 * x.upper_s, 1000 * link_s
+        reopened = max(0, x.opened - 1)
+        return SharedStats(
+            c.asks,
+            c.rows_asked,
+            t.up,
+            t.down,
+            *times,
+            c.drafted,
+            c.accepted,
+            c.retracted,
+            reopened,
+            c.replayed,
+            c.near_ties,
+        )
+
+    def finish(self, done: bool = True) -> None:
+        """The answer is over; a later text begins another session.  The journal stays where something failed."""
+        if self.link is not None:
+            self.link.send(Close())
+            self.link.close()
+            self.link = None
+        if self.journal is not None:
+            self.journal.close(keep=not done)
+            self.journal = None
+        self.journal_path = None
+
+
+class Collaboration:
+    """`Stepper` over a device's engine and an `Upper`: a step returns the next token that is final."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        upper: Upper,
+        how: Collab,
+        fingerprint: bytes = b"",
+    ) -> None:
+        """`fingerprint`: of the model, so that a journal is only taken up with the same one."""
+        config = engine.lower.config
+        if not how.by_ids and config.role != "device":
+            raise UsageError("rows are sent by the device half of a split model (nearfar split); a whole one sends ids")
+        self.engine, self.upper, self.how, self.fingerprint = engine, upper, how, fingerprint
+        self.row_layer = 0 if how.by_ids else config.row_layer
+        self.codec = None if how.by_ids else Codec.of(how.codec, config.d_model)
+        if how.tau is not None:
+            config = replace(config, exits=tuple(replace(e, tau=how.tau) for e in config.exits))
+        self.stages = stages(config)
+        self.pace = Pace()
+
+    def new_sequence(self, sampling: Sampling, use_exits: bool) -> Shared:
+        kv = self.engine.lower.new_kv(self.engine.max_len, self.engine.kv_dtype, self.engine.kv_policy)
+        return Shared(kv, sampling=sampling, use_exits=use_exits)
+
+    def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
+        """The next final token.  Raises UpperError, MismatchError, Diverged, WireError, EgressDenied, Cancelled."""
+        assert isinstance(s, Shared)
+        if constraint is not None:
+            raise UsageError("a schema with an upper side: the upper layers cannot follow it; open the model alone")
+        if s.link is None:
+            self._begin(s, cancel)
+        while not s.ready:
+            if cancel is not None:
+                cancel.check()
+            self._listen(s, 0.0)
+            if self._is_alone(s):
+                self._settle(s)
+            if s.ready:
+                break
+            if self._wants_ask(s):
+                self._ask(s, cancel)
+            elif self._wants_draft(s):
+                self._draft(s, cancel)
+            else:
+                self._wait(s)
+        return s.ready.popleft()
+
+    def close(self) -> None:
+        self.upper.close()
+
+    # ------------------------------------------------------------ the beginning
+
+    def _begin(self, s: Shared, cancel: Cancel | None) -> None:
+        """Open a link; the rows of the prompt leave while the next ones are computed."""
+        how, now = self.how, time.perf_counter()
+        session, ends = secrets.token_bytes(16), tuple(sorted(s.ends))
+        opening = Open(session, 0, how.mode, how.codec, self.row_layer, s.sampling, ends, want_hidden=how.want_hidden)
+        check_sampling(opening)
+        rows = s.ledger.rows[: s.n_run]  # of an earlier text that began alike: the new session gets them again
+        s.ledger, s.shares, s.told_at = Ledger(s.ids, by_ids=how.by_ids), Shares(), now
+        if s.journal_path is not None:
+            opening = self._keep_journal(s, opening, s.journal_path)
+        s.ledger.add_rows(0, rows)
+        s.candidate, s.unsure, s.ended, s.lost_at, s.asked_at = None, False, False, now, {}
+        s.is_gone, s.opening = False, opening
+        s.link = self._open(opening)
+        s.traffic = s.link.traffic
+        while how.mode != Mode.CLOUD_ONLY and len(s.ids) - s.n_run > 1:
+            self._prefill(s, min(CHUNK, len(s.ids) - s.n_run - 1), cancel)
+            self._listen(s, 0.0)
+            self._send_rows(s)
+
+    def _keep_journal(self, s: Shared, opening: Open, path: Path) -> Open:
+        """A new journal; or one that an earlier process left: its tokens are told again, the next one follows."""
+        settings = settings_hash(opening)
+        if not path.exists():
+            s.journal = Journal.create(path, JournalHead(opening.session, settings, self.fingerprint, tuple(s.ids)))
+            return opening
+        s.journal, left = Journal.resume(path)
+        if (left.head.settings, left.head.fingerprint) != (settings, self.fingerprint):
+            raise MismatchError(f"{path}: the journal of another model, or of an answer with other settings")
+        if list(left.head.prompt) != s.ids:
+            raise MismatchError(f"{path}: the journal of an answer to another prompt")
+        s.ledger = Ledger(left.text, by_ids=self.how.by_ids, n_prompt=len(s.ids), is_resumed=True)
+        s.ids = s.ledger.ids
+        s.ready += [Token(i, "journal", 0.0, 0.0) for i in left.ids]
+        return replace(opening, session=left.head.session)
+
+    def _open(self, opening: Open) -> Link:
+        """A link; where nobody answers and the device may go on alone, one that is down."""
+        try:
+            return self.upper.open(opening)
+        except (MismatchError, EgressDenied):
+            raise
+        except UpperError as error:
+            if self.how.lost == "wait":
+                raise
+            return NoLink(str(error))
+
+    def _prefill(self, s: Shared, n: int, cancel: Cancel | None) -> None:
+        """The next `n` positions of the prompt through all layers of the device."""
+        started, lower, last = time.perf_counter(), self.engine.lower, self.stages[-1].last
+        h = lower.forward(lower.embed(s.pending()[:n]), s.kv, 0, last, cancel)
+        self._keep_rows(s, last, s.n_run, h)
+        s.n_run += n
+        s.shares.device_s += time.perf_counter() - started
+
+    # ------------------------------------------------------------ drafting
+
+    def _wants_draft(self, s: Shared) -> bool:
+        mode = self.how.mode
+        if mode == Mode.CLOUD_ONLY or s.ended or s.candidate or len(s.ids) >= self.engine.max_len:
+            return False
+        return mode == Mode.LOSSY or self._is_alone(s) or s.ledger.n_provisional < self.how.in_flight * self._window(s)
+
+    def _window(self, s: Shared) -> int:
+        return self.how.window or self.pace.window(MAX_WINDOW)
+
+    def _is_alone(self, s: Shared) -> bool:
+        """Whether the device decides by itself just now."""
+        if self.how.lost == "wait" or s.lost_at is None:
+            return False
+        return s.is_gone or time.perf_counter() - s.lost_at > GRACE_S
+
+    def _draft(self, s: Shared, cancel: Cancel | None) -> None:
+        """One token of the device: final where it may decide, provisional where the upper side will look at it."""
+        started, ledger = time.perf_counter(), s.ledger
+        look = self.engine.look(s, self.stages, cancel=cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
+        s.n_run = len(s.ids)
+        spent = time.perf_counter() - started
+        s.shares.device_s += spent
+        self.pace.drafted(spent)
+        draft, is_sure = Draft(look.stage.source, look.conf), _is_sure(look.stage, look.conf)
+        if self.how.mode == Mode.LOSSY or self._is_alone(s):
+            s.candidate = look.token, draft
+            if is_sure or self._is_alone(s):
+                self._decide(s)
+        else:
+            ledger.add_draft(look.token, draft)
+            s.unsure, s.ended = not is_sure, look.token in s.ends
+        self._send_rows(s)
+
+    def _settle(self, s: Shared) -> None:
+        """Alone: what was drafted is final."""
+        if s.ledger.n_provisional:
+            self._do(s, s.ledger.settle())
+        if s.candidate is not None:
+            self._decide(s)
+
+    def _decide(self, s: Shared) -> None:
+        """What the device thinks best is final."""
+        assert s.candidate is not None
+        (token, draft), s.candidate = s.candidate, None
+        self._do(s, s.ledger.decide(token, draft))
+
+    def _keep_rows(self, s: Shared, last: int, at: int, h: Array) -> None:
+        """Rows [n, D] of the positions from `at` on have left layer `last` - 1; those of the cut are packed."""
+        if self.codec is not None and last == self.row_layer:
+            s.ledger.add_rows(at, self.codec.encode(h))
+
+    def _send_rows(self, s: Shared) -> None:
+        """Rows travel as soon as they are there, whether or not somebody will ask: the transfer costs no time then."""
+        if s.lost_at is None:
+            self._do(s, s.ledger.unsent())
+
+    # ------------------------------------------------------------ asking
+
+    def _wants_ask(self, s: Shared) -> bool:
+        ledger = s.ledger
+        if s.lost_at is not None:
+            return False
+        if self.how.mode == Mode.CLOUD_ONLY:
+            return not ledger.open
+        if self.how.mode == Mode.LOSSY:
+            return s.candidate is not None and not ledger.open
+        n = self._n_askable(s) - ledger.asked
+        if n <= 0 or len(ledger.open) >= self.how.in_flight:
+            return False
+        return s.unsure or s.ended or n >= self._window(s) or not self._wants_draft(s)
+
+    def _n_askable(self, s: Shared) -> int:
+        """Rows that an ask could take along: those that the device has run; of ids also the newest draft."""
+        return len(s.ids) - s.ended if self.how.by_ids else s.n_run
+
+    def _ask(self, s: Shared, cancel: Cancel | None) -> None:
+        if not self.how.by_ids:
+            started = time.perf_counter()
+            self.engine.catch_up(s, self.stages, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
+            s.shares.device_s += time.perf_counter() - started
+        assert s.link is not None
+        run = s.link.max_run if self.how.mode == Mode.CLOUD_ONLY else 1
+        ms = int(1000 * s.link.deadline_s())
+        s.unsure = False
+        s.asked_at[s.ledger.next_req] = time.perf_counter()
+        self._do(s, s.ledger.make_ask(upto=self._n_askable(s) - 1, run=run, deadline_ms=ms))
+
+    # ------------------------------------------------------------ news
+
+    def _listen(self, s: Shared, timeout_s: float) -> None:
+        assert s.link is not None
+        for news in s.link.receive(timeout_s):
+            match news:
+                case Verdict():
+                    self._on_verdict(s, news)
+                case Opened():
+                    self._on_opened(s, news)
+                case Need():
+                    self._do(s, s.ledger.on_need(news))
+                case Lost(reason, final):
+                    self._on_lost(s, reason, final)
+                case Err():
+                    _raise(news)
+
+    def _on_verdict(self, s: Shared, v: Verdict) -> None:
+        refused_before = s.ledger.counts.retracted
+        self._do(s, s.ledger.on_verdict(v))
+        s.shares.upper_s += v.upper_us / 1e6
+        if (asked := s.asked_at.pop(v.req, None)) is not None:
+            self.pace.replied(time.perf_counter() - asked, v.n_accept, s.ledger.counts.retracted - refused_before)
+
+    def _on_opened(self, s: Shared, opened: Opened) -> None:
+        assert s.opening is not None
+        if opened.settings_hash and opened.settings_hash != settings_hash(s.opening):
+            raise MismatchError("the upper side has other settings for this session than the device")
+        if s.shares.opened:
+            s.notices.append(Notice("back"))
+        s.shares.opened += 1
+        s.lost_at, s.is_gone = None, False
+        self._do(s, s.ledger.on_opened(opened))
+
+    def _on_lost(self, s: Shared, reason: str, final: bool) -> None:
+        if final and self.how.lost == "wait":
+            raise UpperError(f"the upper side is out of reach: {reason}")
+        if s.lost_at is None:
+            s.lost_at = time.perf_counter()
+            s.notices.append(Notice("degraded"))
+        s.is_gone = True
+        s.asked_at.clear()
+
+    def _wait(self, s: Shared) -> None:
+        """Nothing to do but wait for the other side; whoever waits is told, and the ask is repeated."""
+        assert s.link is not None
+        started = time.perf_counter()
+        self._listen(s, POLL_S)
+        now = time.perf_counter()
+        s.shares.waited_s += now - started
+        if s.ready:
+            return
+        if s.lost_at is not None and now - s.lost_at > self.how.patience_s:
+            raise UpperError(f"no upper side for {self.how.patience_s:g} s; the text so far is final")
+        since = max(min(s.asked_at.values(), default=now), s.reminded)
+        if now - since > s.link.deadline_s():
+            s.reminded = now
+            s.notices.append(Notice("waiting", int(1000 * (now - min(s.asked_at.values(), default=now)))))
+            if s.candidate is not None and self.how.slow == "finish":
+                self._decide(s)
+            else:
+                self._do(s, s.ledger.repeat())
+
+    # ------------------------------------------------------------ effects
+
+    def _do(self, s: Shared, effects: list[Effect]) -> None:
+        """The ledger's effects, in order; what is final goes to the journal before anybody sees it."""
+        finals = [e for e in effects if isinstance(e, Final)]
+        if finals and s.journal is not None:
+            crcs = [s.ledger.crcs[e.index] if e.index < len(s.ledger.crcs) else 0 for e in finals]
+            s.journal.append([e.index for e in finals], [e.id for e in finals], crcs)
+        for effect in effects:
+            match effect:
+                case Send(message):
+                    if s.link is not None and s.lost_at is None:
+                        s.link.send(message)
+                case Rewind(n):
+                    s.rewind(n)
+                    s.unsure = s.ended = False
+                case Final():
+                    self._tell(s, effect)
+                case Retract(index):
+                    s.notices.append(Notice("retract", index))
+                case Rebuild(n):
+                    s.notices.append(Notice("rebuilding", n))
+
+    def _tell(self, s: Shared, f: Final) -> None:
+        """A token is final: `step` returns it."""
+        now = time.perf_counter()
+        s.candidate = None
+        source = f.source if f.draft is None else f"{f.source}.{f.draft.head.removeprefix('exit.')}"
+        conf = 0.0 if f.draft is None else f.draft.conf
+        where = "device" if f.source == "exit" else self.upper.where
+        s.ready.append(Token(f.id, source, conf, 1000 * (now - s.told_at), where=where))
+        s.told_at = now
+
+
+def _is_sure(stage: Stage, conf: float) -> bool:
+    """Whether the head that looked last would decide by itself."""
+    return should_exit(conf, stage.exit.tau if stage.exit else SURE, debt=0)
+
+
+def _raise(err: Err) -> None:
+    """What the upper side refuses for good ends the answer; the rest is the link's to wait for."""
+    if err.retryable:
+        return
+    kinds: dict[Code, type[UpperError]] = {Code.MISMATCH: MismatchError, Code.DIVERGED: Diverged}
+    raise kinds.get(err.code, UpperError)(f"the upper side says {err.code.name}: {err.text}")

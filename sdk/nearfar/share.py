@@ -1,0 +1,67 @@
+"""From what a caller says about an upper side to the stepper that uses it.
+
+LLM.open(path, upper="grpcs://host", mode="lossless", rows="hidden", policy=Policy(...))
+    -> RemoteUpper, with the fingerprints of the file -> Collaboration
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
+
+from nearfar.collab import Collab, Collaboration
+from nearfar.engine import Engine
+from nearfar.errors import MissingExtraError, UsageError
+from nearfar.upper import Upper
+from nearfar.weights import Weights
+from nearfar.wire.egress import Policy
+from nearfar.wire.fingerprint import model_fp, outliers, parts
+from nearfar.wire.messages import ClientHello, CodecId, CodecSpec, Mode
+from nearfar.wire.tls import Credentials
+
+ModeName = Literal["lossless", "lossy", "cloud-only"]
+RowsName = Literal["hidden", "ids"]
+CodecName = Literal["fp16", "int8", "int4"]
+_MODES = {"lossless": Mode.LOSSLESS, "lossy": Mode.LOSSY, "cloud-only": Mode.CLOUD_ONLY}
+_CODECS = {"fp16": CodecId.FP16, "int8": CodecId.INT8_OS, "int4": CodecId.INT4_OS}
+
+
+def how_of(weights: Weights, mode: str, rows: str | None, codec: str) -> Collab:
+    """The plain choices as one object.  Raises UsageError.
+
+    `rows`: None takes what the file is for: a device half sends hidden rows, a whole model ids.
+    """
+    for value, allowed, name in ((mode, _MODES, "mode"), (codec, _CODECS, "codec")):
+        if value not in allowed:
+            raise UsageError(f"{name}={value!r}: expected {', '.join(allowed)}")
+    if rows not in (None, *get_args(RowsName)):
+        raise UsageError(f"rows={rows!r}: expected hidden or ids")
+    by_ids = mode == "cloud-only" or (rows or ("hidden" if weights.config.role == "device" else "ids")) == "ids"
+    if by_ids:
+        return Collab(_MODES[mode], CodecSpec(CodecId.IDS))
+    channels = outliers(weights.file, weights.config) if _CODECS[codec] != CodecId.FP16 else ()
+    return Collab(_MODES[mode], CodecSpec(_CODECS[codec], outliers=channels))
+
+
+def share(
+    engine: Engine,
+    weights: Weights,
+    upper: str | Sequence[str] | Upper,
+    how: Collab,
+    policy: Policy | None = None,
+    credentials: Credentials | None = None,
+) -> Collaboration:
+    """A stepper over `engine` and whoever answers at `upper`.  Raises UsageError, EgressDenied, MissingExtraError."""
+    if not isinstance(upper, (str, Sequence)):
+        if policy is not None or credentials is not None:
+            raise UsageError("policy and credentials belong to an address; an Upper object has its own")
+        return Collaboration(engine, upper, how)
+    try:
+        from nearfar.upper_remote import RemoteUpper
+    except ImportError as error:
+        raise MissingExtraError("grpcio", "collab", "an upper side beyond this process") from error
+    found = parts(weights)
+    hello = ClientHello(model_fp(found), found, (how.codec,))
+    urls = cast("str | Sequence[str]", upper)
+    remote = RemoteUpper(urls, hello=hello, credentials=credentials, policy=policy)
+    return Collaboration(engine, remote, how, hello.model_fp)

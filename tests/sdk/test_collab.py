@@ -1,0 +1,351 @@
+"""An answer that two machines make equals the oracle: the device's layers, the codec, the upper layers, the sampler."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from nearfar.collab import Collab, Collaboration, Notice, Shared
+from nearfar.engine import Engine, Token
+from nearfar.errors import MismatchError, UpperError, UsageError
+from nearfar.halves import split
+from nearfar.journal import Journal
+from nearfar.lower import Lower, open_lower
+from nearfar.lower_composed import Composed
+from nearfar.sampling import Sampling
+from nearfar.upper import LocalUpper, Lost, News
+from nearfar.weights import Weights
+from nearfar.wire.codec import Codec
+from nearfar.wire.messages import CodecId, CodecSpec, Mode, Open, Opened, Up
+from tests.tiny import write_tiny
+
+K, MAX_LEN, N = 2, 256, 40
+PROMPT = [17, 3, 99, 42, 250, 7]
+GREEDY, WARM = Sampling(), Sampling(temperature=1.0, top_k=40, seed=3)
+CODECS = [CodecSpec(CodecId.FP16), CodecSpec(CodecId.INT8_OS, outliers=(3, 200)), CodecSpec(CodecId.INT4_OS)]
+IDS = CodecSpec(CodecId.IDS)
+
+
+class Pair:
+    """A whole model and its two halves."""
+
+    def __init__(self, folder: Path, arch: str = "llama", k: int = K) -> None:
+        whole = Weights.open(write_tiny(folder / "m.gguf", arch, "F32", exits=(1, 2, 3), tau=0.02))
+        halves = split(whole, k, folder)
+        self.k = k
+        self.whole = open_lower(whole)
+        self.device, self.upper = open_lower(Weights.open(halves.device)), open_lower(Weights.open(halves.upper))
+
+    def oracle(self, codec: CodecSpec, sampling: Sampling, n: int = N, prompt: list[int] = PROMPT) -> list[int]:
+        lower: Lower = self.whole
+        if codec.id != CodecId.IDS:
+            round_trip = Codec.of(codec, self.whole.config.d_model).round_trip
+            lower = Composed(self.device, self.upper, self.k, round_trip)
+        engine = Engine(lower, MAX_LEN)
+        s = engine.new_sequence(sampling, use_exits=False)
+        s.continue_with(prompt)
+        return [engine.step(s).id for _ in range(n)]
+
+    def together(self, how: Collab) -> Collaboration:
+        upper = LocalUpper(self.whole if how.by_ids else self.upper, MAX_LEN, max_run=8)
+        return Collaboration(Engine(self.device, MAX_LEN), upper, how)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tmp_path_factory.mktemp("pair"))
+
+
+def answer(c: Collaboration, sampling: Sampling, n: int = N, prompt: list[int] = PROMPT) -> tuple[list[Token], Shared]:
+    s = c.new_sequence(sampling, use_exits=True)
+    s.continue_with(prompt)
+    tokens = [c.step(s) for _ in range(n)]
+    s.finish()
+    return tokens, s
+
+
+def ids(tokens: list[Token]) -> list[int]:
+    return [t.id for t in tokens]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("codec", [*CODECS, IDS], ids=lambda c: c.id.name)
+@pytest.mark.parametrize("tau", [0.0, 0.012, 1.0])
+def test_lossless_is_the_oracle_whatever_the_threshold(
+    pair: Pair, codec: CodecSpec, sampling: Sampling, tau: float
+) -> None:
+    tokens, s = answer(pair.together(Collab(Mode.LOSSLESS, codec, tau)), sampling)
+    assert ids(tokens) == pair.oracle(codec, sampling)
+    assert s.ledger.counts.drafted
+    assert s.ledger.final >= len(PROMPT) + N
+
+
+@pytest.mark.parametrize("codec", [*CODECS, IDS], ids=lambda c: c.id.name)
+def test_lossy_with_a_threshold_of_one_is_the_oracle(pair: Pair, codec: CodecSpec) -> None:
+    tokens, s = answer(pair.together(Collab(Mode.LOSSY, codec, 1.0)), WARM)
+    assert ids(tokens) == pair.oracle(codec, WARM)
+    assert {t.source for t in tokens} == {"upper"}
+    assert s.ledger.counts.asks == N
+
+
+def test_lossy_below_one_decides_sure_tokens_on_the_device(pair: Pair) -> None:
+    tokens, s = answer(pair.together(Collab(Mode.LOSSY, CODECS[1], 0.0)), GREEDY, 20)  # fewer than may wait
+    assert {t.source for t in tokens} == {"exit.1"}
+    assert s.ledger.counts.asks == 0
+    assert {t.where for t in tokens} == {"device"}
+
+
+def test_cloud_only_is_the_whole_model_in_few_asks(pair: Pair) -> None:
+    tokens, s = answer(pair.together(Collab(Mode.CLOUD_ONLY, IDS)), WARM)
+    assert ids(tokens) == pair.oracle(IDS, WARM)
+    assert s.ledger.counts.asks == N // 8
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("arch", ["qwen3", "bitnet"])
+def test_every_cut_of_every_family_is_exact(tmp_path: Path, arch: str, k: int) -> None:
+    pair = Pair(tmp_path, arch, k)
+    for codec in (CODECS[1], IDS):
+        tokens, _ = answer(pair.together(Collab(Mode.LOSSLESS, codec, 0.01)), GREEDY, 24)
+        assert ids(tokens) == pair.oracle(codec, GREEDY, 24)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16])
+def test_the_window_changes_the_asks_and_no_token(pair: Pair, window: int) -> None:
+    tokens, _ = answer(pair.together(Collab(Mode.LOSSLESS, CODECS[0], 0.0, window=window)), GREEDY)
+    assert ids(tokens) == pair.oracle(CODECS[0], GREEDY)
+
+
+def test_a_device_that_is_always_right_asks_once_a_window(pair: Pair) -> None:
+    """The drafts of a whole model are those of the same whole model above."""
+    how = Collab(Mode.LOSSLESS, IDS, 0.0, window=8)
+    c = Collaboration(Engine(pair.whole, MAX_LEN), LocalUpper(pair.whole, MAX_LEN), how)
+    c.stages = c.stages[:0] + list(c.stages[-1:])
+    c.stages[0] = type(c.stages[0])(0, pair.whole.config.n_layers, None, True)
+    tokens, s = answer(c, GREEDY)
+    assert ids(tokens) == pair.oracle(IDS, GREEDY)
+    assert s.ledger.counts.retracted == 0
+    assert {t.source for t in tokens} <= {"verified.full", "upper"}
+
+
+def test_a_second_text_of_the_same_sequence_is_exact(pair: Pair) -> None:
+    c = pair.together(Collab(Mode.LOSSLESS, CODECS[1], 0.01))
+    tokens, s = answer(c, GREEDY, 10)
+    longer = [*PROMPT, *ids(tokens), 5, 9]
+    s.continue_with(longer)
+    assert [c.step(s).id for _ in range(10)] == pair.oracle(CODECS[1], GREEDY, 10, longer)
+
+
+def test_a_prompt_longer_than_a_chunk_is_sent_piece_by_piece(pair: Pair) -> None:
+    prompt = [(7 * i) % 300 for i in range(150)]
+    tokens, _ = answer(pair.together(Collab(Mode.LOSSLESS, CODECS[0])), GREEDY, 12, prompt)
+    assert ids(tokens) == pair.oracle(CODECS[0], GREEDY, 12, prompt)
+
+
+# ------------------------------------------------------------ links that fail
+
+
+class Flaky:
+    """A local upper side whose link can be cut; what is sent meanwhile is lost, as on a real one."""
+
+    def __init__(self, inner: LocalUpper, *, forgets: bool = False) -> None:
+        self.inner, self.forgets, self.where = inner, forgets, "cloud"
+        self.links: list[FlakyLink] = []
+
+    def open(self, opening: Open) -> FlakyLink:
+        self.links.append(FlakyLink(self, opening))
+        return self.links[-1]
+
+    def close(self) -> None: ...
+
+
+class FlakyLink:
+    def __init__(self, upper: Flaky, opening: Open) -> None:
+        self.upper, self.opening = upper, opening
+        self.link = upper.inner.open(opening)
+        self.traffic, self.max_run = self.link.traffic, self.link.max_run
+        self.news: deque[News] = deque()
+        self.is_up = True
+
+    def cut(self) -> None:
+        self.is_up = False
+        self.news = deque([Lost("pulled out")])
+        self.link.receive(0)  # what was under way is lost
+
+    def mend(self) -> None:
+        self.is_up = True
+        if self.upper.forgets:
+            self.link = self.upper.inner.open(self.opening)
+        else:
+            self.link.send(self.opening)
+
+    def send(self, message: Up) -> None:
+        if self.is_up:
+            self.link.send(message)
+
+    def receive(self, timeout_s: float) -> list[News]:
+        told, self.news = list(self.news), deque()
+        if self.is_up:
+            told += self.link.receive(0)
+        if not told:
+            time.sleep(min(timeout_s, 0.001))
+        return told
+
+    def deadline_s(self) -> float:
+        return 0.01
+
+    def close(self) -> None:
+        self.link.close()
+
+
+def flaky(pair: Pair, how: Collab, *, forgets: bool = False) -> tuple[Collaboration, Flaky]:
+    upper = Flaky(LocalUpper(pair.whole if how.by_ids else pair.upper, MAX_LEN), forgets=forgets)
+    return Collaboration(Engine(pair.device, MAX_LEN), upper, how), upper
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["same upper", "restarted upper"])
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_a_link_that_breaks_and_returns_changes_no_token(pair: Pair, codec: CodecSpec, forgets: bool) -> None:
+    c, upper = flaky(pair, Collab(Mode.LOSSLESS, codec, 0.01, window=4), forgets=forgets)
+    s = c.new_sequence(WARM, use_exits=True)
+    s.continue_with(PROMPT)
+    told = []
+    for i in range(N):
+        if i % 3 == 2:
+            upper.links[0].cut()
+            c._listen(s, 0.0)  # the device notices, and drafts on into the dark
+            c._draft(s, None) if c._wants_draft(s) else None
+            upper.links[0].mend()
+        told.append(c.step(s).id)
+    assert told == pair.oracle(codec, WARM)
+    assert s.shares.opened > 6
+
+
+def test_a_device_that_may_goes_on_alone_and_is_checked_again_when_the_link_is_back(pair: Pair) -> None:
+    c, upper = flaky(pair, Collab(Mode.LOSSLESS, CODECS[0], 0.01, lost="finish"))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    before = [c.step(s) for _ in range(10)]
+    assert ids(before) == pair.oracle(CODECS[0], GREEDY, 10)
+    upper.links[0].cut()
+    alone = [c.step(s) for _ in range(10)]
+    assert {t.source.split(".")[0] for t in alone[-5:]} == {"exit"}
+    assert Notice("degraded") in s.notices
+    upper.links[0].mend()
+    after = [c.step(s) for _ in range(10)]
+    text = PROMPT + ids(before) + ids(alone)
+    n_alone = next(i for i, t in enumerate(after) if not t.source.startswith("exit"))
+    text += ids(after[:n_alone])
+    assert ids(after[n_alone:]) == pair.oracle(CODECS[0], GREEDY, 10 - n_alone, text)
+
+
+def test_patience_ends(pair: Pair) -> None:
+    c, upper = flaky(pair, Collab(Mode.LOSSLESS, CODECS[0], 0.01, patience_s=0.05))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    c.step(s)
+    upper.links[0].cut()
+
+    def to_the_end() -> None:
+        for _ in range(N):
+            c.step(s)
+
+    with pytest.raises(UpperError, match=r"no upper side for 0\.05 s"):
+        to_the_end()
+
+
+def test_a_late_answer_is_told_and_lossy_may_decide_without_it(pair: Pair) -> None:
+    for slow, source in (("wait", "upper"), ("finish", "exit.2")):
+        c, upper = flaky(pair, Collab(Mode.LOSSY, CODECS[0], 1.0, slow=slow))  # type: ignore[arg-type]
+        s = c.new_sequence(GREEDY, use_exits=True)
+        s.continue_with(PROMPT)
+        c.step(s)
+        link = upper.links[0]
+        real, link.receive = link.receive, lambda t: time.sleep(0.005) or []  # type: ignore[method-assign, func-returns-value]
+        if slow == "finish":
+            assert c.step(s).source == source
+        else:
+            for _ in range(20):
+                c._draft(s, None) if c._wants_draft(s) else c._ask(s, None) if c._wants_ask(s) else c._wait(s)
+        assert any(n.kind == "waiting" for n in s.notices)
+        link.receive = real  # type: ignore[method-assign]
+        assert c.step(s).source == "upper"
+
+
+# ------------------------------------------------------------ refusals
+
+
+def test_rows_of_a_whole_model_and_schemas_and_penalties_are_refused(pair: Pair) -> None:
+    with pytest.raises(UsageError, match="device half"):
+        Collaboration(Engine(pair.whole, MAX_LEN), LocalUpper(pair.upper, MAX_LEN), Collab())
+    with pytest.raises(UsageError, match="repetition penalty"):
+        answer(pair.together(Collab()), Sampling(repetition_penalty=1.2))
+    tokens, _ = answer(pair.together(Collab(codec=IDS)), Sampling(repetition_penalty=1.2), 12)
+    assert ids(tokens) == pair.oracle(IDS, Sampling(repetition_penalty=1.2), 12)
+    with pytest.raises(UsageError, match="cloud-only sends ids"):
+        Collab(Mode.CLOUD_ONLY, CODECS[0])
+
+
+def test_an_upper_side_that_opens_with_other_settings_is_noticed(pair: Pair) -> None:
+    c, upper = flaky(pair, Collab())
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    c.step(s)
+    upper.links[0].news.append(Opened(0, 0, 0, 0, settings_hash=b"other"))
+    with pytest.raises(UpperError, match="other settings"):
+        c.step(s)
+
+
+# ------------------------------------------------------------ a device that was killed
+
+
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+@pytest.mark.parametrize("n_before", [0, 1, 7])
+def test_an_answer_goes_on_behind_its_journal(pair: Pair, tmp_path: Path, codec: CodecSpec, n_before: int) -> None:
+    how = Collab(Mode.LOSSLESS, codec, 0.01)
+    upper = Flaky(LocalUpper(pair.whole if how.by_ids else pair.upper, MAX_LEN))
+    told: list[int] = []
+    for n in (n_before, N):  # the first process ends without a word
+        c = Collaboration(Engine(pair.device, MAX_LEN), upper, how, b"fp")
+        s = c.new_sequence(WARM, use_exits=True)
+        s.continue_with(PROMPT)
+        s.keep_in(tmp_path / "answer")
+        tokens = [c.step(s) for _ in range(n)]
+        assert ids(tokens)[: len(told)] == told
+        told = ids(tokens)
+    assert told == pair.oracle(codec, WARM)
+    assert [t.source for t in tokens[:n_before]] == ["journal"] * n_before
+    s.finish()
+    assert not (tmp_path / "answer").exists()
+
+
+def test_a_journal_of_another_answer_is_refused(pair: Pair, tmp_path: Path) -> None:
+    c = pair.together(Collab(Mode.LOSSLESS, IDS))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    s.keep_in(tmp_path / "answer")
+    c.step(s)
+    for prompt, sampling, match in ((PROMPT, WARM, "other settings"), ([*PROMPT, 4], GREEDY, "another prompt")):
+        other = c.new_sequence(sampling, use_exits=True)
+        other.continue_with(prompt)
+        other.keep_in(tmp_path / "answer")
+        with pytest.raises(MismatchError, match=match):
+            c.step(other)
+
+
+def test_a_failed_answer_leaves_its_journal(pair: Pair, tmp_path: Path) -> None:
+    c, upper = flaky(pair, Collab(patience_s=0.01))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    s.keep_in(tmp_path / "answer")
+    first = c.step(s)
+    upper.links[0].cut()
+    while s.ready:
+        c.step(s)
+    with pytest.raises(UpperError):
+        c.step(s)
+    s.finish(done=False)
+    assert Journal.read(tmp_path / "answer").ids[0] == first.id

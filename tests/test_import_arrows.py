@@ -52,6 +52,7 @@ PLACES = {
     "hassil": {"nearfar.eval.home", "nearfar_cloud.training"},
     "yaml": {"nearfar.eval.home", "nearfar_cloud.training"},
     "matplotlib": {
+        "nearfar.bench.collab.plot",
         "nearfar.eval.calibrate",
         "nearfar.eval.exits",
         "nearfar_cloud.training",

@@ -219,6 +219,8 @@ class Collaboration:
         check_sampling(opening)
         rows = s.ledger.rows[: s.n_run]  # of an earlier text that began alike: the new session gets them again
         s.ledger, s.shares, s.told_at = Ledger(s.ids, by_ids=how.by_ids), Shares(), now
+        s.ready.clear()  # of an earlier text that ended before all of it was told
+        s.notices.clear()
         if s.journal_path is not None:
             opening = self._keep_journal(s, opening, s.journal_path)
         s.ledger.add_rows(0, rows)

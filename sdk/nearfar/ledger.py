@@ -10,12 +10,15 @@ A pure machine: events go in as method calls, effects come out as a list, and no
 Row i belongs to ids[i] and decides ids[i + 1].  Rows below `asked` have been asked about, each exactly once: an ask for
 rows asked..p brings how many drafts hold and the token at the first place where they end.  Verdicts are applied in the
 order of their asks, so each one speaks of a text whose beginning is final already.
+
+Whatever was said in vain (rows of drafts that do not hold, asks that nobody waits for) is left behind by a new
+generation, a `Cut`: messages of an earlier one are dropped on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 from zlib import crc32
 
@@ -101,10 +104,14 @@ class Counts:
 
 @dataclass(slots=True)
 class Ledger:
-    """The state of one answer on the device.  `by_ids`: positions travel as token ids instead of rows."""
+    """The state of one answer on the device.  `by_ids`: positions travel as token ids instead of rows.
+
+    `is_resumed`: the ids are a journal's, and the process that knew the rest is gone.  Nothing is sent before `Opened`.
+    """
 
     ids: list[int]
     by_ids: bool = False
+    is_resumed: bool = False
     gen: int = 0
     n_prompt: int = 0
     final: int = 0  # positions below it are final
@@ -158,22 +165,33 @@ class Ledger:
     def decide(self, token: int, draft: Draft) -> list[Effect]:
         """The next token, final at once on the device's own word (lossy and standalone); open asks no longer count."""
         assert self.final == len(self.ids), "provisional tokens before one that the device decides"
+        effects = self._withdraw()
         self.ids.append(token)
-        self.open.clear()
         self.asked = len(self.ids) - 1
-        return self._finalise(len(self.ids), {len(self.ids) - 1: "exit"}, {len(self.ids) - 1: draft})
+        return effects + self._finalise(len(self.ids), {len(self.ids) - 1: "exit"}, {len(self.ids) - 1: draft})
 
     def settle(self) -> list[Effect]:
         """The provisional tokens become final as they are: the link is gone, and the policy says to go on."""
-        self.open.clear()
-        self.asked = max(self.asked, len(self.ids) - 1)
+        effects = self._withdraw()
+        self.asked = len(self.ids) - 1
         sources: dict[int, Source] = dict.fromkeys(range(self.final, len(self.ids)), "exit")
-        return self._finalise(len(self.ids), sources, dict(self.drafts))
+        return effects + self._finalise(len(self.ids), sources, dict(self.drafts))
+
+    def _withdraw(self) -> list[Effect]:
+        """Nobody waits for the open asks any more: the other side need not compute them, nor what rests on them."""
+        if not self.open:
+            return []
+        self.open.clear()
+        return [self._new_generation(self.n_rows)]
 
     def make_ask(self, *, upto: int | None = None, run: int = 1, deadline_ms: int = 0) -> list[Effect]:
-        """Ask about all rows that are there (or those up to row `upto`), after sending them."""
+        """Ask about all rows that are there (or those up to row `upto`), after sending them.
+
+        `run` > 1: the other side goes on by itself, behind a text without drafts.
+        """
         pos = self.n_rows - 1 if upto is None else upto
         assert self.asked <= pos < self.n_rows, (self.asked, pos, self.n_rows)
+        assert run == 1 or self.asked == pos == len(self.ids) - 1, "a run behind drafts"
         sending = self.unsent(pos + 1)
         draft = () if self.by_ids else tuple(self.ids[self.asked + 1 : pos + 1])
         ask = Ask(self.next_req, self.gen, pos, self.asked, draft, run, deadline_ms)
@@ -182,13 +200,13 @@ class Ledger:
         self.counts.rows_asked += pos + 1 - (self.asked if self.counts.asks else 0)
         self.counts.asks += 1
         self.asked = pos + 1
-        return [*sending, Send(ask)]
+        return [*sending, *([] if self.is_resumed else [Send(ask)])]
 
     def unsent(self, upto: int | None = None) -> list[Effect]:
         """Messages with the rows below `upto` (default: all) that this generation has not sent."""
         end = self.n_rows if upto is None else upto
         effects: list[Effect] = []
-        while self.sent < end:
+        while self.sent < end and not self.is_resumed:
             message = self._ids_from(self.sent, end) if self.by_ids else self._rows_from(self.sent, end)
             self.sent = message.pos0 + len(message.ids if isinstance(message, Ids) else message.data)
             effects.append(Send(message))
@@ -214,8 +232,8 @@ class Ledger:
     def on_verdict(self, v: Verdict) -> list[Effect]:
         """Raises WireError for a verdict that cannot be an answer to its ask, Diverged for one about other rows."""
         waiting = self.open.get(v.req)
-        if waiting is None or v.gen != self.gen:
-            self.counts.stale += 1
+        if waiting is None or v.gen != self.gen or v.pos0 <= waiting.ask.verify_from:
+            self.counts.stale += 1  # or told twice, in an ask that runs on
             return []
         ask = waiting.ask
         n_left = ask.pos - ask.verify_from
@@ -267,9 +285,9 @@ class Ledger:
         if q < len(self.ids):
             self.counts.retracted += len(self.ids) - q
             effects += [Retract(q), Rewind(q)]
+            self.open.clear()
             if self.n_rows > q:
                 effects.append(self._cut(q))
-            self.open.clear()
             self.asked = q
             for i in range(q, len(self.ids)):
                 self.drafts.pop(i, None)
@@ -278,11 +296,17 @@ class Ledger:
         return effects
 
     def _cut(self, keep: int) -> Send:
-        """A new generation, in which rows from `keep` on never were."""
-        self.gen += 1
-        self.cuts.append(Cut(self.gen, keep))
+        """Rows from `keep` on never were."""
         del self.rows[keep:], self.crcs[keep:], self.hashes[keep:]
         self.sent = min(self.sent, keep)
+        return self._new_generation(keep)
+
+    def _new_generation(self, keep: int) -> Send:
+        """The other side forgets what it was asked, and its rows from `keep` on.  Open asks go along with it."""
+        self.gen += 1
+        self.cuts.append(Cut(self.gen, keep))
+        for waiting in self.open.values():
+            waiting.ask = replace(waiting.ask, gen=self.gen)
         return Send(self.cuts[-1])
 
     def _finalise(self, upto: int, sources: dict[int, Source], drafts: dict[int, Draft]) -> list[Effect]:
@@ -299,22 +323,17 @@ class Ledger:
     # ------------------------------------------------------------ the link comes back, or wants something
 
     def on_opened(self, opened: Opened) -> list[Effect]:
-        """After every connection: what the other side still has is kept, the rest is sent again, asks are repeated."""
+        """After every connection: what the other side still has is kept, the rest is sent again, asks are repeated.
+
+        Of cuts that it has not seen the deepest counts; a new one says so under a number that it cannot have heard.
+        """
+        keep = min(opened.rows, self.n_rows, *(cut.keep for cut in self.cuts if cut.gen > opened.gen))
+        if self.is_resumed:  # what it has may be of drafts that are forgotten here; rows may come out otherwise now
+            keep = min(keep, self.n_prompt) if self.by_ids else 0
         effects: list[Effect] = []
-        keep = min(opened.rows, self.n_rows)
-        if opened.gen > self.gen:  # this device was started again and has forgotten its cuts
-            self.gen = opened.gen + 1
-            keep = min(keep, self.final)
-            self.cuts.append(Cut(self.gen, keep))
-            effects.append(Send(self.cuts[-1]))
-            self._renumber()
-        elif opened.gen < self.gen or opened.rows > self.n_rows:
-            if opened.gen == self.gen:  # it went on by itself, and the news of it was lost
-                self.gen += 1
-                self._renumber()
-            keep = min([keep, *(cut.keep for cut in self.cuts if cut.gen > opened.gen)])
-            effects.append(Send(Cut(self.gen, keep)))
-            self.cuts.append(Cut(self.gen, keep))
+        if self.is_resumed or opened.gen != self.gen or opened.rows > self.n_rows:  # it may have gone on by itself
+            self.gen, self.is_resumed = max(self.gen, opened.gen), False
+            effects.append(self._new_generation(keep))
         return effects + self._resend(keep)
 
     def on_need(self, need: Need) -> list[Effect]:
@@ -322,7 +341,7 @@ class Ledger:
         if need.gen != self.gen:
             self.counts.stale += 1
             return []
-        return self._resend(min(need.from_pos, self.n_rows))
+        return self._resend(min(need.from_pos, self.sent))
 
     def _resend(self, keep: int) -> list[Effect]:
         n_again = max(0, self.sent - keep)
@@ -335,13 +354,7 @@ class Ledger:
         """The asks without a verdict, once more under their numbers."""
         return [Send(waiting.ask) for waiting in self.open.values() if waiting.verdict is None]
 
-    def _renumber(self) -> None:
-        """Open asks belong to the new generation: the text that they speak of is the same."""
-        for waiting in self.open.values():
-            a = waiting.ask
-            waiting.ask = Ask(a.req, self.gen, a.pos, a.verify_from, a.draft, a.run, a.deadline_ms)
-
 
 def _rest(ask: Ask) -> Ask:
     """What is left of an ask that runs on, after one more token."""
-    return Ask(ask.req, ask.gen, ask.pos + 1, ask.pos + 1, (), ask.run - 1, ask.deadline_ms)
+    return replace(ask, pos=ask.pos + 1, verify_from=ask.pos + 1, draft=(), run=ask.run - 1)

@@ -170,6 +170,8 @@ class RemoteLink:
                 self._tell(Lost(str(fault)))
             n_failed += 1
             if not self._first.done() and n_failed >= len(self._dialler.addresses):
+                if isinstance(fault, MismatchError):
+                    raise fault
                 raise UpperError(f"no upper side could be reached: {fault}") from None
             await asyncio.sleep(self._pause_s(time.monotonic() - lost_at, n_failed))
 

@@ -7,7 +7,7 @@ LLM.open(path, upper="grpcs://host", mode="lossless", rows="hidden", policy=Poli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from nearfar.collab import Collab, Collaboration
 from nearfar.engine import Engine
@@ -62,6 +62,5 @@ def share(
         raise MissingExtraError("grpcio", "collab", "an upper side beyond this process") from error
     found = parts(weights)
     hello = ClientHello(model_fp(found), found, (how.codec,))
-    urls = cast("str | Sequence[str]", upper)
-    remote = RemoteUpper(urls, hello=hello, credentials=credentials, policy=policy)
+    remote = RemoteUpper(upper, hello=hello, credentials=credentials, policy=policy)
     return Collaboration(engine, remote, how, hello.model_fp)

@@ -68,7 +68,9 @@ class Link(Protocol):
 class Upper(Protocol):
     """Opens links.  Raises UpperError, MismatchError where the two sides do not belong together."""
 
-    where: str  # "device", "edge" or "cloud"
+    @property
+    def where(self) -> str:
+        """One of: device, edge, cloud."""
 
     def open(self, opening: Open) -> Link: ...
     def close(self) -> None: ...

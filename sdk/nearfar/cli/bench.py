@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearfar.arguments import whole
 from nearfar.bench.turn import Turn, measure
-from nearfar.cli import roofline
+from nearfar.cli import bench_collab, roofline
 from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser
 from nearfar.errors import MissingExtraError, NearfarError, UnsupportedError, UsageError
 from nearfar.machine import cpu_name
@@ -35,6 +35,7 @@ def add_verb(verbs: Verbs) -> None:
         "nearfar bench model.gguf --engines native,llama --threads 1",
         "nearfar bench --rounds 9 --json",
         "nearfar bench roofline --help",
+        "nearfar bench collab --help",
     )
     parser.add_argument("model", nargs="?", default=SHIPPED, help="path of a GGUF file (default: the shipped model)")
     parser.add_argument("--engines", help="some of native,numpy,llama (default: all there are; numpy for small files)")
@@ -45,6 +46,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="per CPU second, for a busy machine")
     parser.set_defaults(run=run)
     roofline.add_verb(parser)
+    bench_collab.add_verb(parser)
 
 
 def run(args: argparse.Namespace) -> int:

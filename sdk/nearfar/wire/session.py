@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 from zlib import crc32
 
@@ -108,6 +108,7 @@ class UpperSession:
     verdicts: OrderedDict[tuple[int, int], Verdict] = field(default_factory=OrderedDict)  # (req, pos0)
     queue: deque[Ask] = field(default_factory=deque)  # the first one is being decided
     is_gap: bool = False  # `Need` was sent, and what it wants has not come: what comes meanwhile is dropped
+    void_from: int | None = None  # a draft was refused: rows from here on wait for their cut, nobody decides on them
     n_stale: int = 0
     n_repeated: int = 0  # asks answered from what was kept
 
@@ -213,22 +214,29 @@ class UpperSession:
         if (kept := self.verdicts.get((a.req, a.verify_from + 1))) is not None:
             self.n_repeated += 1
             return [Reply(kept)]
-        if any(waiting.req == a.req for waiting in self.queue):
+        if any(waiting.req == a.req for waiting in self.queue) or self._is_void(a):
             return []
         n_checked = a.pos - a.verify_from
         if n_checked < 0 or len(a.draft) != (0 if self.by_ids else n_checked):
             return [_err(Code.BAD_FRAME, f"an ask from row {a.verify_from} to {a.pos} with {len(a.draft)} drafts")]
         if a.draft and (max(a.draft) >= self.n_vocab or min(a.draft) < 0):
             return [_err(Code.BAD_FRAME, f"drafts outside the vocabulary of {self.n_vocab}")]
-        if not 1 <= a.run <= (self.max_run if self.by_ids else 1):
-            most = self.max_run if self.by_ids else 1
+        most = self.max_run if self.by_ids and not n_checked else 1
+        if not 1 <= a.run <= most:
             return [_err(Code.BAD_FRAME, f"an ask for {a.run} tokens: expected 1..{most}")]
         if a.pos >= self.n_rows:
             return self._need()
+        if a.run > 1 and a.pos + 1 < self.n_rows:  # an old one: it has run, and its verdicts were told
+            self.n_stale += 1
+            return []
         if len(self.queue) >= MAX_OPEN_ASKS:
             return [_err(Code.QUOTA, f"{MAX_OPEN_ASKS} asks are open", retry_after_ms=100)]
         self.queue.append(a)
         return [self._decide(a)] if len(self.queue) == 1 else []
+
+    def _is_void(self, a: Ask) -> bool:
+        """Whether `a` rests on a draft that was refused: the device cuts it off as soon as it knows."""
+        return self.void_from is not None and a.verify_from >= self.void_from
 
     def _need(self) -> list[Effect]:
         """Ask for what is missing, once: the messages behind it that are under way would all ask for it."""
@@ -245,12 +253,13 @@ class UpperSession:
         if m.gen <= self.gen:
             self.n_stale += 1
             return []
-        self.gen, self.is_gap = m.gen, False
-        self.queue.clear()
-        self.verdicts.clear()
+        self.gen = m.gen
         return self._truncate(m.keep)
 
     def _truncate(self, keep: int) -> list[Effect]:
+        self.is_gap, self.void_from = False, None
+        self.queue.clear()
+        self.verdicts.clear()
         del self.crcs[keep:], self.ids[keep:], self.hashes[keep:]
         self.absorbed = min(self.absorbed, keep)
         return [Forget(keep)]
@@ -275,15 +284,16 @@ class UpperSession:
             self.verdicts.popitem(last=False)
         self.absorbed = max(self.absorbed, a.pos + 1)
         effects: list[Effect] = [Reply(v)]
-        if a.run > 1 and token not in self.opening.stop_ids:  # it goes on with its own token
-            self.ids.append(token)
+        if a.run > 1 and token not in self.opening.stop_ids and self.n_rows < self.max_positions:
+            self.ids.append(token)  # it goes on with its own token
             self.crcs.append(crc_of_id(token))
-            self.queue[0] = Ask(a.req, a.gen, a.pos + 1, a.pos + 1, (), a.run - 1, a.deadline_ms)
+            self.queue[0] = replace(a, pos=a.pos + 1, verify_from=a.pos + 1, run=a.run - 1)
             return effects
         self.queue.popleft()
         behind = a.verify_from + 1 + n_accept
         if n_accept < a.pos - a.verify_from or (self.by_ids and self.ids[behind : behind + 1] not in ([], [token])):
-            self.queue.clear()  # what was asked behind it rests on a draft that does not hold
+            self.void_from = behind
+            self.queue = deque(waiting for waiting in self.queue if not self._is_void(waiting))
         if self.queue:
             effects.append(self._decide(self.queue[0]))
         return effects
@@ -296,10 +306,10 @@ class UpperSession:
         return [Reply(Err(Code.INTERNAL, text, retryable=True, retry_after_ms=100))]
 
     def evict(self) -> list[Effect]:
-        """Give everything up; the device is told when it asks for something that is no longer there."""
-        self.queue.clear()
-        self.verdicts.clear()
-        return self._truncate(0)
+        """Give everything up; a device that waits is told at once, another one when it asks for what is not there."""
+        is_waiting = bool(self.queue)
+        effects = self._truncate(0)
+        return effects + (self._need() if is_waiting else [])
 
     def _hash(self, row: int) -> bytes:
         for crc in self.crcs[len(self.hashes) : row + 1]:

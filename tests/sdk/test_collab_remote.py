@@ -1,0 +1,148 @@
+"""A shared answer over a real socket, and over bad links."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("grpc", reason="grpcio is not installed (extra [collab])")
+
+from nearfar.chaos.profiles import Profile
+from nearfar.chaos.proxy import running
+from nearfar.chaos.schedule import Fault
+from nearfar.collab import Collab
+from nearfar.engine import Engine
+from nearfar.errors import EgressDenied, MismatchError, UpperError, UsageError
+from nearfar.halves import split
+from nearfar.llm import LLM
+from nearfar.lower import Lower, open_lower
+from nearfar.lower_composed import Composed
+from nearfar.sampling import Sampling
+from nearfar.weights import Weights
+from nearfar.wire.codec import Codec
+from nearfar.wire.egress import Policy
+from nearfar.wire.fingerprint import model_fp, parts
+from nearfar.wire.messages import CodecId, CodecSpec, Mode
+from tests.sdk.wire_server import Door, WireServer
+from tests.tiny import write_tiny
+
+PROMPT, N = "the inn and the old", 24
+WARM = Sampling(temperature=1.0, seed=5)
+INT8, IDS = CodecSpec(CodecId.INT8_OS), CodecSpec(CodecId.IDS)
+FAST = Profile("fast", 1e9, 1)
+
+
+class Place:
+    """Two servers, of the upper half and of the whole model, and the files of a device."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = write_tiny(folder / "m.gguf", "llama", "F32", exits=(1, 2), tau=0.02, n_ctx=256)
+        whole = Weights.open(self.path)
+        halves = split(whole, 2, folder)
+        self.device, self.upper_file = halves.device, halves.upper
+        self.whole, self.upper = open_lower(whole), open_lower(Weights.open(halves.upper))
+        self.servers = {}
+        for file, lower, codec in ((halves.device, self.upper, INT8), (halves.device, self.whole, IDS)):
+            with Weights.open(file) as weights:
+                fingerprint = model_fp(parts(weights))
+            self.servers[codec.id] = WireServer(Door(lower, fingerprint=fingerprint))
+
+    def oracle(self, codec: CodecSpec, sampling: Sampling, n: int = N) -> list[int]:
+        lower: Lower = self.whole
+        with LLM.open(self.device) as llm:
+            assert isinstance(llm.stepper, Engine)
+            if codec.id != CodecId.IDS:
+                round_trip = Codec.of(codec, self.whole.config.d_model).round_trip
+                lower = Composed(llm.stepper.lower, self.upper, 2, round_trip)
+            alone = LLM(Engine(lower, 256), llm.tokenizer, llm.metadata, max_len=256, backend="composed")
+            return alone.generate(PROMPT, max_tokens=n, sampling=sampling, exits=False).ids
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("place"))
+    with place.servers[CodecId.INT8_OS], place.servers[CodecId.IDS]:
+        yield place
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("codec", [INT8, IDS], ids=lambda c: c.id.name)
+@pytest.mark.parametrize("mode", [Mode.LOSSLESS, Mode.LOSSY])
+def test_an_answer_over_a_socket_is_the_oracles(place: Place, mode: Mode, codec: CodecSpec, sampling: Sampling) -> None:
+    how = Collab(mode, codec, 1.0 if mode == Mode.LOSSY else 0.01)
+    with LLM.open(place.device, upper=place.servers[codec.id].url, collab=how) as llm:
+        answers = [llm.generate(PROMPT, max_tokens=N, sampling=sampling) for _ in range(2)]
+    assert [a.ids for a in answers] == [place.oracle(codec, sampling)] * 2
+    shared = answers[0].stats.shared
+    assert shared is not None
+    assert shared.asks > 0
+    assert shared.bytes_up > (0 if codec is IDS else 250 * N)
+    assert {e.where for e in answers[0].events} == {"cloud"}
+
+
+def test_the_plain_words_of_open_say_the_same(place: Place) -> None:
+    url = place.servers[CodecId.IDS].url
+    with LLM.open(place.device, upper=url, mode="lossless", rows="ids") as llm:
+        assert llm.generate(PROMPT, max_tokens=N).ids == place.oracle(IDS, Sampling())
+    with LLM.open(place.device, upper=url, mode="cloud-only") as llm:
+        assert llm.generate(PROMPT, max_tokens=N).ids == place.oracle(IDS, Sampling())
+
+
+@pytest.mark.parametrize("codec", [INT8, IDS], ids=lambda c: c.id.name)
+def test_resets_in_the_middle_of_an_answer_change_no_token(place: Place, codec: CodecSpec) -> None:
+    server = place.servers[codec.id]
+    with running(("127.0.0.1", server.port), FAST) as link:
+        url = f"grpc://{link.address[0]}:{link.address[1]}"
+        with LLM.open(place.device, upper=url, collab=Collab(Mode.LOSSLESS, codec, 0.01)) as llm:
+            ids = []
+            for event in llm.stream(PROMPT, max_tokens=N, sampling=WARM):
+                ids.append(event.id)
+                if len(ids) % 8 == 4:
+                    link.inject(Fault(0.0, "reset"))
+    assert ids == place.oracle(codec, WARM)
+
+
+def test_a_server_that_is_killed_and_started_again_gets_everything_again(place: Place) -> None:
+    server = place.servers[CodecId.INT8_OS]
+    with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSLESS, INT8, 0.01)) as llm:
+        stream = llm.stream(PROMPT, max_tokens=N, sampling=WARM)
+        ids = [next(stream).id for _ in range(6)]
+        server.stop()
+        server.start()
+        ids += [event.id for event in stream]
+    assert ids == place.oracle(INT8, WARM)
+    shared = stream.completion.stats.shared
+    assert shared is not None
+    assert shared.reopened >= 1
+
+
+def test_a_device_that_may_finishes_without_any_server(place: Place) -> None:
+    how = Collab(Mode.LOSSLESS, INT8, 1.0, lost="finish")
+    with LLM.open(place.device, upper="grpc://127.0.0.1:9", collab=how) as llm, LLM.open(place.device) as alone:
+        answer = llm.generate(PROMPT, max_tokens=N)
+        assert answer.ids == alone.generate(PROMPT, max_tokens=N, exits=False).ids
+    assert {e.where for e in answer.events} == {"device"}
+
+
+def test_without_a_server_the_error_says_who_is_out_of_reach(place: Place) -> None:
+    with LLM.open(place.device, upper="grpc://127.0.0.1:9") as llm, pytest.raises(UpperError, match=r"127\.0\.0\.1"):
+        llm.generate(PROMPT, max_tokens=2)
+
+
+def test_another_model_is_refused_before_a_row_leaves(place: Place, tmp_path: Path) -> None:
+    other = write_tiny(tmp_path / "o.gguf", "llama", "F32", seed=9, exits=(1, 2), n_ctx=256)
+    with Weights.open(other) as whole:
+        halves = split(whole, 2, tmp_path)
+    with LLM.open(halves.device, upper=place.servers[CodecId.INT8_OS].url) as llm, pytest.raises(MismatchError):
+        llm.generate(PROMPT, max_tokens=2)
+
+
+def test_local_only_opens_no_link_and_options_without_an_upper_side_are_refused(place: Place) -> None:
+    with pytest.raises(EgressDenied, match="local_only"):
+        LLM.open(place.device, upper=place.servers[CodecId.INT8_OS].url, policy=Policy(local_only=True))
+    with pytest.raises(UsageError, match="expected upper too"):
+        LLM.open(place.device, policy=Policy(local_only=True))
+    with LLM.open(place.device) as llm, pytest.raises(UsageError, match="a journal belongs to"):
+        llm.stream(PROMPT, journal="answer")

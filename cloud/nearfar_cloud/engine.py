@@ -1,6 +1,6 @@
 """The loop of the core: drain, plan, apply, run, commit.  One thread calls `step`; everything else is an inbox.
 
-submit, abort, extend ──> inbox ──> step ──> plan (scheduling) ──> pool ──> executor.run ──> commit ──> outputs
+submit, append, ask, cut, abort ──> inbox ──> step ──> plan ──> pool ──> executor.run ──> commit ──> outputs
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import numpy as np
 
 from nearfar.errors import UsageError
+from nearfar_cloud.asks import Asks, Complaint
+from nearfar_cloud.branches import branches_of, n_shareable
 from nearfar_cloud.counts import Counts
 from nearfar_cloud.executors.base import Executor, Ids, Result, batch_work, run_or_find
 from nearfar_cloud.kv import prefix
 from nearfar_cloud.kv.pool import BLOCK, KVPool, n_blocks_of
+from nearfar_cloud.outside import Question, RowStore
 from nearfar_cloud.scheduling.compose import Composer
 from nearfar_cloud.scheduling.cost import CostModel
 from nearfar_cloud.scheduling.queue import Waiting
@@ -25,7 +27,6 @@ from nearfar_cloud.scheduling.spec import Speculation
 from nearfar_cloud.scheduling.view import EngineView
 from nearfar_cloud.types import (
     Admit,
-    Array,
     Finish,
     LogitsHook,
     Output,
@@ -73,6 +74,8 @@ class Engine:
         self.waiting = Waiting()
         self.branches: dict[int, list[Seq]] = {}  # sequence -> those that begin with its prompt once that is computed
         self._chains: dict[int, prefix.Chain] = {}
+        limit = self.facts.limit(self.n_blocks)
+        self._asks = Asks(limit, self.pool, self.waiting, self._chains, self.counts, self.clock)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._numbers = itertools.count(1)
         self._outputs: list[Output] = []
@@ -87,6 +90,8 @@ class Engine:
     def submit(self, req: Request, hook: LogitsHook | None = None) -> int:
         """Queue a request; returns the number of its sequence.  UsageError, ContextError: it can never be served."""
         self.facts.check(req, self.n_blocks)
+        if req.outside and hook is not None:
+            raise UsageError("an outside sequence has no hook")
         s = self._new(req, hook)
         self._inbox.put(lambda: self._arrive([s]))
         return s.id
@@ -110,11 +115,26 @@ class Engine:
         n_steps = self.counts.steps
         self._inbox.put(lambda: self._cancel(seq, n_steps))
 
-    def extend(self, seq: int, rows: Array) -> None:
-        """Further rows [n, D] of a sequence that takes rows; one token is decided behind the last of them."""
-        if rows.ndim != 2 or not len(rows) or rows.shape[1] != self.facts.d_model:
-            raise UsageError(f"rows of shape {rows.shape}: expected [n, {self.facts.d_model}], n >= 1")
-        self._inbox.put(lambda: self._extend(seq, rows))
+    def append(self, seq: int, *, ids: Sequence[int] = (), rows: RowStore | None = None) -> None:
+        """Further positions of an outside sequence; nothing runs.  UsageError: they are not this model's.
+
+        This and the two below end a sequence that they do not fit with an error, and do nothing to one that is gone.
+        """
+        ids = tuple(ids)
+        self.facts.check_ids(ids)
+        if rows is not None:
+            self.facts.check_rows(rows)
+        self._inbox.put(lambda: self._to(seq, lambda s: self._asks.append(s, ids, rows)))
+
+    def ask(self, seq: int, question: Question) -> None:
+        """Answer with an output that has an `answer`; one question at a time."""
+        self._inbox.put(lambda: self._to(seq, lambda s: self._asks.ask(s, question)))
+
+    def cut(self, seq: int, keep: int) -> None:
+        """Positions from `keep` on never were, and what was asked before is not answered."""
+        if keep < 0:
+            raise UsageError(f"keep={keep}: expected 0 or more")
+        self._inbox.put(lambda: self._to(seq, lambda s: self._asks.cut(s, keep)))
 
     # ------------------------------------------------------------ the loop
 
@@ -129,15 +149,16 @@ class Engine:
         planned = self.clock()
         results = run_or_find(self.executor, batch) if batch else []
         ran = self.clock()
-        served = [self._commit(work, result) for work, result in zip(plan.works, results, strict=True)]
-        self._learn(plan, [x for x in served if x is not None], ran - planned)
+        seconds = ran - planned
+        served = [self._commit(work, result, seconds) for work, result in zip(plan.works, results, strict=True)]
+        self._learn(plan, [x for x in served if x is not None], seconds)
         outputs, self._outputs = self._outputs, []
         c = self.counts
         c.steps += bool(plan.works)
         c.rows += sum(w.rows(self.facts.n_layers) for w in plan.works)
         c.prefix_evicted = self.pool.n_evicted
         c.plan_s += planned - started
-        c.run_s += ran - planned
+        c.run_s += seconds
         c.commit_s += self.clock() - ran
         return outputs
 
@@ -147,10 +168,11 @@ class Engine:
         return not self._inbox.empty() or any(s.gap() is not None for s in self.seqs.values())
 
     def view(self) -> EngineView:
-        holding = tuple(self.holding.values())
+        holding = self.holding.values()
         return EngineView(
             now=self.clock(),
-            seqs=(*holding, *self.waiting.window()),
+            seqs=(*(s for s in holding if not s.is_idle), *self.waiting.window()),
+            idle=tuple(s for s in holding if s.is_idle),
             n_blocks=self.pool.n_blocks,
             n_free=self.pool.n_free,
             n_parkable=self.parked_rows - sum(s.n_parked for s in holding),
@@ -219,10 +241,11 @@ class Engine:
         """Blocks of `s` to where they wait, or back; what one took is learned."""
         started = self.clock()
         move(s.id, np.asarray(blocks, np.int32))
-        self.copy_s += 0.3 * ((self.clock() - started) / len(blocks) - self.copy_s)
+        self.copy_s += 0.3 * ((self.clock() - started) / max(1, len(blocks)) - self.copy_s)
 
     def _preempt(self, s: Seq, op: Preempt) -> None:
-        s.drafts = []
+        if s.outside is None:
+            s.drafts = []
         if op.how == "swap":
             s.truncate(s.n_known)  # no draft is taken along
             self._copy(self.executor.swap_out, s, s.blocks[: n_blocks_of(s.reached)])
@@ -239,7 +262,7 @@ class Engine:
         s.n_preempted += 1
         self.counts.preempted += 1
 
-    def _commit(self, w: Work, result: Result) -> Served | None:
+    def _commit(self, w: Work, result: Result, seconds: float) -> Served | None:
         """What `w` computed counts, drafts are accepted or forgotten, full blocks are published, tokens go out."""
         s = self.seqs[w.seq]
         if result.error:
@@ -249,7 +272,11 @@ class Engine:
         s.advance(w)
         n_out, begun = s.n_out, max(s.n_begun, w.start)
         s.n_begun = max(s.n_begun, min(w.end, s.n_prompt))
+        n_prompt = max(0, s.n_begun - begun)
+        if s.outside is not None:
+            s.outside.seconds += seconds
         finish = self._decide(s, w, result) if w.sample else None
+        self.counts.generated_tokens += s.n_out - n_out
         if s.computed >= BLOCK * (s.n_published + 1) and self._is_kept(s):
             chain = self._chain(s).upto(s.ids, s.computed)
             for i in range(s.n_published, len(chain)):
@@ -258,11 +285,19 @@ class Engine:
         self._branch(s)
         if finish:
             self._release(s)
-        return Served(s, w, max(0, s.n_begun - begun), s.n_out - n_out, max(0, len(result.ids) - 1))
+        return Served(s, w, n_prompt, s.n_out - n_out, max(0, len(result.ids) - 1))
 
     def _decide(self, s: Seq, w: Work, result: Result) -> Finish | None:
-        """Append the tokens of a result, as far as the request wants them, and tell; whether it is the end."""
+        """Append the tokens of a result, as far as they are wanted, and tell; whether it is the end."""
         now = self.clock()
+        s.first_token, s.last_token = now if s.first_token is None else s.first_token, now
+        s.n_drafted, s.n_accepted = s.n_drafted + w.sample - 1, s.n_accepted + len(result.ids) - 1
+        self.counts.drafted += w.sample - 1
+        self.counts.accepted += len(result.ids) - 1
+        if s.outside is not None:
+            if (answer := self._asks.decided(s, result, w.sample - 1)) is not None:
+                self._outputs.append(answer)
+            return None
         ids: list[int] = []
         finish: Finish | None = None
         for token in result.ids:
@@ -276,13 +311,7 @@ class Engine:
         s.ids += ids
         s.n_out += len(ids)
         s.drafts = []
-        if not s.takes_rows:
-            s.truncate(s.n_known - 1)  # rows of wrong drafts do not count; the last token has not been run
-        s.first_token, s.last_token = now if s.first_token is None else s.first_token, now
-        s.n_drafted, s.n_accepted = s.n_drafted + w.sample - 1, s.n_accepted + len(result.ids) - 1
-        self.counts.drafted += w.sample - 1
-        self.counts.accepted += len(result.ids) - 1
-        self.counts.generated_tokens += len(ids)
+        s.truncate(s.n_known - 1)  # rows of wrong drafts do not count; the last token has not been run
         facts, told = s.facts(now) if finish else None, result.logprobs[: len(ids)]
         self._outputs.append(Output(s.id, tuple(ids), finish, told, facts=facts, pooled=result.pooled))
         return finish
@@ -298,7 +327,7 @@ class Engine:
         """The first one waits for memory, others of the same prompt for the first one."""
         for s in seqs:
             self.seqs[s.id] = s
-            self.counts.prompt_tokens += s.n_known
+            self.counts.prompt_tokens += s.n_positions
         self._queue(seqs)
 
     def _queue(self, seqs: list[Seq]) -> None:
@@ -320,15 +349,11 @@ class Engine:
                 if branch.status is not Status.DONE:
                     self._begin(branch, s.blocks[:n])
 
-    def _extend(self, seq: int, rows: Array) -> None:
+    def _to(self, seq: int, what: Callable[[Seq], Complaint]) -> None:
+        """Do something to a sequence, if there still is one; it ends if that makes no sense."""
         s = self.seqs.get(seq)
-        if s is None:
-            return
-        if s.n_rows + len(rows) > min(self.facts.n_ctx, BLOCK * self.pool.n_blocks):
-            self._finish(s, "error", f"{s.n_rows + len(rows)} rows: the model and its cache hold fewer")
-            return
-        s.rows.append(rows)
-        s.n_rows += len(rows)
+        if s is not None and (wrong := what(s)):
+            self._finish(s, "error", wrong)
 
     def _cancel(self, seq: int, n_steps: int) -> None:
         """Stop a sequence, if there still is one; so many steps had ended when somebody asked for it."""
@@ -355,7 +380,7 @@ class Engine:
 
     def _is_kept(self, s: Seq) -> bool:
         """Whether full blocks of `s` serve later sequences."""
-        return self.prefix_cache and not s.takes_rows
+        return self.prefix_cache and not s.req.entry
 
     def _chain(self, s: Seq) -> prefix.Chain:
         if s.id not in self._chains:
@@ -369,16 +394,3 @@ class Engine:
             return (), 0
         blocks = self.pool.match(self._chain(s).upto(s.ids, s.n_known - 1))
         return tuple(blocks), self.pool.n_idle(blocks)
-
-
-def n_shareable(s: Seq) -> int:
-    """Blocks that the prompt fills, but for its last row, which everyone runs for its logits."""
-    return (s.n_prompt - 1) // BLOCK
-
-
-def branches_of(req: Request, n: int, n_hooks: int) -> list[Request]:
-    """`n` requests that differ in their seeds.  Raises UsageError for what has no branches, or not so many hooks."""
-    if n < 1 or n_hooks != n or req.rows is not None or (n > 1 and req.pooled):  # a mean needs all rows
-        raise UsageError(f"{n} answers with {n_hooks} hooks: expected ids, n >= 1 and a hook (or None) for each")
-    seeds = [(req.sampling.seed + i) % (1 << 64) for i in range(n)]
-    return [replace(req, sampling=replace(req.sampling, seed=seed)) for seed in seeds]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nearfar.errors import UsageError
 from nearfar.sampling import Sampling
+from nearfar_cloud.outside import Outside, Question, RowPieces, RowStore
 
 Array = NDArray[np.float32]
 Finish = Literal["stop", "length", "abort", "error"]
@@ -59,15 +60,17 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One text to continue.  `ids` for whole models; `rows` [n, D] for the upper layers of one, from layer `entry` on.
+    """One text to continue: `ids` of its beginning.
 
-    With rows every further position comes from outside too (`Engine.extend`), and each time one id goes back.
+    `outside`: all positions come from outside (`Engine.append`, or with this request), and nothing runs until somebody
+    asks (`Engine.ask`); it never ends by itself.  They are ids, or `rows` that enter above the first layer, at `entry`.
     Raises UsageError for what no engine can serve.
     """
 
     ids: tuple[int, ...] = ()
-    rows: Array | None = None
+    rows: RowStore | None = None
     entry: int = 0
+    outside: bool = False
     max_tokens: int = 16
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
@@ -76,17 +79,20 @@ class Request:
     objective: Objective = field(default_factory=Objective)
 
     def __post_init__(self) -> None:
-        n = len(self.ids) if self.rows is None else len(self.rows)
-        if (self.rows is None) != (self.entry == 0) or (self.rows is not None and self.ids):
-            raise UsageError("a request has either ids, or rows and the layer they enter at")
-        if n == 0:
+        if (self.entry and not self.outside) or (self.ids if self.entry else self.rows is not None):
+            raise UsageError("a request has either ids, or rows from outside and the layer they enter at")
+        if not self.ids and not self.outside:
             raise UsageError("an empty prompt: expected at least one position")
+        if self.entry and self.sampling.repetition_penalty != 1:
+            raise UsageError("a repetition penalty needs the ids of the text: rows come without them")
+        if self.outside and (self.n_logprobs or self.pooled):
+            raise UsageError("an outside sequence tells no log-probabilities and no mean of its rows")
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens={self.max_tokens}: expected 1 or more")
         if not 0 <= self.n_logprobs <= 20:
             raise UsageError(f"n_logprobs={self.n_logprobs}: expected 0..20")
-        if self.pooled and (self.rows is not None or self.max_tokens != 1):
-            raise UsageError("pooled: expected ids, and max_tokens=1")
+        if self.pooled and self.max_tokens != 1:
+            raise UsageError("pooled: expected max_tokens=1")
 
 
 class Facts(NamedTuple):
@@ -117,13 +123,12 @@ class Seq:
 
     id: int
     req: Request
-    arrival: float
+    arrival: float  # of an outside sequence: when what it is asked now was asked
     n_layers: int
-    ids: list[int]  # prompt and decided tokens; with rows only the decided tokens
-    rows: list[Array] = field(default_factory=list)  # with rows: [n, D] pieces
-    n_rows: int = 0
+    ids: list[int]  # prompt and decided tokens; all that came from outside
+    outside: Outside | None = None
     stages: list[Stage] = field(default_factory=list)
-    drafts: list[int] = field(default_factory=list)  # guesses at what follows `ids`
+    drafts: list[int] = field(default_factory=list)  # what may follow the known positions
     blocks: list[int] = field(default_factory=list)
     n_published: int = 0  # leading blocks that the prefix cache knows
     status: Status = Status.WAITING
@@ -141,24 +146,40 @@ class Seq:
     @classmethod
     def new(cls, id_: int, req: Request, n_layers: int, arrival: float) -> Seq:
         s = cls(id_, req, arrival, n_layers, list(req.ids))
-        if req.rows is not None:
-            s.rows, s.n_rows = [req.rows], len(req.rows)
+        if req.outside:
+            s.outside = Outside()
+            if req.entry:
+                s.outside.rows = RowPieces(*(() if req.rows is None else (req.rows,)))
         s.reset()
         return s
 
     @property
-    def takes_rows(self) -> bool:
-        return self.req.rows is not None
+    def n_positions(self) -> int:
+        """Positions that are there."""
+        return len(self.ids) if self.outside is None or self.outside.rows is None else len(self.outside.rows)
+
+    @property
+    def question(self) -> Question | None:
+        """What an outside sequence is asked now."""
+        return None if self.outside is None else self.outside.question
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it does nothing until somebody asks."""
+        return self.outside is not None and self.outside.question is None
 
     @property
     def n_known(self) -> int:
-        """Positions whose input is decided."""
-        return len(self.ids) if self.req.rows is None else self.n_rows
+        """Positions whose input is decided; of an outside sequence those of them that somebody asks about."""
+        if self.outside is None:
+            return len(self.ids)
+        n_known = self.outside.n_known
+        return self.computed if n_known is None else n_known
 
     @property
     def n_prompt(self) -> int:
-        """Positions that came from outside."""
-        return self.n_rows if self.takes_rows else len(self.req.ids)
+        """Positions that came from outside; of an outside sequence those of them that somebody has asked about."""
+        return len(self.req.ids) if self.outside is None else max(self.n_begun, self.n_known + len(self.drafts))
 
     @property
     def computed(self) -> int:
@@ -178,7 +199,10 @@ class Seq:
     @property
     def n_reserved(self) -> int:
         """Positions that the sequence may come to: what it needs to finish."""
-        return self.n_known + (0 if self.takes_rows else self.req.max_tokens - self.n_out)
+        if self.outside is None:
+            return self.n_known + self.req.max_tokens - self.n_out
+        question = self.question
+        return self.n_known + len(self.drafts) + (0 if question is None else question.run - 1)
 
     def facts(self, now: float) -> Facts:
         """So far."""
@@ -310,6 +334,17 @@ class Logprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+class Answer(NamedTuple):
+    """To a question (`Engine.ask`): the first `n_accept` ids of the output are drafts, from position `pos0` on."""
+
+    req: int
+    pos0: int
+    n_accept: int
+    margin: float  # between the two largest logits of the row that decided the last id
+    microseconds: int  # of the steps that ran a part of it
+    hidden: Array | None = None  # f32 [D]: that row, as the last layer left it
+
+
 class Output(NamedTuple):
     """What a step decided for one sequence; the last one of a sequence has `finish` and `facts`."""
 
@@ -320,6 +355,7 @@ class Output(NamedTuple):
     error: str = ""
     facts: Facts | None = None
     pooled: Array | None = None  # f32 [D]
+    answer: Answer | None = None  # of an outside sequence
 
 
 class LogitsHook(Protocol):

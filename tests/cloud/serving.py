@@ -96,3 +96,15 @@ def run(e: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]:
     seqs = [e.submit(r) for r in requests]
     found = drain(e)
     return [found[s] for s in seqs]
+
+
+def run_all(e: Engine, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    """Their tokens in an engine that has other sequences, too, of which nothing is told meanwhile."""
+    seqs = [e.submit(r) for r in requests]
+    found: dict[int, tuple[int, ...]] = {}
+    n_open = len(seqs)
+    while n_open:
+        for out in e.step():
+            collect(found, out)
+            n_open -= out.finish is not None
+    return [found[s] for s in seqs]

@@ -21,6 +21,7 @@ from nearfar_cloud.engine import Engine
 from nearfar_cloud.executors.local import LocalExecutor
 from nearfar_cloud.kv.pool import KVPool
 from nearfar_cloud.model.attention import KVStore
+from nearfar_cloud.outside import ArrayRows, Question
 from nearfar_cloud.scheduling.budget import Arrival, ChunkedPrefill, PrefillFirst, Priority, SplitFuse
 from nearfar_cloud.scheduling.compose import Composer
 from nearfar_cloud.scheduling.layered import LayeredPrefill
@@ -68,7 +69,7 @@ class Shaken(Composer):
         self.rng = rng
 
     def plan(self, view: EngineView) -> StepPlan:
-        running = [s for s in view.seqs if s.status is Status.RUNNING and s.blocks]
+        running = [s for s in (*view.seqs, *view.idle) if s.status is Status.RUNNING and s.blocks]
         if running and self.rng.random() < 0.1:
             return StepPlan((), (Preempt(self.rng.choice(running).id, self.rng.choice(("recompute", "swap"))),))
         return super().plan(view)
@@ -237,30 +238,30 @@ def test_hidden_rows_that_enter_at_a_layer_give_the_tokens_of_the_whole_model() 
     entry = 2
     lower = LocalExecutor(loaded(), 8)
     e = engine(n_blocks=24)
-    for n in (0, 3, 5):
-        wanted = request(n)
-        others = [e.submit(request(m)) for m in (7, 8)]
-        rows, start = _rows(lower, wanted.ids, 0, entry), len(wanted.ids)
-        seq = e.submit(Request(rows=rows, entry=entry, max_tokens=wanted.max_tokens, sampling=wanted.sampling))
-        ids: list[int] = []
-        finished = False
+    for n in (n for n in range(8) if request(n).sampling.repetition_penalty == 1):
+        wanted, others = request(n), [e.submit(request(m)) for m in (7, 8)]
+        seq = e.submit(Request(entry=entry, outside=True, sampling=wanted.sampling))
         found: dict[int, tuple[int, ...]] = {}
-        while not finished:
-            for out in e.step():
-                if out.seq != seq:
-                    serving.collect(found, out)
-                    continue
-                ids += out.ids
-                finished = out.finish is not None
-                if not finished:
-                    e.extend(seq, _rows(lower, out.ids, start, entry))
-                    start += len(out.ids)
+        text, new = list(wanted.ids), wanted.ids
+        while len(text) < len(wanted.ids) + wanted.max_tokens:
+            e.append(seq, rows=ArrayRows(_rows(lower, new, len(text) - len(new), entry)))
+            e.ask(seq, Question(1, len(text) - 1, len(text) - 1))
+            told: list[tuple[int, ...]] = []
+            while not told:
+                for out in e.step():
+                    if out.seq == seq:
+                        told.append(out.ids)
+                    else:
+                        serving.collect(found, out)
+            new = told[0]
+            text += new
+        assert tuple(text[len(wanted.ids) :]) == alone(n)
         lower.drop(1)
-        found |= {s: found.get(s, ()) + more for s, more in drain(e).items()}
+        e.abort(seq)
+        for s, ids in drain(e).items():
+            found[s] = found.get(s, ()) + ids
         assert [found[s] for s in others] == [alone(7), alone(8)]
-        # Penalties look back at the tokens decided here; the prompt's ids stay with the device.
-        if wanted.sampling.repetition_penalty == 1:
-            assert tuple(ids) == alone(n)
+        check_empty(e)
 
 
 def _rows(lower: LocalExecutor, ids: Sequence[int], start: int, entry: int) -> np.ndarray:
@@ -416,7 +417,8 @@ def test_logits_that_are_not_finite_end_their_request_only() -> None:
     e = engine(n_blocks=24)
     assert isinstance(e.executor, LocalExecutor)
     rows = np.full((3, 64), np.nan, np.float32)
-    bad = e.submit(Request(rows=rows, entry=2, max_tokens=2))
+    bad = e.submit(Request(rows=ArrayRows(rows), entry=2, outside=True))
+    e.ask(bad, Question(req=1, pos=2, verify_from=2))
     good = e.submit(request(1))
     outputs = e.step()
     assert [(o.seq, o.finish) for o in outputs if o.error] == [(bad, "error")]
@@ -493,18 +495,32 @@ def test_logprobs_are_those_of_the_logits() -> None:
         assert sum(np.exp(x) for _, x in p.top) <= 1
 
 
+def a_row(width: int) -> ArrayRows:
+    return ArrayRows(np.zeros((1, width), np.float32))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: Request(ids=()), UsageError, "empty prompt"),
         (lambda: Request(ids=(1,), max_tokens=0), UsageError, "max_tokens=0"),
         (lambda: Request(ids=(1,), entry=2), UsageError, "either ids, or rows"),
+        (lambda: Request(ids=(1,), entry=2, outside=True), UsageError, "either ids, or rows"),
+        (lambda: Request(rows=a_row(64), outside=True), UsageError, "either ids, or rows"),
+        (lambda: Request(rows=a_row(64), entry=2), UsageError, "either ids, or rows"),
         (lambda: Request(ids=(1,), n_logprobs=99), UsageError, "n_logprobs=99"),
         (lambda: Request(ids=(320,)), UsageError, r"ids 320\.\.320: the vocabulary holds 0\.\.319"),
         (lambda: Request(ids=(-1,)), UsageError, "ids -1"),
         (lambda: Request(ids=(1,) * 1000, max_tokens=100), ContextError, "1100 positions"),
-        (lambda: Request(rows=np.zeros((2, 63), np.float32), entry=2), UsageError, r"expected \[n, 64\]"),
-        (lambda: Request(rows=np.zeros((2, 64), np.float32), entry=4), UsageError, "enter at layer 4"),
+        (lambda: Request(rows=a_row(63), entry=2, outside=True), UsageError, r"expected \[n, 64\]"),
+        (lambda: Request(rows=a_row(64), entry=4, outside=True), UsageError, "enter at layer 4"),
+        (lambda: Request(ids=(1,) * 1025, outside=True), ContextError, "1025 positions"),
+        (lambda: Request(ids=(1,), outside=True, n_logprobs=1), UsageError, "tells no log-probabilities"),
+        (
+            lambda: Request(entry=2, outside=True, sampling=Sampling(repetition_penalty=1.1)),
+            UsageError,
+            "rows come without them",
+        ),
         (lambda: Sampling(temperature=float("nan")), UsageError, "temperature=nan"),
     ],
 )
@@ -521,7 +537,6 @@ def test_what_can_never_be_served_is_refused_at_the_door(make: object, error: ty
         (lambda: Request(ids=(1,)), 0, None),
         (lambda: Request(ids=(1,)), 2, [None]),
         (lambda: Request(ids=(1,), max_tokens=1, pooled=True), 2, None),
-        (lambda: Request(rows=np.zeros((2, 64), np.float32), entry=2), 2, None),
     ],
 )
 def test_branches_that_cannot_be_are_refused(make: object, n: int, hooks: object) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nearfar.errors import ContextError, UsageError
 from nearfar.sampling import Sampling
 from nearfar_cloud.kv.pool import BLOCK, n_blocks_of
+from nearfar_cloud.outside import RowPieces, RowStore
 from nearfar_cloud.scheduling.cost import Experts
 from nearfar_cloud.types import Array, LayerRange, LogitsHook, Logprobs, Request, Seq, Work
 
@@ -43,19 +44,30 @@ class ModelFacts:
                 f"{f'rows for layer {req.entry}' if req.entry else 'ids'} for the upper half of a model, layers "
                 f"[{self.first_layer}, {self.n_layers}): expected rows that enter at layer {self.first_layer}"
             )
+        if req.entry and not 0 < req.entry < self.n_layers:
+            raise UsageError(f"rows enter at layer {req.entry}: expected 1..{self.n_layers - 1}")
+        self.check_ids(req.ids)
+        n = len(req.ids) + (0 if req.outside else req.max_tokens)
         if req.rows is not None:
-            if req.rows.ndim != 2 or req.rows.shape[1] != self.d_model:
-                raise UsageError(f"rows of shape {req.rows.shape}: expected [n, {self.d_model}]")
-            if not 0 < req.entry < self.n_layers:
-                raise UsageError(f"rows enter at layer {req.entry}: expected 1..{self.n_layers - 1}")
+            self.check_rows(req.rows)
             n = len(req.rows)
-        else:
-            if min(req.ids) < 0 or max(req.ids) >= self.n_vocab:
-                raise UsageError(f"ids {min(req.ids)}..{max(req.ids)}: the vocabulary holds 0..{self.n_vocab - 1}")
-            n = len(req.ids) + req.max_tokens
-        limit = min(self.n_ctx, BLOCK * n_blocks)
-        if n > limit:
+        if n > self.limit(n_blocks):
+            limit = self.limit(n_blocks)
             raise ContextError(f"prompt and answer take {n} positions: the model and its cache hold {limit}")
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """UsageError: some are no tokens of this model."""
+        if ids and (min(ids) < 0 or max(ids) >= self.n_vocab):
+            raise UsageError(f"ids {min(ids)}..{max(ids)}: the vocabulary holds 0..{self.n_vocab - 1}")
+
+    def check_rows(self, rows: RowStore) -> None:
+        """UsageError: they are not as wide as this model."""
+        if rows.width != self.d_model:
+            raise UsageError(f"rows of {rows.width} numbers: expected [n, {self.d_model}]")
+
+    def limit(self, n_blocks: int) -> int:
+        """The most positions of one sequence."""
+        return min(self.n_ctx, BLOCK * n_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +80,16 @@ class Ask:
     sampling: Sampling
     n_logprobs: int
     hook: LogitsHook | None
+    wants_margin: bool = False
+    wants_hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class BatchWork:
-    """One work with all that it needs.  `ids` [n] or `rows` [n, D] where it enters; neither if its rows are parked."""
+    """One work with all that it needs: `ids` [n] or all `rows` where it enters, neither if its rows are parked.
+
+    Rows are read when they are run, so such as cannot be read fail their own work.
+    """
 
     seq: int
     start: int
@@ -80,7 +97,7 @@ class BatchWork:
     layers: LayerRange
     blocks: Ids  # of positions 0..start+n-1
     ids: Ids | None
-    rows: Array | None
+    rows: RowPieces | None
     ask: Ask | None
     pooled: bool = False  # the rows of the last layer are summed up, over all works of the sequence
 
@@ -89,21 +106,23 @@ def batch_work(s: Seq, w: Work) -> BatchWork:
     """Work `w` of sequence `s` with what an executor needs for it."""
     ids = rows = ask = None
     if w.layers.first == s.req.entry:
-        if s.takes_rows:
-            if len(s.rows) > 1:
-                s.rows = [np.concatenate(s.rows)]
-            rows = s.rows[0][w.start : w.end]
+        if s.req.entry:
+            assert s.outside is not None
+            rows = s.outside.rows
         else:
             ids = np.asarray((s.ids[w.start : w.end] + s.drafts)[: w.n], np.int32)
     if w.sample:
-        window = s.req.sampling.repetition_window
+        position, window = s.n_known, s.req.sampling.repetition_window
+        question = s.question
         ask = Ask(
-            position=s.n_known,
-            recent=s.ids[-window:] if window else [],
+            position=position,
+            recent=s.ids[max(0, position - window) : position],
             drafts=tuple(s.drafts[: w.sample - 1]),
             sampling=s.req.sampling,
             n_logprobs=s.req.n_logprobs,
             hook=s.hook,
+            wants_margin=question is not None,
+            wants_hidden=question is not None and question.wants_hidden,
         )
     blocks = np.asarray(s.blocks[: n_blocks_of(w.end)], np.int32)
     return BatchWork(s.id, w.start, w.n, w.layers, blocks, ids, rows, ask, s.req.pooled)
@@ -117,6 +136,8 @@ class Result:
     logprobs: tuple[Logprobs, ...] = ()
     error: str = ""
     pooled: Array | None = None  # f32 [D], with the last work of a sequence that asks for it
+    margin: float = 0.0  # of the row that decided the last id: how far its largest logit is above the next one
+    hidden: Array | None = None  # f32 [D]: that row, as the last layer left it
 
 
 class Executor(Protocol):

@@ -150,7 +150,7 @@ class LocalExecutor:
     def _rows(self, w: BatchWork) -> Tensor:
         """Rows from outside, or such as waited for these layers."""
         if w.rows is not None:
-            return torch.from_numpy(np.ascontiguousarray(w.rows)).to(self.model.dtype)
+            return torch.from_numpy(w.rows.take(w.start, w.n)).to(self.model.dtype)
         start, parked = self._parked[w.seq, w.layers.first]
         return parked[w.start - start : w.start - start + w.n]
 
@@ -170,7 +170,10 @@ class LocalExecutor:
         if asking:
             last = torch.cat([rows[i][-1 - len(ask.drafts) :] for i, ask in asking])
             decided = decide(self.model.logits(last), [ask for _, ask in asking])
-            for (i, _), result in zip(asking, decided, strict=True):
+            for (i, ask), result in zip(asking, decided, strict=True):
+                if ask.wants_hidden and not result.error:
+                    at = len(rows[i]) - 1 - len(ask.drafts) + len(result.ids) - 1
+                    result = replace(result, hidden=rows[i][at].float().numpy().copy())
                 results[i] = result
         return results
 

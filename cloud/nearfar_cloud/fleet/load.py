@@ -45,12 +45,12 @@ class Load:
 def load_of(engine: Engine) -> Load:
     """From any thread: what changes meanwhile is counted before or after."""
     seqs = list(engine.seqs.values())
-    waiting = [s for s in seqs if s.status is Status.WAITING]
+    waiting = [s for s in seqs if s.status is Status.WAITING and not s.is_idle]
     n_running = sum(s.status is Status.RUNNING for s in seqs)
     wanted = sum(n_blocks_of(s.n_known) for s in waiting)
     pool = engine.pool
     n_free, n_cached = pool.n_free - pool.n_cached, pool.n_cached
-    n_swapped = len(seqs) - len(waiting) - n_running
+    n_swapped = sum(s.status is Status.SWAPPED for s in seqs)
     return Load(pool.n_blocks, n_free, n_cached, wanted, len(waiting), n_running, n_swapped)
 
 

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from nearfar.errors import NearfarError, UsageError
+from nearfar_cloud.branches import branches_of
 from nearfar_cloud.counts import Counts
-from nearfar_cloud.engine import branches_of
 from nearfar_cloud.executors.base import ModelFacts
 from nearfar_cloud.executors.transport import Frame, LinkEnded, WireError
 from nearfar_cloud.fleet.load import Load, freest

@@ -33,7 +33,7 @@ class Chain:
         self._salt, self.hashes = salt, list[bytes]()
 
     def upto(self, ids: Sequence[int], n_positions: int) -> list[bytes]:
-        """The hashes of the full blocks among the first `n_positions` of `ids`, which only ever grow."""
+        """The hashes of the full blocks among the first `n_positions` of `ids`, which only grow between two cuts."""
         n = n_positions // BLOCK
         while len(self.hashes) < n:
             i = len(self.hashes)
@@ -42,3 +42,7 @@ class Chain:
             before = self.hashes[-1] if i else b""
             self.hashes.append(blake2b(before + piece.tobytes(), key=self._salt, digest_size=SIZE).digest())
         return self.hashes[:n]
+
+    def cut(self, n_positions: int) -> None:
+        """Forget the blocks that hold more than the first `n_positions`."""
+        del self.hashes[n_positions // BLOCK :]

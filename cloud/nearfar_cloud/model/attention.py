@@ -100,9 +100,9 @@ class KVStore:
         return [x[blocks].clone() for x in (*self.k, *self.v)]
 
     def restore(self, blocks: Tensor, copies: list[Tensor]) -> None:
-        """What `read` gave, into as many blocks, which may be others."""
+        """What `read` gave, or the first blocks of it, into as many blocks, which may be others."""
         for x, copy in zip((*self.k, *self.v), copies, strict=True):
-            x[blocks] = copy
+            x[blocks] = copy[: len(blocks)]
 
 
 # Memory that is shared has no huge pages; Windows knows neither word.

@@ -63,7 +63,13 @@ def _decide(logits: Array, largest: np.ndarray, ask: Ask) -> Result:
             ask.hook.accept(token)
         if j < len(ask.drafts) and ask.drafts[j] != token:
             break
-    return Result(tuple(ids), tuple(told))
+    return Result(tuple(ids), tuple(told), margin=margin(z) if ask.wants_margin else 0.0)
+
+
+def margin(z: Array) -> float:
+    """Of logits f32 [V]: how far the largest is above the next one.  Near 0 another machine may decide otherwise."""
+    second, first = np.partition(z, len(z) - 2)[-2:]
+    return float(first - second)
 
 
 def logprobs(z: Array, token: int, n: int) -> Logprobs:

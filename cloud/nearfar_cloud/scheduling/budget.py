@@ -25,8 +25,8 @@ def n_missing(s: Seq) -> int:
 
 
 def generates(s: Seq) -> bool:
-    """Whether a sequence has nothing to do but its next token."""
-    return s.status is Status.RUNNING and n_missing(s) <= 1
+    """Whether a sequence has nothing to do but its next token, and drafts within reason."""
+    return s.status is Status.RUNNING and n_missing(s) <= 1 and len(s.drafts) <= BLOCK
 
 
 def shortest_interval(seqs: Sequence[Seq]) -> float | None:

@@ -58,7 +58,7 @@ class _Planning:
         for s in rows:
             if self.left <= 0:
                 break
-            if s.status is Status.DONE or s.id in self.preempted or (s.status is Status.SWAPPED and s.gap() is None):
+            if s.status is Status.DONE or s.id in self.preempted:
                 continue
             if s.status is not Status.RUNNING:
                 # Nobody overtakes a waiting sequence by being small: the large ones would wait for ever.
@@ -74,8 +74,9 @@ class _Planning:
 
     @cached_property
     def victims(self) -> list[Seq]:
-        """Who gives way first stands last: what has nothing to run, then the last in order."""
-        return sorted((s for s in self.order if s.status is Status.RUNNING), key=lambda s: s.gap() is None)
+        """Who gives way first stands last: who is idle, for the longest time first, then the last in order."""
+        idle = sorted(self.view.idle, key=lambda s: -s.arrival)
+        return [s for s in (*self.order, *idle) if s.status is Status.RUNNING]
 
     def _admit(self, s: Seq) -> bool:
         """Whether `s` gets memory; then its op is in the plan."""
@@ -138,7 +139,8 @@ class _Planning:
         if s.status is not Status.WAITING:
             return s.gap()
         start = BLOCK * self.added[s.id]  # only cached blocks so far
-        return Work(s.id, start, s.n_known - start, LayerRange(s.req.entry, s.n_layers), 0).with_sample(s)
+        n = s.n_known + len(s.drafts) - start
+        return Work(s.id, start, n, LayerRange(s.req.entry, s.n_layers), 0).with_sample(s)
 
     def _how(self, victim: Seq) -> How:
         """What its blocks are kept by; swapped where that is asked for, or cheaper, and a tier has room."""
@@ -151,14 +153,14 @@ class _Planning:
         return "swap"
 
     def _preempt(self, s: Seq) -> bool:
-        """Take the memory of the last in order who stands behind `s`, or of somebody who has nothing to run.
+        """Take the memory of the last in order who stands behind `s`, or of somebody who is idle.
 
         What was planned for the victim is not.
         """
         for victim in reversed(self.victims):
             if victim is s or victim.id in self.preempted or not victim.blocks:
                 continue
-            if victim.gap() is not None and self.place[victim.id] < self.place[s.id]:
+            if not victim.is_idle and self.place[victim.id] < self.place[s.id]:
                 return False  # all others stand before it, too
             self.ops.append(Preempt(victim.id, self._how(victim)))
             self.preempted.add(victim.id)

@@ -31,7 +31,9 @@ class Waiting:
         return self._n
 
     def add(self, s: Seq) -> None:
-        """By its arrival: who was preempted stands where it stood."""
+        """By its arrival: who was preempted stands where it stood.  Who is idle waits for nobody's memory."""
+        if s.is_idle:
+            return
         priority, lane = _key(s)
         line = self._levels.setdefault(priority, {}).setdefault(lane, [])
         line.insert(bisect_left(line, _place(s), key=_place), s)

@@ -71,7 +71,7 @@ class Speculation:
         running = [s for s in view.seqs if generates(s)]
         known = self._guessers
         self._guessers = {s.id: known.get(s.id) or Guesser(self.new(), Luck()) for s in running}
-        able = [s for s in running if not (s.takes_rows or s.drafts or s.n_parked) and n_missing(s) == 1]
+        able = [s for s in running if not (s.outside or s.drafts or s.n_parked) and n_missing(s) == 1]
         drafts = {}
         for s in able:
             n = min(self.most, s.req.max_tokens - s.n_out - 1)
@@ -128,7 +128,7 @@ class Speculation:
         """A step has been done."""
         self._prompts = tuple(x.work for x in served if x.work.n > x.work.sample)
         for x in served:
-            if x.work.sample > 1:
+            if x.work.sample > 1 and x.seq.outside is None:
                 self.of_all.saw(x.work.sample - 1, x.n_accepted, DECAY_OF_ALL)
                 if (guesser := self._guessers.get(x.seq.id)) is not None:
                     guesser.luck.saw(x.work.sample - 1, x.n_accepted, DECAY)

@@ -48,7 +48,7 @@ class Urgency(Policy):
     def observe(self, served: Sequence[Served], view: EngineView) -> None:
         """Learn how long answers are, as a share of the longest that was asked for."""
         for x in served:
-            if x.seq.status is Status.DONE and not x.seq.takes_rows:
+            if x.seq.status is Status.DONE and x.seq.outside is None:
                 self.used += LEARN * (x.seq.n_out / x.seq.req.max_tokens - self.used)
 
     def slacks(self, seqs: Sequence[Seq], view: EngineView) -> list[float]:
@@ -68,7 +68,7 @@ class Urgency(Policy):
             if promise.ttft_s is not None and s.first_token is None:
                 ends.append(s.arrival + promise.ttft_s - first)
             if promise.deadline_s is not None:
-                left = 0.0 if s.takes_rows else self.used * s.req.max_tokens - s.n_out - 1
+                left = 0.0 if s.outside else self.used * s.req.max_tokens - s.n_out - 1
                 ends.append(s.arrival + promise.deadline_s - first - max(0.0, left) * a_token)
             slacks.append(min(ends, default=np.inf) - view.now)
         return slacks

@@ -15,6 +15,7 @@ class EngineView:
 
     now: float  # seconds, of the engine's clock
     seqs: Sequence[Seq]  # all that hold memory, in blocks or in a tier; then a window of those that wait for some
+    idle: Sequence[Seq]  # such as hold memory and do nothing until somebody asks: their memory can be had
     n_blocks: int
     n_free: int  # blocks that could be had at once
     n_parkable: int  # rows for which there is room between two layers

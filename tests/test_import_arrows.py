@@ -14,7 +14,7 @@ _GROUND += ("arguments", "digest", "machine", "text_table", "corpora", "master",
 # Text to ids and back, chat forms, grammars: they stand on the ground floor alone and count as a part of it.
 _GROUND += ("tokenizer", "vocab", "bpe", "spm", "pretokenize", "detokenize", "stop", "chat", "chat_forms", "constraint")
 # What the two sides of a network share.
-_GROUND += ("wire", "wire.messages", "wire.codec", "wire.hashes", "wire.fingerprint", "wire.session")
+_GROUND += ("wire", "wire.messages", "wire.codec", "wire.hashes", "wire.fingerprint", "wire.golden", "wire.session")
 _GROUND += ("wire.nearfar_pb2", "wire.pack", "wire.unpack", "wire.rpc", "wire.loop_thread")
 GROUND_FLOOR = {f"nearfar.{name}" for name in _GROUND}
 # What each house may import of another one: all of it, or the modules named.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nearfar.config import ModelConfig
 from nearfar.errors import UnsupportedError, UsageError, WeightsError
-from nearfar.gguf_reader import READABLE, GGUFFile, TensorType
+from nearfar.gguf_reader import READABLE, GGUFFile, TensorInfo, TensorType
 from nearfar.quant import all_finite, dequantize
 
 FLOATS = frozenset({TensorType.F32, TensorType.F16, TensorType.BF16})
@@ -99,12 +99,17 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     parts = file.metadata.get("split.count", 1)
     if parts != 1:
         raise UnsupportedError(f"one of {str(parts)[:40]} parts of a model: join them with llama-gguf-split --merge")
-    vocabulary = file.tensors.get("output.weight") if file.metadata.get("nearfar.role") == "upper" else None
-    vocabulary = vocabulary or file.tensors.get("token_embd.weight")
+    vocabulary = vocabulary_of(file)
     config = ModelConfig.from_metadata(file.metadata, vocabulary.shape[0] if vocabulary else 1)
     if vocabulary is None:
         raise WeightsError("no tensor token_embd.weight: the file holds no model (only a tokenizer?)")
     return config
+
+
+def vocabulary_of(file: GGUFFile) -> TensorInfo | None:
+    """The tensor with a row for each token: the embedding, or in an upper half the head."""
+    head = file.tensors.get("output.weight") if file.metadata.get("nearfar.role") == "upper" else None
+    return head or file.tensors.get("token_embd.weight")
 
 
 def layer_tensors(c: ModelConfig, i: int) -> dict[str, Shape]:

@@ -104,7 +104,15 @@ def held_facts(model: Path) -> dict[str, Any]:
 
 
 def model_facts(path: Path) -> dict[str, Any]:
-    return {"path": str(path), "bytes": path.stat().st_size if path.is_file() else None}
+    from nearfar.cli.show import config_of, half_of
+    from nearfar.gguf_reader import GGUFFile
+
+    if not path.is_file():
+        return {"path": str(path), "bytes": None, "half": ""}
+    with GGUFFile.open(path) as file:
+        config = config_of(file)
+    half = "" if isinstance(config, str) or config.role == "full" else half_of(config)
+    return {"path": str(path), "bytes": path.stat().st_size, "half": half}
 
 
 def extra_facts(extra: str) -> dict[str, Any]:
@@ -180,7 +188,8 @@ def cache_text(cache: dict[str, Any]) -> str:
 def model_line(model: dict[str, Any]) -> str:
     if model["bytes"] is None:
         return f"model     missing: {model['path']}"
-    return f"model     {Path(model['path']).stem}, {model['bytes'] / 1e6:.2f} MB: {model['path']}"
+    half = f", {model['half']}" if model["half"] else ""
+    return f"model     {Path(model['path']).stem}, {model['bytes'] / 1e6:.2f} MB{half}: {model['path']}"
 
 
 def extra_lines(extras: dict[str, dict[str, Any]]) -> list[str]:

@@ -25,6 +25,7 @@ VERBS = {
     "cache": "nearfar.cli.cache",
     "import": "nearfar.cli.import_",
     "pack": "nearfar.cli.pack",
+    "split": "nearfar.cli.split",
     "eval": "nearfar.eval.cli",
     "calibrate": "nearfar.eval.cli",
     "chaos": "nearfar.chaos.cli",

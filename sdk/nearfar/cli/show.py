@@ -13,6 +13,7 @@ from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser
 from nearfar.config import ModelConfig
 from nearfar.errors import UnsupportedError
 from nearfar.gguf_reader import READABLE, GGUFFile, TensorInfo, TensorType
+from nearfar.weights import vocabulary_of
 
 BAR = 24  # characters of the longest bar
 LONGEST_VALUE = 70
@@ -73,16 +74,16 @@ def run(args: argparse.Namespace) -> int:
 
 def config_of(file: GGUFFile) -> ModelConfig | str:
     """The model's sizes, or one sentence on why our engine does not run it."""
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or "general.architecture" not in file.metadata:
+    vocabulary = vocabulary_of(file)
+    if vocabulary is None or "general.architecture" not in file.metadata:
         return "holds no model"
-    if "tokenizer.ggml.model" not in file.metadata:
+    if "tokenizer.ggml.model" not in file.metadata and file.metadata.get("nearfar.role") != "upper":
         return "holds no tokenizer"
     if unread := sorted({t.type.name for t in file.tensors.values() if t.type not in READABLE}):
         known = ", ".join(t.name for t in TensorType if t in READABLE)
         return f"tensors of type {', '.join(unread)}: this engine reads {known}"
     try:
-        return ModelConfig.from_metadata(file.metadata, embedding.shape[0])
+        return ModelConfig.from_metadata(file.metadata, vocabulary.shape[0])
     except UnsupportedError as error:
         return str(error)
 
@@ -103,12 +104,14 @@ def parts_of(file: GGUFFile) -> list[Part]:
 
 def bytes_per_token(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
     """Bytes of weights that one decoded token reads up to each head; "kv": what a position adds to the cache (f16)."""
-    parts = {part.name: part for part in parts_of(file)}
-    head = parts.get("output", parts["token_embd"]).n_bytes
-    row = parts["token_embd"].n_bytes // config.n_vocab
-    depth = [parts.get(f"layer {i}", Part("", ())).n_bytes for i in range(config.n_layers)]
+    parts, (first, last) = {part.name: part for part in parts_of(file)}, config.layers
+    head = parts["output" if "output" in parts else "token_embd"].n_bytes
+    row = parts["token_embd"].n_bytes // config.n_vocab if first == 0 else 0
+    depth = [parts.get(f"layer {i}", Part("", ())).n_bytes for i in range(first, last)]
     read = {f"exit.{e.layer}": row + sum(depth[: e.layer]) + head for e in config.exits}
-    return {**read, "full": row + sum(depth) + head, "kv": 2 * 2 * config.n_layers * config.d_kv}
+    if config.role != "device":
+        read["full"] = row + sum(depth) + head
+    return {**read, "kv": 2 * 2 * len(depth) * config.d_kv}
 
 
 def facts(file: GGUFFile, *, with_keys: bool) -> dict[str, Any]:
@@ -155,26 +158,39 @@ def picture(file: GGUFFile) -> str:
             f"{config.head_dim}, feed-forward {config.d_ff} ({config.ffn_act}), vocabulary {config.n_vocab}, "
             f"context {config.n_ctx}"
         ]
+        if config.role != "full":
+            lines.append(
+                f"{half_of(config)} · fingerprint of the pair {str(file.metadata.get('nearfar.fingerprint'))[:16]}"
+            )
     lines += ["", *bars(parts_of(file), config)]
     if not isinstance(config, str):
         lines += ["", *reads(bytes_per_token(file, config))]
     return "\n".join(lines)
 
 
-def bars(parts: list[Part], config: ModelConfig | str) -> Iterable[str]:
-    longest = max((p.n_bytes for p in parts), default=1)
+def half_of(config: ModelConfig) -> str:
+    """Which layers of a split model a file holds, for people."""
+    first, last = config.layers
+    return f"{config.role} half: layers [{first}, {last}) of {config.n_layers}"
+
+
+def bars(parts: list[Part], config: ModelConfig | str, longest: int = 0) -> Iterable[str]:
+    """A line for each part; `longest`: bytes of the longest bar (default: of the largest part)."""
+    longest = longest or max((p.n_bytes for p in parts), default=1)
     exits = {} if isinstance(config, str) else {f"layer {e.layer - 1}": e for e in config.exits}
     for part in parts:
         bar = "█" * max(1, round(BAR * part.n_bytes / longest))
         yield f"  {shown(part.name, 24):<14} {part.types:<10} {size(part.n_bytes):>9}  {bar}"
         if exit_config := exits.get(part.name):
             when = "off: not calibrated" if exit_config.tau >= 1 else f"leaves at confidence > {exit_config.tau:.3f}"
+            if not isinstance(config, str) and exit_config == config.last_exit:
+                when += "; without an upper half, ends every token"
             yield f"  └─ exit {exit_config.layer}: {when}"
 
 
 def reads(read: dict[str, int]) -> Iterable[str]:
     kv = read.pop("kv")
-    full = read["full"]
+    full = max(read.values())
     for head, n in read.items():
         where = "full depth" if head == "full" else head.replace(".", " ")
         yield f"  one token to {where:<10} reads {size(n):>9} of weights{'' if n == full else f' ({n / full:.0%})'}"

@@ -27,13 +27,13 @@ from nearfar.wire.dial import Call, Silent, StreamEnded, Unreachable
 from nearfar.wire.dialler import Dialler, Greeted
 from nearfar.wire.egress import Egress
 from nearfar.wire.loop_thread import LoopThread
-from nearfar.wire.messages import Ask, Close, Credit, Down, Err, Open, Opened, Ping, Pong, Up, Verdict
+from nearfar.wire.messages import Ask, Close, Credit, Down, Err, Open, Opened, Ping, Pong, ServerHello, Up, Verdict
 from nearfar.wire.outbox import Outbox
+from nearfar.wire.rpc import CREDIT
 
 PING_AFTER_S = 1.0  # of silence
 SILENT_S = 5.0  # without a sign of life: lost
 FLUSH_S = 1.0  # a Close may take so long to leave
-FIRST_CREDIT = 64 << 10  # bytes of rows under way, where the other side does not say how many
 FRAME = 5  # bytes of gRPC around a message
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.05, 5.0  # between attempts to connect
 MOST_WAIT_S = 60.0  # whatever the other side asks for
@@ -170,7 +170,7 @@ class RemoteLink:
                 self._tell(Lost(str(fault)))
             n_failed += 1
             if not self._first.done() and n_failed >= len(self._dialler.addresses):
-                if isinstance(fault, MismatchError):
+                if not isinstance(fault, Unreachable):
                     raise fault
                 raise UpperError(f"no upper side could be reached: {fault}") from None
             await asyncio.sleep(self._pause_s(time.monotonic() - lost_at, n_failed))
@@ -185,9 +185,11 @@ class RemoteLink:
 
     async def _talk(self, greeted: Greeted) -> None:
         """One connection, from `Open` to its end.  Raises Unreachable, UpperError, WireError, EgressDenied."""
-        call, self._outbox = greeted.connection.session(), Outbox(FIRST_CREDIT)
-        self._number += 1
         self._heard = time.monotonic()
+        if not greeted.was_met:
+            self._greet(await asyncio.shield(greeted.server))
+        call, self._outbox = greeted.connection.session(), Outbox(CREDIT)
+        self._number += 1
         self._asked.clear()
         self._outbox.push(replace(self.opening, resume_token=self._tokens.get(greeted.name, b"")))
         reader = asyncio.create_task(self._read(greeted, call, self._outbox))
@@ -206,6 +208,11 @@ class RemoteLink:
                 task.cancel()
             call.cancel()
             await asyncio.gather(*work, return_exceptions=True)
+
+    def _greet(self, server: ServerHello) -> None:
+        self.max_run = server.limits.max_run
+        if not self._first.done():
+            self._first.set_result(None)
 
     async def _write(self, greeted: Greeted, call: Call, outbox: Outbox) -> None:
         """Everything that leaves, through the door of the policy."""
@@ -234,10 +241,8 @@ class RemoteLink:
     async def _read(self, greeted: Greeted, call: Call, outbox: Outbox) -> None:
         """Everything that comes; hello first."""
         server = await asyncio.shield(greeted.server)
-        self.max_run = server.limits.max_run
-        outbox.credit = server.limits.credit_bytes or FIRST_CREDIT
-        if not self._first.done():
-            self._first.set_result(None)
+        self._greet(server)
+        outbox.credit = server.limits.credit_bytes or CREDIT
         while True:
             try:
                 ack, message, n_bytes = await call.read()

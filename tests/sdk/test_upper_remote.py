@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
+from nearfar import remote_link
+from nearfar.chaos.profiles import PROFILES
+from nearfar.chaos.proxy import running
+from nearfar.chaos.schedule import Fault
+from nearfar.errors import EgressDenied, MismatchError, UpperError, UsageError
 from nearfar.lower import Lower, open_lower
+from nearfar.remote_link import RemoteLink
+from nearfar.sampling import Sampling
+from nearfar.upper import Lost, News
 from nearfar.upper_remote import RemoteUpper
 from nearfar.weights import Weights
-from nearfar.wire.messages import ClientHello, CodecSpec
+from nearfar.wire.egress import Policy
+from nearfar.wire.hashes import settings_hash
+from nearfar.wire.messages import ClientHello, Close, Code, CodecSpec, Err, Ids, Open, Opened, Ping
+from nearfar.wire.tls import Credentials
 from tests.sdk.small_device import BY_IDS, BY_ROWS, Device, opening, oracle
-from tests.sdk.wire_server import MODEL_FP, Door, WireServer
+from tests.sdk.wire_server import LIMITS, MODEL_FP, Door, WireServer
 from tests.tiny import write_tiny
 
 HELLO = ClientHello(MODEL_FP, {"upper": b"u" * 32}, (BY_ROWS, BY_IDS))
@@ -21,7 +36,7 @@ N = 24
 @pytest.fixture(scope="module")
 def lower(tmp_path_factory: pytest.TempPathFactory) -> Lower:
     path = tmp_path_factory.mktemp("remote") / "m.gguf"
-    return open_lower(Weights.open(write_tiny(path, n_ctx=512, seed=3)), "numpy")
+    return open_lower(Weights.open(write_tiny(path, d_model=64, d_ff=64, n_layers=3, seed=3)), "numpy")
 
 
 @pytest.fixture
@@ -35,6 +50,37 @@ def codec(request: pytest.FixtureRequest) -> CodecSpec:
     return request.param
 
 
+class OneByOne:
+    """The news of a link."""
+
+    def __init__(self, link: RemoteLink) -> None:
+        self.link, self.kept = link, list[News]()
+
+    def next(self) -> News:
+        until = time.monotonic() + 20
+        while not self.kept:
+            assert time.monotonic() < until, "no news"
+            self.kept += self.link.receive(1.0)
+        return self.kept.pop(0)
+
+
+def first_news(link: RemoteLink) -> News:
+    return OneByOne(link).next()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def test_an_answer_over_the_network_is_the_answer_without_one(
     lower: Lower, server: WireServer, codec: CodecSpec
 ) -> None:
@@ -43,3 +89,316 @@ def test_an_answer_over_the_network_is_the_answer_without_one(
     device = Device(upper.open(opening(codec)), lower, codec, truth)
     assert device.answer(N) == truth
     upper.close()
+
+
+def test_a_server_that_dies_again_and_again_costs_time_and_no_token(
+    lower: Lower, server: WireServer, codec: CodecSpec
+) -> None:
+    def hurt(n: int) -> None:
+        if n % 5 == 0:
+            server.stop()
+            server.start()
+
+    truth = oracle(lower, codec, N)
+    upper = RemoteUpper(server.url, hello=HELLO)
+    device = Device(upper.open(opening(codec)), lower, codec, truth, on_final=hurt)
+    assert device.answer(N) == truth
+    assert [f.index for f in device.finals] == list(range(5, 5 + len(device.finals)))
+    assert device.n_lost >= 3
+    upper.close()
+
+
+@pytest.mark.parametrize("kind", ["reset", "cut"])
+def test_a_connection_that_breaks_anywhere_costs_no_token(
+    lower: Lower, server: WireServer, codec: CodecSpec, kind: str
+) -> None:
+    truth = oracle(lower, codec, N)
+    with running(("127.0.0.1", server.port), PROFILES["lan"]) as link:
+
+        def hurt(n: int) -> None:
+            if n % 4 == 0:
+                link.inject(Fault(0.0, kind, way="up", n_bytes=50 * n) if kind == "cut" else Fault(0.0, kind))
+
+        upper = RemoteUpper(f"grpc://127.0.0.1:{link.address[1]}", hello=HELLO)
+        device = Device(upper.open(opening(codec)), lower, codec, truth, on_final=hurt)
+        assert device.answer(N) == truth
+        assert device.n_lost >= 2
+        upper.close()
+
+
+def test_what_was_sent_for_one_connection_never_reaches_the_next(server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    news = OneByOne(link)
+    assert isinstance(news.next(), Opened)
+    server.stop()
+    link.send(Ids(0, 0, (1, 2)))  # the connection is gone, and the engine does not know it yet
+    server.start()
+    wait_for(lambda: server.door.n_opened == 2)
+    link.send(Ids(0, 0, (1, 2)))  # there is another one, and the engine does not know that either
+    assert isinstance(news.next(), Lost)
+    link.send(Ids(0, 0, (1, 2)))
+    assert isinstance(news.next(), Opened)
+    link.send(Ids(0, 0, (7, 8)))
+    wait_for(lambda: len(server.door.seen) == 3)
+    assert [m for m in server.door.seen if not isinstance(m, Open)] == [Ids(0, 0, (7, 8))]
+    upper.close()
+
+
+def test_nothing_of_the_old_connection_is_told_together_with_the_next_opened(server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    wait_for(lambda: server.door.n_opened == 1)
+    server.stop()
+    server.start()
+    wait_for(lambda: server.door.n_opened == 2)
+    time.sleep(0.1)
+    assert [type(n) for n in link.receive(5.0)] == [Opened, Lost]
+    assert [type(n) for n in link.receive(5.0)] == [Opened]
+    upper.close()
+
+
+def test_a_session_is_taken_up_with_what_the_other_side_still_has(lower: Lower, server: WireServer) -> None:
+    with running(("127.0.0.1", server.port), PROFILES["lan"]) as proxy:
+        upper = RemoteUpper(f"grpc://127.0.0.1:{proxy.address[1]}", hello=HELLO)
+        link = upper.open(opening(BY_IDS))
+        news = OneByOne(link)
+        assert news.next() == Opened(0, 0, 0, 1, b"of epoch 1", settings_hash(opening(BY_IDS)))
+        link.send(Ids(0, 0, (1, 2, 3)))
+        wait_for(lambda: len(server.door.seen) == 2)
+        proxy.inject(Fault(0.0, "reset"))
+        assert isinstance(news.next(), Lost)
+        again = news.next()
+        assert isinstance(again, Opened)
+        assert again.rows == 3
+        assert server.door.seen[-1] == replace(opening(BY_IDS), resume_token=b"of epoch 1")
+        upper.close()
+
+
+# ------------------------------------------------------------ several addresses
+
+
+def test_another_upper_side_goes_on_where_one_has_died(lower: Lower, server: WireServer, codec: CodecSpec) -> None:
+    truth = oracle(lower, codec, N)
+    with WireServer(Door(lower)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        device = Device(upper.open(opening(codec)), lower, codec, truth, lambda n: server.stop() if n == 9 else None)
+        assert device.answer(N) == truth
+        assert server.door.n_opened == 1
+        assert other.door.n_opened == 1
+        upper.close()
+
+
+def test_an_upper_side_that_falls_silent_is_left(
+    lower: Lower, server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_link, "PING_AFTER_S", 0.1)
+    monkeypatch.setattr(remote_link, "SILENT_S", 1.0)
+    truth = oracle(lower, BY_IDS, N)
+
+    def hurt(n: int) -> None:
+        server.door.is_mute = server.door.is_mute or n > 8
+
+    with WireServer(Door(lower)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        device = Device(upper.open(opening(BY_IDS)), lower, BY_IDS, truth, hurt)
+        assert device.answer(N) == truth
+        assert other.door.n_opened >= 1
+        assert any(isinstance(m, Ping) for m in server.door.seen)
+        upper.close()
+
+
+def test_the_first_address_that_answers_is_taken(lower: Lower, server: WireServer) -> None:
+    upper = RemoteUpper([f"grpc://127.0.0.1:{closed_port()}", server.url], hello=HELLO)
+    assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+    upper.close()
+
+
+def test_an_upper_side_with_other_weights_is_passed_over(lower: Lower, server: WireServer) -> None:
+    server.door.fingerprint = b"g" * 32
+    with WireServer(Door(lower)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+        assert other.door.n_opened == 1
+        upper.close()
+
+
+# ------------------------------------------------------------ refusals
+
+
+def test_other_weights_are_refused_by_name_before_any_row(server: WireServer) -> None:
+    server.door.fingerprint = b"g" * 32
+    upper = RemoteUpper(server.url, hello=HELLO)
+    with pytest.raises(MismatchError, match=r"upper \(theirs.*ours 666666666666…, theirs 676767676767…"):
+        upper.open(opening(BY_ROWS))
+    assert server.door.seen == []
+    server.door.fingerprint = MODEL_FP  # put right: the next answer finds it
+    assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+    upper.close()
+
+
+def test_a_server_that_comes_back_with_other_weights_ends_the_answer(server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    news = OneByOne(link)
+    assert isinstance(news.next(), Opened)
+    server.stop()
+    server.door.fingerprint = b"g" * 32
+    server.start()
+    with pytest.raises(MismatchError, match="does not serve"):
+        wait_for(lambda: isinstance(news.next(), Opened))
+    upper.close()
+
+
+def test_a_wrong_key_is_refused(server: WireServer) -> None:
+    server.door.token = "sesame"
+    upper = RemoteUpper(server.url, hello=HELLO, credentials=Credentials(token="wrong"))
+    with pytest.raises(UpperError, match=r"PERMISSION_DENIED.*expected a key"):
+        upper.open(opening(BY_IDS))
+    upper.close()
+    upper = RemoteUpper(server.url, hello=HELLO, credentials=Credentials(token="sesame"))
+    assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+    upper.close()
+
+
+def test_where_nobody_listens_that_is_said(server: WireServer) -> None:
+    upper = RemoteUpper(f"grpc://127.0.0.1:{closed_port()}", hello=HELLO)
+    with pytest.raises(UpperError, match=r"no upper side could be reached: .*refused"):
+        upper.open(opening(BY_IDS))
+    upper.close()
+
+
+def test_a_busy_upper_side_is_asked_again_when_it_wants_to_be(server: WireServer) -> None:
+    server.door.refuses = [Err(Code.OVERLOADED, "come back", True, 300)]
+    upper = RemoteUpper(server.url, hello=HELLO)
+    started = time.monotonic()
+    link = upper.open(opening(BY_IDS))
+    news = OneByOne(link)
+    assert news.next() == Err(Code.OVERLOADED, "come back", True, 300)
+    assert isinstance(news.next(), Opened)
+    assert time.monotonic() - started > 0.2
+    upper.close()
+
+
+def test_a_refusal_for_good_ends_the_link(server: WireServer) -> None:
+    server.door.refuses = [Err(Code.QUOTA, "no more today")]
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    news = OneByOne(link)
+    assert news.next() == Err(Code.QUOTA, "no more today")
+    assert news.next() == Lost("no more today", final=True)
+    assert server.door.n_opened == 0
+    upper.close()
+
+
+def test_a_penalty_that_rows_cannot_follow_is_refused_here(server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    with pytest.raises(UsageError, match="repetition penalty"):
+        upper.open(opening(BY_ROWS, sampling=Sampling(repetition_penalty=1.1)))
+    upper.close()
+
+
+# ------------------------------------------------------------ the door out
+
+
+@pytest.mark.parametrize(("policy", "codec"), [(Policy(ids_ok=False), BY_IDS), (Policy(hidden_ok=False), BY_ROWS)])
+def test_a_forbidden_kind_of_answer_is_not_even_opened(server: WireServer, policy: Policy, codec: CodecSpec) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO, policy=policy)
+    with pytest.raises(EgressDenied):
+        upper.open(opening(codec)).receive(5.0)
+    assert server.door.seen == []
+    upper.close()
+
+
+def test_bytes_above_the_policy_end_the_answer_and_go_nowhere_else(lower: Lower, server: WireServer) -> None:
+    with WireServer(Door(lower)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO, policy=Policy(max_bytes=2000))
+        device = Device(upper.open(opening(BY_ROWS)), lower, BY_ROWS)
+        with pytest.raises(EgressDenied, match="allows 2000"):
+            device.answer(N)
+        with pytest.raises(EgressDenied):
+            device.link.receive(0.0)
+        sent = sum(n for _, kind, _, n in upper.account.rows() if kind != "ClientHello")
+        assert 0 < sent <= 2000
+        assert other.door.n_opened == 0
+        upper.close()
+
+
+def test_the_region_of_the_policy_is_told(server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO, policy=Policy(region="eu"))
+    upper.open(opening(BY_IDS))
+    assert server.door.hellos[0].region == "eu"
+    upper.close()
+
+
+# ------------------------------------------------------------ time, credit, the end
+
+
+def test_rows_beyond_the_credit_still_arrive(lower: Lower) -> None:
+    truth = oracle(lower, BY_ROWS, 8)
+    with WireServer(Door(lower, limits=replace(LIMITS, credit_bytes=100))) as server:  # a row and a half
+        upper = RemoteUpper(server.url, hello=HELLO)
+        device = Device(upper.open(opening(BY_ROWS)), lower, BY_ROWS, truth)
+        assert device.answer(8) == truth
+        upper.close()
+
+
+def test_a_deadline_is_learned_from_replies(lower: Lower, server: WireServer) -> None:
+    server.door.delay_s = 0.3
+    upper = RemoteUpper(server.url, hello=HELLO)
+    device = Device(upper.open(opening(BY_IDS)), lower, BY_IDS, oracle(lower, BY_IDS, 6))
+    assert device.link.deadline_s() == 0.4
+    device.answer(6)
+    assert device.link.deadline_s() > 0.9
+    upper.close()
+
+
+def test_an_answer_that_ends_leaves_nothing_behind(lower: Lower, server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    for _ in range(3):
+        device = Device(upper.open(opening(BY_IDS)), lower, BY_IDS)
+        device.answer(4)
+        device.link.send(Close())
+        device.link.close()
+    wait_for(lambda: not server.door.sessions and not server.door.streams)
+    assert sum(isinstance(m, Close) for m in server.door.seen) == 3
+    upper.close()
+    assert not [t for t in threading.enumerate() if t.name == "nearfar-upper"]
+
+
+def test_a_device_that_only_hangs_up_may_come_back(lower: Lower, server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    first_news(link)
+    link.close()
+    wait_for(lambda: not server.door.streams)
+    assert list(server.door.sessions) == [b"s" * 16]
+    upper.close()
+
+
+def test_links_share_a_connection(server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    links = [upper.open(opening(BY_IDS, session=bytes([i]) * 16)) for i in range(3)]
+    assert all(isinstance(first_news(link), Opened) for link in links)
+    assert len(server.door.hellos) == 1
+    upper.close()
+
+
+def test_closing_one_upper_does_not_disturb_another(
+    lower: Lower, server: WireServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth = oracle(lower, BY_IDS, N)
+    busy = RemoteUpper(server.url, hello=HELLO)
+
+    def come_and_go(n: int) -> None:
+        brief = RemoteUpper(server.url, hello=HELLO)
+        link = brief.open(opening(BY_IDS, session=n.to_bytes(16, "big")))
+        if n % 2:
+            link.send(Close())
+            link.close()
+        brief.close()
+
+    device = Device(busy.open(opening(BY_IDS)), lower, BY_IDS, truth, come_and_go)
+    assert device.answer(N) == truth
+    busy.close()
+    assert [r.getMessage() for r in caplog.records if r.name in ("asyncio", "grpc._cython.cygrpc")] == []

@@ -51,10 +51,13 @@ class Door:
     streams: list[Stream] = field(default_factory=list)  # that are open
     seen: list[Up] = field(default_factory=list)
     hellos: list[ClientHello] = field(default_factory=list)
+    callers: list[rpc.Caller] = field(default_factory=list)
+    n_opened: int = 0
 
     async def hello(self, hello: ClientHello, caller: rpc.Caller) -> ServerHello:
         self._check(caller)
         self.hellos.append(hello)
+        self.callers.append(caller)
         fits = hello.model_fp == self.fingerprint
         why = "" if fits else "upper (theirs 00…, ours 01…)"
         codec: CodecSpec | None = hello.codecs[0] if hello.codecs else None
@@ -90,6 +93,7 @@ class Stream:
     def __init__(self, door: Door, stream: rpc.Stream, link: LocalLink, opening: Open) -> None:
         self.door, self.stream, self.link = door, stream, link
         door.streams.append(self)
+        door.n_opened += 1
         self._todo: asyncio.Task[None] | None = None
         self.on(opening)
 
@@ -164,7 +168,7 @@ class WireServer:
         self._thread.submit(act()).result()
 
     async def _start(self) -> None:
-        self._server = rpc.serve(self.door)
+        self._server = rpc.serve(self.door, self.door.limits.credit_bytes)
         address = f"127.0.0.1:{self.port}"
         if self.credentials is None:
             self.port = self._server.add_insecure_port(address)

@@ -29,6 +29,7 @@ class Greeted:
 
     connection: Connection
     server: asyncio.Task[ServerHello]
+    was_met: bool  # the address has said a fitting hello before: then nobody waits for it before `Open`
     n_links: int = 0
 
     @property
@@ -46,6 +47,7 @@ class Dialler:
     round_trips: RoundTrips
     _at: int = 0  # the address that is up
     _current: Greeted | None = None
+    _met: set[Address] = field(default_factory=set)
     _refused: dict[int, Exception] = field(default_factory=dict)  # addresses that are out for good
 
     def take(self) -> Greeted:
@@ -56,7 +58,8 @@ class Dialler:
             while self._at in self._refused:
                 self._at = (self._at + 1) % len(self.addresses)
             connection = Connection.dial(self.addresses[self._at], self.credentials)
-            self._current = Greeted(connection, asyncio.create_task(self._say_hello(connection)))
+            hello = asyncio.create_task(self._say_hello(connection))
+            self._current = Greeted(connection, hello, connection.address in self._met)
         self._current.n_links += 1
         return self._current
 
@@ -94,6 +97,7 @@ class Dialler:
         known = self.round_trips.p50_s
         server = await connection.hello(data, max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S)
         check_hello(self.hello, server, str(connection.address))
+        self._met.add(connection.address)
         return server
 
 

@@ -11,21 +11,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+# The first keeps gRPC from writing into the terminal whenever a connection is lost.  The second is the way to TLS 1.3
+# only, for which gRPC has no option in Python: a list of suites speaks of TLS 1.2 alone, and this one needs a secret
+# that nobody has.  A process whose other gRPC needs TLS 1.2 sets the variable itself.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
+
 import grpc
+from grpc._cython import cygrpc
 
 from nearfar.errors import WireError
 from nearfar.wire import pack, unpack
 from nearfar.wire.messages import ClientHello, Close, Code, Down, Err, Ids, Load, Open, Rows, ServerHello, Up
 
+if hasattr(cygrpc, "reset_grpc_config_vars"):  # somebody may have imported gRPC before, which reads them once
+    cygrpc.reset_grpc_config_vars()
+
 HELLO, HEALTH, SESSION = "/nearfar.v1.Hub/Hello", "/nearfar.v1.Hub/Health", "/nearfar.v1.Collab/Session"
 LOAD_EVERY_S = 1.0
 OPEN_WITHIN_S = 10.0  # a stream begins with Open; whoever does not say it is no device
 MAX_QUEUED = 1024  # messages to a device that does not read them
+CREDIT = 64 << 10  # bytes of rows under way, where a door does not say how many
 ACK_EVERY = 16 << 10  # bytes of rows after which a device hears that they came, even if there is nothing else to say
 
 _MESSAGES = [
@@ -106,6 +118,7 @@ class Door(Protocol):
 class Stream:
     """The way to one device; `say` and `end` never wait.  For the event loop's thread."""
 
+    ack_every: int = ACK_EVERY
     taken: int = 0  # number of the last message of the device that was taken in
     is_over: bool = False
     _queue: deque[Down | None] = field(default_factory=deque)  # None: an acknowledgement by itself
@@ -139,7 +152,7 @@ class Stream:
 
     def ack(self) -> None:
         """Say that rows were taken in, once enough of them were."""
-        if self._unacked >= ACK_EVERY and not self._queue and not self.is_over:
+        if self._unacked >= self.ack_every and not self._queue and not self.is_over:
             self._queue.append(None)
             self._wake.set()
 
@@ -155,10 +168,13 @@ class Stream:
             await self._wake.wait()
 
 
-def serve(door: Door) -> grpc.aio.Server:
-    """A server with both services; the caller gives it ports, starts and stops it.  On the running event loop."""
+def serve(door: Door, credit_bytes: int = CREDIT) -> grpc.aio.Server:
+    """A server with both services; the caller gives it ports, starts and stops it.  On the running event loop.
+
+    `credit_bytes`: as the hello of the door says, or less; a device must hear of its rows before that is used up.
+    """
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    service = _Service(door)
+    service = _Service(door, min(ACK_EVERY, credit_bytes // 4))
     unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
     hub = {"Hello": unary(service.hello), "Health": streaming(service.health)}
     collab = {"Session": grpc.stream_stream_rpc_method_handler(service.session)}
@@ -174,8 +190,8 @@ def serve(door: Door) -> grpc.aio.Server:
 class _Service:
     """The calls, as gRPC makes them: bytes in, bytes out."""
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
+    def __init__(self, door: Door, ack_every: int) -> None:
+        self.door, self.ack_every = door, ack_every
 
     async def hello(self, data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         try:
@@ -197,7 +213,7 @@ class _Service:
     async def session(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[bytes]:
-        stream = Stream()
+        stream = Stream(self.ack_every)
         reader = asyncio.create_task(self._read(requests, Caller.of(context), stream))
         try:
             async for data in stream.outgoing():

@@ -33,7 +33,7 @@ PLACES = {
         "nearfar_cloud.model.sampler",
         "nearfar_native",
     },
-    "grpc": {"nearfar.wire.rpc", "nearfar.wire.dial", "nearfar_cloud.gateway"},
+    "grpc": {"nearfar.wire.rpc", "nearfar.wire.dial", "nearfar_cloud.gateway.collab"},
     "google": {"nearfar.wire.nearfar_pb2", "nearfar.wire.pack", "nearfar.wire.unpack"},
     "llguidance": {"nearfar.constraint"},
     "llama_cpp": {"nearfar.backend_llama"},

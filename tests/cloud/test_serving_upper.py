@@ -18,7 +18,7 @@ from nearfar.lower import open_lower  # noqa: E402
 from nearfar.options import EngineOptions  # noqa: E402
 from nearfar.weights import Weights  # noqa: E402
 from nearfar_cloud.executors.local import LocalExecutor  # noqa: E402
-from nearfar_cloud.gateway.served import describe  # noqa: E402
+from nearfar_cloud.gateway.served import open_served  # noqa: E402
 from nearfar_cloud.model.attention import KVStore, Spans  # noqa: E402
 from nearfar_cloud.model.decoder import Decoder  # noqa: E402
 from nearfar_cloud.model.loader import Loaded, load_gguf  # noqa: E402
@@ -118,7 +118,9 @@ def test_a_device_half_is_not_served() -> None:
             load(two.device)
 
 
-def test_no_text_is_served_of_an_upper_half() -> None:
+def test_an_upper_half_is_served_without_a_tokenizer() -> None:
     _, two = files("llama", "F32", True)
-    with pytest.raises(UsageError, match="upper half of a split model, which takes rows and no text"):
-        describe(str(two.upper))
+    served = open_served(str(two.upper))
+    assert served.tokenizer is None
+    assert served.weights is not None
+    assert served.weights.config.role == "upper"

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from traceback import format_tb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -26,17 +26,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nearfar.errors import NearfarError
 from nearfar_cloud.gateway import openai, replies, streams
 from nearfar_cloud.gateway.answers import Answer, Branches, Choice
+from nearfar_cloud.gateway.endpoint import Budget, Endpoint
 from nearfar_cloud.gateway.events import EventStream, Gone, as_json, unless_gone
 from nearfar_cloud.gateway.fields import Fields, parse
-from nearfar_cloud.gateway.grammar import Grammars
 from nearfar_cloud.gateway.limits import Key, Keys, Limits
 from nearfar_cloud.gateway.metrics import Metrics
 from nearfar_cloud.gateway.openai import Prompt, Query
-from nearfar_cloud.gateway.prompts import ChatPrompts
 from nearfar_cloud.gateway.refusal import Refusal, invalid, of_error
 from nearfar_cloud.gateway.served import Served
 from nearfar_cloud.gateway.service import Service, speed
+from nearfar_cloud.gateway.texts import Texts
 from nearfar_cloud.types import Request
+
+if TYPE_CHECKING:
+    from nearfar_cloud.gateway.collab import Collab
 
 MAX_BODY = 8 << 20
 READ_S = 30.0  # for a body to arrive
@@ -51,21 +54,42 @@ class Gateway:
     """Everything that one served model needs."""
 
     def __init__(
-        self, served: Served, *, keys: Keys | None = None, max_queued: int = 1024, kept_s: float = streams.KEPT_S
+        self,
+        served: Served,
+        *,
+        keys: Keys | None = None,
+        max_queued: int = 1024,
+        kept_s: float = streams.KEPT_S,
+        endpoint: Endpoint | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        """`kept_s`: how long a stream can be read on after its reader has left."""
+        """`kept_s`: how long a stream can be read on after its reader has left.
+
+        `endpoint`, `budget`: where devices may ask, and what they get; without an endpoint nobody may.
+        """
         self.served, self.keys = served, keys or Keys()
         self.limits = Limits(max_queued, tokens_per_s=lambda: speed(served.engine))
         self.tapes = streams.Tapes(kept_s)
         self.metrics = Metrics(served.engine, self.limits, self.tapes)
         self.service = Service(served.engine, self.metrics.step)
-        self.grammars = Grammars(served.tokenizer, lambda what: self.metrics.grammar.labels(what).inc())
-        self.prompts = ChatPrompts(served.meta, served.tokenizer)
+        t = served.tokenizer
+        self._texts = None if t is None else Texts(served, t, lambda what: self.metrics.grammar.labels(what).inc())
+        self.collab = None if endpoint is None else self._devices(endpoint, budget or Budget())
         self.draining = False
         self.is_hurried = False  # whoever stops the server has asked twice
         self._running: dict[tuple[str, str], Answer] = {}  # tenant, id
-        longest = max(len(served.tokenizer.token_bytes(i)) for i in range(served.tokenizer.n_vocab))
-        self._most_bytes = longest * served.n_ctx  # of a prompt that could fit
+
+    @property
+    def texts(self) -> Texts:
+        """Raises Refusal (501) where the served file reads no text."""
+        if self._texts is None:
+            raise Refusal(501, "no_text", "this server has the upper layers of a model alone: devices ask it, not HTTP")
+        return self._texts
+
+    def _devices(self, endpoint: Endpoint, budget: Budget) -> Collab:
+        from nearfar_cloud.gateway.collab import open_collab  # gRPC, which only devices speak
+
+        return open_collab(self.served, self.service, self.keys, self.limits, self.metrics, endpoint, budget)
 
     # ------------------------------------------------------------ the life of a request
 
@@ -171,12 +195,13 @@ class Gateway:
         return _json({"id": answer_id, "deleted": True})
 
     def check_open(self) -> None:
-        """Raises Refusal (503) where nothing can be taken, before a body costs anything."""
+        """Raises Refusal (503, 501) where nothing can be taken, before a body costs anything."""
         if self.draining:
             raise Refusal(503, "shutting_down", "this server is about to stop", retry_after_s=5)
         if self.service.failure is not None:
             raise Refusal(503, "engine_failed", "the engine has stopped: this server has to be started again")
         self.limits.check()
+        _ = self.texts
 
     async def _answer(self, query: Query, key: Key, id_: str, *, pooled: bool = False) -> Answer:
         """Ids and grammar: an answer that is ready to run."""
@@ -190,7 +215,7 @@ class Gateway:
                 ids=ids,
                 max_tokens=self._max_tokens(query, len(ids)),
                 sampling=query.sampling,
-                stop_ids=self.served.tokenizer.eog_ids,
+                stop_ids=self.texts.tokenizer.eog_ids,
                 n_logprobs=0 if query.n_logprobs is None else max(1, query.n_logprobs),
                 pooled=pooled,
                 objective=objective,
@@ -237,24 +262,24 @@ class Gateway:
             self._check_length(query.param, sum(len(m.text.encode("utf-8", "replace")) for m in query.messages))
             constrained = query.schema is not None or query.tools is not None
             ids = await asyncio.to_thread(
-                self.prompts.ids, query.messages, query.tools, query.param, constrained=constrained
+                self.texts.prompts.ids, query.messages, query.tools, query.param, constrained=constrained
             )
             return [(self._checked(query.param, tuple(ids)), False)]
         return [await self._prompt_ids(query.param, prompt) for prompt in query.prompts]
 
     async def _prompt_ids(self, param: str, prompt: Prompt) -> tuple[tuple[int, ...], bool]:
         if isinstance(prompt, tuple):
-            n = self.served.tokenizer.n_vocab
+            n = self.texts.tokenizer.n_vocab
             if wrong := next((i for i in prompt if not 0 <= i < n), None):
                 raise Refusal(400, "invalid_value", f"{param}: token {wrong}, expected 0..{n - 1}", param=param)
             return self._checked(param, prompt), False
         self._check_length(param, len(prompt.encode("utf-8", "replace")))
-        ids = await asyncio.to_thread(self.served.tokenizer.encode, prompt)
+        ids = await asyncio.to_thread(self.texts.tokenizer.encode, prompt)
         return self._checked(param, tuple(ids)), True
 
     def _check_length(self, param: str, n_bytes: int) -> None:
         """No token stands for more bytes than the longest one: what cannot fit need not be tokenized."""
-        if n_bytes > self._most_bytes:
+        if n_bytes > self.texts.most_bytes:
             raise self._too_long(param, f"{n_bytes} bytes are more tokens than that")
 
     def _checked(self, param: str, ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -277,30 +302,38 @@ class Gateway:
     async def _constraint(self, query: Query) -> Callable[[], Any]:
         """What makes the hook of each answer."""
         if query.tools is not None:
-            schema = self.prompts.calls.schema(query.tools.tools)
-            found = await self.grammars.compile(schema, "tools", or_text=not query.tools.must)
+            schema = self.texts.prompts.calls.schema(query.tools.tools)
+            found = await self.texts.grammars.compile(schema, "tools", or_text=not query.tools.must)
         elif query.schema is not None:
-            found = await self.grammars.compile(query.schema, query.schema_param)
+            found = await self.texts.grammars.compile(query.schema, query.schema_param)
         else:
             return lambda: None
-        return lambda: self.grammars.hook(found)
+        return lambda: self.texts.grammars.hook(found)
 
     def _choice(self, query: Query, *, continues: bool) -> Choice:
         return Choice(
-            self.served.tokenizer,
+            self.texts.tokenizer,
             query.stops,
             continues=continues,
-            strip_space=bool(query.messages) and self.prompts.is_nano,
+            strip_space=bool(query.messages) and self.texts.prompts.is_nano,
             n_logprobs=query.n_logprobs,
-            call_form=self.prompts.calls if query.tools is not None else None,
+            call_form=self.texts.prompts.calls if query.tools is not None else None,
         )
 
     # ------------------------------------------------------------ coming and going
+
+    def close(self) -> None:
+        """The engine's thread and what runs beside it end."""
+        self.service.stop()
+        if self._texts is not None:
+            self._texts.grammars.close()
 
     async def drain(self, grace_s: float) -> None:
         """Take nothing new, wait for what is under way, at most `grace_s`, then end it."""
         self.draining = True
         until = time.monotonic() + grace_s
+        if self.collab is not None:
+            await self.collab.drain(lambda: self.is_hurried or time.monotonic() >= until)
         while self._running and time.monotonic() < until and not self.is_hurried:
             await asyncio.sleep(0.02)
         for answer in list(self._running.values()):
@@ -367,9 +400,12 @@ def create_app(gateway: Gateway, *, local: bool = True) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gateway.service.start()
+        if gateway.collab is not None:
+            await gateway.collab.start()
         yield
-        gateway.service.stop()
-        gateway.grammars.close()
+        if gateway.collab is not None:
+            await gateway.collab.stop()
+        gateway.close()
 
     app = FastAPI(title="nearfar cloud", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     served = gateway.served

@@ -18,9 +18,13 @@ from nearfar.errors import FileError, MissingExtraError, UsageError
 from nearfar.machine import cpu_name
 
 if TYPE_CHECKING:
+    from nearfar_cloud.gateway.endpoint import Endpoint
     from nearfar_cloud.gateway.served import Served
 
-PORT = 8080
+PORT, COLLAB_PORT = 8080, 9090
+# gRPC for Python cannot be told to refuse TLS 1.2, but which suites that may have: one that needs a secret shared
+# beforehand, which nobody has.  Those of TLS 1.3 are not touched.  Read when gRPC loads.
+ONLY_TLS_1_3 = ("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
 T = TypeVar("T")
 
 
@@ -28,12 +32,13 @@ def add_serve(verbs: Any) -> None:
     """Add `serve` to the subparsers of `nearfar cloud`."""
     parser = verbs.add_parser(
         "serve",
-        help="answer the OpenAI routes with a model",
-        description="Answer the OpenAI routes (chat, completions, responses, embeddings, models) with a model. Tokens\n"
-        "never depend on who else is being served. SIGTERM or Ctrl-C: nothing new is taken, what is under way is\n"
-        "finished. Prompts are never logged.",
+        help="answer the OpenAI routes with a model, and devices that ask for its upper layers",
+        description="Answer the OpenAI routes (chat, completions, responses, embeddings, models) with a model, and\n"
+        "devices that ask for its upper layers. Tokens never depend on who else is being served. SIGTERM or Ctrl-C:\n"
+        "nothing new is taken, what is under way is finished. Prompts are never logged.",
         epilog="examples:\n"
         "  nearfar cloud serve nano\n"
+        "  nearfar cloud serve nano --collab-port 9090\n"
         "  nearfar cloud serve model.gguf --port 9000 --weights bf16\n"
         "  nearfar cloud serve folder/ --host 0.0.0.0 --key-file keys.json --tls-cert cert.pem --tls-key key.pem",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -45,6 +50,22 @@ def add_serve(verbs: Any) -> None:
     parser.add_argument("--key-file", metavar="FILE", help="keys and their limits; a must with other machines")
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
     parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    parser.add_argument(
+        "--collab-port",
+        type=whole(0, 65535),
+        nargs="?",
+        const=COLLAB_PORT,
+        metavar="PORT",
+        help=f"let devices ask (PORT: {COLLAB_PORT} unless given; 0: any free one); upper layers alone always do",
+    )
+    parser.add_argument("--collab-host", default="127.0.0.1", help="address for devices (default: this machine alone)")
+    parser.add_argument("--client-ca", metavar="FILE", help="only devices with a certificate that this one signed, PEM")
+    parser.add_argument(
+        "--max-sessions", type=whole(1, 1 << 20), default=256, metavar="N", help="answers of devices (default: 256)"
+    )
+    parser.add_argument(
+        "--session-memory", type=whole(1, 1 << 20), default=1024, metavar="MIB", help="their rows (default: 1024)"
+    )
     parser.add_argument(
         "--weights",
         choices=("file", "bf16", "w8", "q8_0", "q4_0", "fp32"),
@@ -113,13 +134,41 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.tls_cert is not None:
         certificate, private_key = Path(args.tls_cert), Path(args.tls_key)
         server.check_certificate(certificate, private_key)
+    endpoint = None if args.collab_port is None else _endpoint(args, args.collab_port, certificate, private_key)
     with server.bind(args.host, args.port) as sock:
         local = server.is_loopback(sock)
         if not local and args.key_file is None:
             raise UsageError(f"--host {args.host} lets other machines in: --key-file has to say who may ask")
         if not local and certificate is None:
             print("nearfar: without --tls-cert the keys travel in the clear", file=sys.stderr)
-        return _serve(args, sock, local, certificate, private_key)
+        return _serve(args, sock, local, certificate, private_key, endpoint)
+
+
+def _endpoint(args: argparse.Namespace, port: int, certificate: Path | None, private_key: Path | None) -> Endpoint:
+    """Where devices may ask.  Raises UsageError for what would let in anybody, or cannot be had."""
+    from nearfar_cloud.gateway import server
+    from nearfar_cloud.gateway.endpoint import Endpoint
+
+    if find_spec("grpc") is None:
+        raise MissingExtraError("grpcio", "cloud", "nearfar cloud serve --collab-port")
+    if args.workers:
+        raise UsageError("devices ask one engine: --collab-port and --workers do not go together")
+    if args.client_ca is not None:
+        if certificate is None:
+            raise UsageError("--client-ca asks devices for certificates: --tls-cert has to give the server one, too")
+        server.check_authority(Path(args.client_ca))
+    with server.bind(args.collab_host, port, "--collab-host and --collab-port") as sock:
+        if not server.is_loopback(sock):
+            if certificate is None:
+                raise UsageError(f"--collab-host {args.collab_host} lets other machines in: --tls-cert is a must")
+            if args.key_file is None and args.client_ca is None:
+                raise UsageError(
+                    f"--collab-host {args.collab_host} lets other machines in: --key-file or --client-ca has to say "
+                    "which devices may ask"
+                )
+    os.environ.setdefault(*ONLY_TLS_1_3)
+    client_ca = None if args.client_ca is None else Path(args.client_ca)
+    return Endpoint(args.collab_host, port, certificate, private_key, client_ca)
 
 
 @contextmanager
@@ -163,21 +212,38 @@ def _learning(served: Served, path: Path | None) -> Iterator[None]:
     _from_file(path, lambda: cost.save(path, of))
 
 
-def _serve(args: argparse.Namespace, sock: Any, local: bool, certificate: Path | None, private_key: Path | None) -> int:
+def _serve(
+    args: argparse.Namespace,
+    sock: Any,
+    local: bool,
+    certificate: Path | None,
+    private_key: Path | None,
+    endpoint: Endpoint | None,
+) -> int:
     from nearfar_cloud.gateway import server
     from nearfar_cloud.gateway.app import Gateway
+    from nearfar_cloud.gateway.endpoint import Budget
     from nearfar_cloud.gateway.limits import Keys
 
     keys = None if args.key_file is None else Keys.read(args.key_file)
     host, port = sock.getsockname()[:2]
     url = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
     with _opened(args) as served, _learning(served, None if args.learned is None else Path(args.learned)):
+        if endpoint is None and served.tokenizer is None:  # nobody else can ask upper layers
+            endpoint = _endpoint(args, COLLAB_PORT, certificate, private_key)
+        budget = Budget(max_sessions=args.max_sessions, max_bytes=args.session_memory << 20)
+        gateway = Gateway(
+            served, keys=keys, max_queued=args.max_queued, kept_s=args.keep, endpoint=endpoint, budget=budget
+        )
 
         def started() -> None:
             facts = {"url": url, "model": served.name, "context": served.n_ctx, "blocks": served.engine.n_blocks}
-            print(json.dumps(facts) if args.json else f"{served.name} answers at {url}; Ctrl-C stops", flush=True)
+            said = [] if served.tokenizer is None else [f"{served.name} answers at {url}"]
+            if gateway.collab is not None:
+                facts["collab"] = gateway.collab.url
+                said.append(f"devices ask {served.name} at {gateway.collab.url}")
+            print(json.dumps(facts) if args.json else f"{', '.join(said)}; Ctrl-C stops", flush=True)
 
-        gateway = Gateway(served, keys=keys, max_queued=args.max_queued, kept_s=args.keep)
         return server.serve(
             server.Server(
                 gateway,

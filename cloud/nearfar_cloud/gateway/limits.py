@@ -1,11 +1,13 @@
 """Who may ask, and how much: keys, their quotas, and what the whole server holds at a time.
 
     {"keys": [{"tenant": "alice", "sha256": "<hex digest of the key>", "requests_per_minute": 60,
-               "tokens_per_minute": 20000, "concurrent": 8, "priority": 0, "metrics": false}]}
+               "tokens_per_minute": 20000, "concurrent": 8, "priority": 0, "metrics": false,
+               "sessions": 4, "session_positions": 8192, "session_bytes": 33554432}]}
 
 The file holds digests, so it gives no key away.  A limit that is left out does not exist.  Limits are the tenant's: all
 its keys share them.  Tokens are counted when a request comes, prompt and the most that may be answered; what was not
-used is given back at its end.
+used is given back at its end.  Sessions are answers of devices that ask (contexts.py): each counts as a request, and
+the positions that are computed for them as tokens.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ class Key:
     concurrent: int | None = None  # sequences at a time
     priority: int = MAX_PRIORITY  # the highest that it may ask for
     metrics: bool = True  # may read /metrics
+    sessions: int | None = None  # of devices, at a time, and what they hold together
+    session_positions: int | None = None
+    session_bytes: int | None = None  # packed rows
 
 
 class Keys:
@@ -69,6 +74,11 @@ class Keys:
             raise FileError(f"{path}: expected at least one key in {{'keys': [...]}}")
         return cls(keys)
 
+    def of(self, tenant: str) -> Key:
+        """What a device may do whose certificate says that name: as a tenant of that name, or as much as it likes."""
+        named = (key for key in (self._keys or {}).values() if key.tenant == tenant)
+        return next(named, Key(tenant, metrics=False))
+
     def find(self, authorization: str | None) -> Key:
         """The key of an Authorization header.  Raises Refusal (401)."""
         if self._keys is None:
@@ -92,6 +102,9 @@ def _entry(f: Fields) -> tuple[str, Key]:
         concurrent=f.whole("concurrent", 1, MOST),
         priority=f.whole("priority", -MAX_PRIORITY, MAX_PRIORITY, 0) or 0,
         metrics=f.flag("metrics"),
+        sessions=f.whole("sessions", 1, MOST),
+        session_positions=f.whole("session_positions", 1, MOST),
+        session_bytes=f.whole("session_bytes", 1, MOST),
     )
     f.done()
     return digest, key
@@ -161,10 +174,7 @@ class Limits:
             raise self._full(f"{self.n_seqs} sequences are under way, this server takes {self.max_queued}")
         if self.n_tokens + n_tokens > self.max_tokens and self.n_seqs:
             raise self._full(f"{self.n_tokens} tokens are under way, this server takes {self.max_tokens}")
-        now = self.clock()
-        tenant = self._tenants.get(key.tenant)
-        if tenant is None:
-            tenant = self._tenants[key.tenant] = Tenant(key, now)
+        now, tenant = self.clock(), self._tenant(key)
         if key.concurrent is not None and tenant.n_running + n_seqs > key.concurrent:
             raise _over(f"{tenant.n_running} answers are under way, this key has {key.concurrent}", self._drain_s())
         for bucket, n, what in ((tenant.requests, 1, "requests"), (tenant.tokens, n_tokens, "tokens")):
@@ -194,6 +204,32 @@ class Limits:
         ticket.tenant.n_running -= ticket.n_seqs
         if ticket.tenant.tokens is not None:
             ticket.tenant.tokens.take(used - ticket.n_tokens)
+
+    # ------------------------------------------------------------ devices
+
+    def count_request(self, key: Key) -> None:
+        """A session that begins.  Raises Refusal (429)."""
+        self.check_debt(key)
+        requests = self._tenant(key).requests
+        if requests is not None:
+            if wait := requests.wait_s(1, self.clock()):
+                raise _over(f"this key has {requests.size:.0f} requests a minute", wait)
+            requests.take(1)
+
+    def check_debt(self, key: Key) -> None:
+        """Raises Refusal (429) while the tenant's tokens are used up."""
+        tokens = self._tenant(key).tokens
+        if tokens is not None and (wait := tokens.wait_s(1, self.clock())):
+            raise _over(f"this key has {tokens.size:.0f} tokens a minute", wait)
+
+    def charge(self, key: Key, n_tokens: int) -> None:
+        """Positions that were computed; what is too much delays the next ones."""
+        tokens = self._tenant(key).tokens
+        if tokens is not None:
+            tokens.take(n_tokens)
+
+    def _tenant(self, key: Key) -> Tenant:
+        return self._tenants.setdefault(key.tenant, Tenant(key, self.clock()))
 
     def _full(self, message: str) -> Refusal:
         return Refusal(503, "overloaded", message, retry_after_s=self._drain_s())

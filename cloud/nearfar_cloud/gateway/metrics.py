@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,6 +20,9 @@ from nearfar_cloud.fleet.load import freeness, load_of, total
 from nearfar_cloud.gateway.limits import Limits
 from nearfar_cloud.gateway.service import Core
 from nearfar_cloud.gateway.streams import Tapes
+
+if TYPE_CHECKING:
+    from nearfar_cloud.gateway.contexts import Contexts
 
 PREFIX = "nearfar_cloud_"
 Families = type[CounterMetricFamily] | type[GaugeMetricFamily]
@@ -48,7 +52,14 @@ class Metrics:
         self.refusals = self._counter("refusals", "requests refused, by code", "reason")
         self.grammar = self._counter("grammar", "schemas", "what")
         self.resumed = self._counter("resumed", "streams read on, from what was kept or computed again", "how")
+        self.ask_wait = self._histogram(
+            "ask_wait_s", "from an ask of a device to its verdict, without the engine's steps"
+        )
         self.registry.register(_OfEngine(engine, limits, tapes))
+
+    def add_devices(self, contexts: Contexts) -> None:
+        """What devices that ask hold is told, too."""
+        self.registry.register(_OfDevices(contexts))
 
     def step(self, engine: Core) -> None:
         """After each step, in the engine's thread."""
@@ -123,6 +134,28 @@ class _OfEngine(Collector):
         yield _family(GaugeMetricFamily, "freeness", "positions for each sequence until memory is full", "worker", free)
         n_restarts = 0 if isinstance(e, Engine) else e.n_restarts
         yield CounterMetricFamily(PREFIX + "worker_restarts", "workers that were lost", value=n_restarts)
+
+
+class _OfDevices(Collector):
+    """What contexts count themselves, and what they hold now."""
+
+    def __init__(self, contexts: Contexts) -> None:
+        self._contexts = contexts
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        contexts, c = self._contexts, self._contexts.counts
+        n_away = len(contexts) - contexts.n_connected
+        sessions = {"connected": contexts.n_connected, "away": n_away}
+        yield _family(GaugeMetricFamily, "device_sessions", "answers of devices", "state", sessions)
+        yield GaugeMetricFamily(PREFIX + "device_positions", "positions they hold", value=contexts.total.n_positions)
+        yield GaugeMetricFamily(PREFIX + "device_bytes", "rows or ids of these", value=contexts.total.n_bytes)
+        asking = sum(context.is_asking for context in contexts)
+        yield GaugeMetricFamily(PREFIX + "device_asking", "asks that the engine works on", value=asking)
+        counted = {name: float(value) for name, value in asdict(c).items()}
+        yield _family(CounterMetricFamily, "device_events", "what devices and their contexts did", "what", counted)
 
 
 def _family(kind: Families, name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from nearfar.errors import FileError, TokenizerError, UsageError
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
+from nearfar.weights import Weights
 from nearfar_cloud.engine import Engine
 from nearfar_cloud.executors.local import KV, LocalExecutor, kv_dtype
 from nearfar_cloud.gateway.hf_tokenizer import folder_metadata
@@ -34,8 +35,9 @@ class Served:
 
     name: str
     engine: Core
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: upper layers alone, which read no text
     meta: Mapping[str, Any]  # keys as in a GGUF file
+    weights: Weights | None = None  # of a GGUF file
 
     @property
     def n_ctx(self) -> int:
@@ -69,17 +71,19 @@ class Described:
 
     path: Path
     name: str
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     meta: Mapping[str, Any]
+    weights: Weights | None = None
 
     def served_by(self, engine: Core) -> Served:
-        return Served(self.name, engine, self.tokenizer, self.meta)
+        return Served(self.name, engine, self.tokenizer, self.meta, self.weights)
 
 
 def describe(model: str, name: str | None = None, form: Form | None = None) -> Described:
     """`model`, the `form` that it is to have and errors as of `open_served`."""
     path = Path(str(files("nearfar") / "models" / f"{SHIPPED}.gguf")) if model == SHIPPED else Path(model)
     meta: Mapping[str, Any]
+    weights = None
     if path.is_dir():
         if form == "file":
             raise UsageError(
@@ -91,14 +95,14 @@ def describe(model: str, name: str | None = None, form: Form | None = None) -> D
             raise UsageError(f"{path}: {form} is made of folders; a GGUF file is served as it is, as fp32 or bf16")
         # Stays open: a large vocabulary is read from the file's map as it is needed.
         weights = open_gguf(path)
-        if weights.config.role == "upper":
-            raise UsageError(f"{path} is the upper half of a split model, which takes rows and no text: not for HTTP")
         meta = weights.file.metadata
     else:
         expected = f"{SHIPPED!r} (the shipped model), the path of a GGUF file, or a folder from Hugging Face"
         raise FileError(f"{model}: no such file; expected {expected}")
+    reads_text = weights is None or weights.config.role == "full"
     try:
-        return Described(path, name or _name(path), tokenizer_from_metadata(meta), meta)
+        tokenizer = tokenizer_from_metadata(meta) if reads_text else None
+        return Described(path, name or _name(path), tokenizer, meta, weights)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
 

@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, options: str = "--host and --port") -> socket.socket:
     """A listening socket, taken before a model is loaded.  Raises UsageError where it cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -91,7 +91,7 @@ def bind(host: str, port: int) -> socket.socket:
             raise
         return sock
     except OSError as error:
-        raise UsageError(f"{host} port {port}: {error.strerror or error}; --host and --port choose another") from None
+        raise UsageError(f"{host} port {port}: {error.strerror or error}; {options} choose another") from None
 
 
 def is_loopback(sock: socket.socket) -> bool:
@@ -106,6 +106,14 @@ def check_certificate(certificate: Path, private_key: Path) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise FileError(f"{certificate}, {private_key}: no certificate with its key ({error})") from None
+
+
+def check_authority(path: Path) -> None:
+    """Raises FileError for a file without certificates."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: no certificates in PEM ({error})") from None
 
 
 def serve(server: Server, sock: socket.socket) -> int:

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from nearfar_cloud.engine import Engine
 from nearfar_cloud.gateway.refusal import Refusal
@@ -33,6 +33,15 @@ def speed(core: Core) -> float:
     counts = core.counts
     n_engines = 1 if isinstance(core, Engine) else len(core.loads)
     return n_engines * counts.rows / counts.run_s if counts.run_s else 0.0
+
+
+class Reader(Protocol):
+    """What outputs are for; called on the event loop."""
+
+    @property
+    def ended(self) -> bool: ...
+    def put(self, out: Output) -> None: ...
+    def end(self, reason: Refusal) -> None: ...
 
 
 class Mailbox:
@@ -80,7 +89,7 @@ class Service:
     def __init__(self, engine: Core, on_step: Callable[[Core], None] = lambda engine: None) -> None:
         self.engine, self.on_step = engine, on_step
         self.failure: str | None = None  # the type of what stopped the thread, if something did
-        self._mailboxes: dict[int, Mailbox] = {}
+        self._mailboxes: dict[int, Reader] = {}
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -110,12 +119,33 @@ class Service:
 
         Raises what Engine.submit_branches raises, Refusal if the engine has stopped.
         """
-        if self.failure is not None or self._thread is None:
-            raise Refusal(503, "engine_failed", "the engine has stopped: this server has to be started again")
+        self._check()
         seqs = self.engine.submit_branches(req, len(hooks), hooks)
         self._mailboxes |= dict.fromkeys(seqs, mailbox)  # outputs come through the event loop: none can be missed
         self._wake.set()
         return seqs
+
+    @property
+    def outside(self) -> Engine:
+        """Whom to tell about sequences whose positions come from outside; `wake` it then."""
+        assert isinstance(self.engine, Engine)  # a fleet refuses devices at the start
+        return self.engine
+
+    def open(self, req: Request, reader: Reader) -> int:
+        """Begin such a sequence.  Raises what Engine.submit raises, Refusal if the engine has stopped."""
+        self._check()
+        seq = self.outside.submit(req)
+        self._mailboxes[seq] = reader
+        self.wake()
+        return seq
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._wake.set()
+
+    def _check(self) -> None:
+        if self.failure is not None or self._thread is None:
+            raise Refusal(503, "engine_failed", "the engine has stopped: this server has to be started again")
 
     def abort(self, seq: int) -> None:
         """Stop a sequence; its last output still comes."""

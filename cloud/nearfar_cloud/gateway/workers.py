@@ -25,6 +25,7 @@ def open_worker(model: str, form: Form | None, kv: KV, kv_bytes: int, threads: i
     torch.set_num_threads(threads)
     served = open_served(model, form=form, kv=kv, kv_bytes=kv_bytes)
     assert isinstance(served.engine, Engine)
+    assert served.tokenizer is not None  # or `describe` in front would have said so
     return served.engine, Grammars(served.tokenizer).make
 
 

@@ -1,0 +1,84 @@
+"""Whether a device's file and this server's belong together, and how rows travel between them: the answer to a hello.
+
+codecs of the device, in its order ──> the first one for which all needed parts are the same on both sides
+                                       ids: tokenizer and sampler       rows: everything that a row goes through
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from nearfar.errors import UsageError
+from nearfar.weights import Weights
+from nearfar.wire.codec import Codec
+from nearfar.wire.fingerprint import (
+    FOR_IDS,
+    FOR_ROWS,
+    codec_part,
+    compare,
+    declared_parts,
+    model_fp,
+    own_parts,
+    split_of,
+)
+from nearfar.wire.messages import PROTOCOL, ClientHello, CodecId, CodecSpec, Limits, ServerHello
+
+
+class Pairing:
+    """Owns what is known of this server's file.  For the event loop; digests are taken in threads."""
+
+    def __init__(self, weights: Weights, limits: Limits, epoch: int) -> None:
+        self.weights, self.limits, self.epoch = weights, limits, epoch
+        self._parts: dict[int, asyncio.Task[dict[str, bytes]]] = {}  # by the layer where the model is cut
+
+    def prepare(self) -> None:
+        """Begin to read the file, so that no device waits for it."""
+        self._of(self.weights.config.split_layer)
+
+    async def judge(self, hello: ClientHello) -> ServerHello:
+        """Match or not; if not, `why` names the part and both fingerprints."""
+        if PROTOCOL not in hello.proto:
+            return self._no(b"", f"it speaks protocol {list(hello.proto)}, this server {PROTOCOL}")
+        config = self.weights.config
+        at = config.split_layer or split_of(hello.parts, config.n_layers)
+        ours = await asyncio.shield(self._of(at))
+        whys = []
+        for codec in hello.codecs:
+            if not (why := self._why_not(codec, hello.parts, ours)):
+                return ServerHello(True, model_fp(ours), "", codec, self.epoch, self.limits)
+            whys.append(f"{codec.id.name}: {why}")
+        return self._no(model_fp(ours), "; ".join(whys)[:4000] or "it offers no codec")
+
+    def _why_not(self, codec: CodecSpec, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> str:
+        """What keeps the two from using a codec; "": nothing."""
+        is_half = self.weights.config.role == "upper"
+        if codec.id == CodecId.IDS:
+            if is_half:
+                return "this server has the upper layers alone, which take rows"
+            return ", ".join(map(str, compare(theirs, ours, FOR_IDS)))
+        # A whole model has no channels of its own: a device's are as good as any.
+        needed = FOR_ROWS if is_half else [part for part in FOR_ROWS if part != "codec"]
+        if found := compare(theirs, ours, needed):
+            return ", ".join(map(str, found))
+        if "split" not in ours:
+            return "the device does not say where its model is cut"
+        try:
+            Codec.of(codec, self.weights.config.d_model)
+        except UsageError as error:
+            return str(error)
+        if is_half and codec.outliers and codec_part(codec.outliers) != ours["codec"]:
+            return f"outlier channels {list(codec.outliers)} are not those of this model"
+        return ""
+
+    def _no(self, fingerprint: bytes, why: str) -> ServerHello:
+        return ServerHello(False, fingerprint, why, None, self.epoch, self.limits)
+
+    def _of(self, at: int) -> asyncio.Task[dict[str, bytes]]:
+        """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""
+        if at not in self._parts:
+            self._parts[at] = asyncio.create_task(asyncio.to_thread(self._read, at))
+        return self._parts[at]
+
+    def _read(self, at: int) -> dict[str, bytes]:
+        return declared_parts(self.weights.file) | own_parts(self.weights, at)

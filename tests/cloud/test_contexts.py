@@ -1,0 +1,465 @@
+"""What the upper side holds for devices: taken up, replaced, given up; and nothing is left of what is over."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (extra [cloud])")
+pytest.importorskip("grpc", reason="grpcio is not installed (extra [cloud])")
+pytest.importorskip("nearfar_native", reason="the compiled extension is not built")
+
+from nearfar.sampling import Sampling
+from nearfar.wire.messages import (
+    Ask,
+    Close,
+    Code,
+    CodecId,
+    CodecSpec,
+    Credit,
+    Cut,
+    Err,
+    Ids,
+    Mode,
+    Need,
+    Opened,
+    Ping,
+    Pong,
+    Verdict,
+)
+from nearfar.wire.rpc import Refused
+from nearfar_cloud.gateway.endpoint import Budget
+from nearfar_cloud.gateway.limits import Key
+from tests.cloud.collab import EVERYBODY, Line, World, in_world, truth
+from tests.sdk.small_device import BY_IDS, BY_ROWS, PROMPT
+
+TOKENS = truth(BY_IDS)
+
+
+def ids(*more: int) -> Ids:
+    return Ids(0, 0, (*PROMPT, *more))
+
+
+ASK = Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1)
+
+
+@in_world()
+async def test_an_answer_is_asked_told_and_closed(world: World) -> None:
+    connection, line, opened = await world.opened()
+    assert (opened.gen, opened.rows, opened.absorbed, opened.epoch) == (0, 0, 0, world.contexts.epoch)
+    connection.on(ids())
+    connection.on(ASK)
+    verdict = await line.next(Verdict)
+    assert (verdict.req, verdict.pos0, verdict.n_accept, verdict.ids) == (1, len(PROMPT), 0, (TOKENS[0],))
+    connection.on(Ping(7))
+    assert await line.next(Pong) == Pong(7)
+    connection.on(Close())
+    connection.left()
+    await world.quiet()
+
+
+@in_world()
+async def test_a_repeated_ask_is_answered_from_what_was_kept(world: World) -> None:
+    connection, line, _ = await world.opened()
+    connection.on(ids())
+    connection.on(ASK)
+    first = await line.next(Verdict)
+    connection.on(ASK)
+    assert await line.next(Verdict) == first
+    assert (world.contexts.counts.asks, world.contexts.counts.repeated) == (1, 1)
+
+
+@in_world()
+async def test_a_verdict_on_what_was_cut_is_never_told(world: World) -> None:
+    """The same number asks again in the next generation: the first question's answer is not its answer."""
+    connection, line, _ = await world.opened()
+    connection.on(ids(TOKENS[0], 1, 2, 3))
+    connection.on(Ask(1, 0, len(PROMPT) + 3, len(PROMPT) - 1))
+    connection.on(Cut(1, len(PROMPT)))
+    connection.on(Ids(1, len(PROMPT), (TOKENS[0], TOKENS[1])))
+    connection.on(Ask(1, 1, len(PROMPT) + 1, len(PROMPT) - 1))
+    verdict = await line.next(Verdict)
+    assert (verdict.gen, verdict.n_accept, verdict.ids) == (1, 2, (TOKENS[2],))
+    await line.silence()
+
+
+@in_world()
+async def test_asks_of_one_answer_wait_for_each_other(world: World) -> None:
+    connection, line, _ = await world.opened()
+    connection.on(ids(*TOKENS[:3]))
+    for i in range(3):
+        connection.on(Ask(i, 0, len(PROMPT) - 1 + i, len(PROMPT) - 1 + i))
+    assert [(await line.next(Verdict)).ids[0] for _ in range(3)] == TOKENS[:3]
+
+
+@in_world()
+async def test_a_run_tells_each_token_and_the_answer_goes_on_from_there(world: World) -> None:
+    connection, line, _ = await world.opened(mode=Mode.CLOUD_ONLY)
+    connection.on(ids())
+    connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=4))
+    assert [(await line.next(Verdict)).ids[0] for _ in range(4)] == TOKENS[:4]
+    connection.on(Ids(0, len(PROMPT) + 3, (TOKENS[3],)))
+    connection.on(Ask(2, 0, len(PROMPT) + 3, len(PROMPT) + 3, run=2))
+    assert [(await line.next(Verdict)).ids[0] for _ in range(2)] == TOKENS[4:6]
+    connection.on(Close())
+    await world.quiet()
+
+
+@in_world()
+async def test_a_run_ends_with_a_stop_id(world: World) -> None:
+    connection, line, _ = await world.opened(mode=Mode.CLOUD_ONLY, stop_ids=(TOKENS[2],))
+    at = TOKENS.index(TOKENS[2])
+    connection.on(ids())
+    connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=10))
+    assert [(await line.next(Verdict)).ids[0] for _ in range(at + 1)] == TOKENS[: at + 1]
+    await line.silence()
+
+
+# ---------------------------------------------------------------- connections
+
+
+@in_world()
+async def test_with_its_token_a_session_goes_on_and_the_old_connection_ends(world: World) -> None:
+    first, line, opened = await world.opened()
+    first.on(ids())
+    first.on(ASK)
+    await line.next(Verdict)
+    second, other, again = await world.opened(resume_token=opened.resume_token)
+    assert (again.rows, again.absorbed) == (len(PROMPT), len(PROMPT))
+    assert (await line.next(Err)).code == Code.DENIED
+    first.on(Cut(1, 0))  # what still comes of the old connection does not count
+    first.left()
+    second.on(ASK)
+    assert (await other.next(Verdict)).ids == (TOKENS[0],)
+    assert world.contexts.counts.resumed == 1
+    second.on(Close())
+    await world.quiet()
+
+
+@in_world()
+async def test_a_verdict_for_a_device_that_is_away_waits_for_it(world: World) -> None:
+    first, _line, opened = await world.opened()
+    first.on(ids())
+    first.on(ASK)
+    first.left()
+    while not world.engine.counts.generated_tokens or world.engine.has_work:
+        await asyncio.sleep(0.001)
+    second, line, again = await world.opened(resume_token=opened.resume_token)
+    assert again.absorbed == len(PROMPT)
+    second.on(ASK)
+    assert (await line.next(Verdict)).ids == (TOKENS[0],)
+    assert world.contexts.counts.asks == 1
+
+
+@pytest.mark.parametrize("token", [b"", b"x" * 16], ids=["none", "wrong"])
+def test_without_its_token_nothing_of_a_session_is_told(token: bytes) -> None:
+    @in_world()
+    async def check(world: World) -> None:
+        first, line, _ = await world.opened()
+        first.on(ids())
+        _second, _other, again = await world.opened(resume_token=token)
+        assert (again.gen, again.rows) == (0, 0)
+        assert (await line.next(Err)).code == Code.DENIED
+        assert (world.contexts.counts.replaced, len(world.contexts)) == (1, 1)
+
+    check()
+
+
+@in_world()
+async def test_the_same_session_of_another_key_is_another_session(world: World) -> None:
+    first, line, opened = await world.opened(key=Key("alice"))
+    first.on(ids())
+    _second, _other, again = await world.opened(key=Key("bob"), resume_token=opened.resume_token)
+    assert again.rows == 0
+    assert again.resume_token != opened.resume_token
+    await line.silence()
+    assert len(world.contexts) == 2
+
+
+@in_world()
+async def test_settings_that_changed_end_the_session(world: World) -> None:
+    first, _, opened = await world.opened()
+    first.on(ids())
+    first.left()
+    _connection, line = world.connect(resume_token=opened.resume_token, sampling=Sampling(temperature=0.5))
+    assert (await line.next(Err)).code == Code.MISMATCH
+    await world.quiet()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"row_layer": 2}, "ids at layer 0"),
+        ({"codec": BY_ROWS, "row_layer": 0}, "rows above it"),
+        ({"codec": BY_ROWS, "row_layer": 4}, "expected 1..3"),
+        ({"codec": BY_ROWS, "mode": Mode.CLOUD_ONLY}, "CLOUD_ONLY"),
+        ({"codec": BY_ROWS, "sampling": Sampling(repetition_penalty=1.5)}, "repetition penalty"),
+        ({"codec": CodecSpec(CodecId.INT8_OS, outliers=(256,))}, "outlier channels"),
+        ({"version": 99}, "sampler version"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(fields: dict[str, Any], message: str) -> None:
+    @in_world()
+    async def check(world: World) -> None:
+        rest = dict(fields)
+        opening = replace(world.opening(codec=rest.pop("codec", BY_IDS)), **rest)
+        with pytest.raises(Refused, match=message) as refused:
+            world.contexts.open(EVERYBODY, opening, Line().stream)
+        assert (refused.value.err.code, refused.value.err.retryable) == (Code.MISMATCH, False)
+        await world.quiet()
+
+    check()
+
+
+# ---------------------------------------------------------------- time
+
+
+@in_world()
+async def test_a_device_that_does_not_come_back_is_forgotten(world: World) -> None:
+    connection, _, opened = await world.opened()
+    connection.on(ids())
+    connection.left()
+    world.now += 59
+    world.contexts.sweep()
+    assert len(world.contexts) == 1
+    world.now += 2
+    world.contexts.sweep()
+    await world.quiet()
+    assert world.contexts.counts.expired == 1
+    _, _, again = await world.opened(resume_token=opened.resume_token)
+    assert again.rows == 0
+
+
+@in_world()
+async def test_a_device_that_falls_silent_is_let_go(world: World) -> None:
+    loud, line, _ = await world.opened("loud")
+    silent, other, _ = await world.opened("silent")
+    loud.on(ids())
+    silent.on(ids())
+    for i in range(7):
+        world.now += 10
+        loud.on(Ping(i))
+        world.contexts.sweep()
+    err = await other.next(Err)
+    assert (err.code, err.retryable) == (Code.QUOTA, True)
+    assert [c.machine.opening.session[:4] for c in world.contexts] == [b"loud"]
+    assert len(line.heard) == 7
+    loud.on(Close())
+    await world.quiet()
+
+
+@in_world()
+async def test_the_next_turn_of_a_chat_finds_what_was_kept(world: World) -> None:
+    connection, _, opened = await world.opened()
+    connection.on(ids(*TOKENS[:2]))
+    connection.on(Ask(1, 0, len(PROMPT) + 1, len(PROMPT) + 1, run=8))  # nobody waits for it any more
+    connection.on(Close(keep_s=120))
+    connection.left()
+    world.now += 100
+    world.contexts.sweep()
+    second, line, again = await world.opened(resume_token=opened.resume_token)
+    assert again.rows >= len(PROMPT) + 2
+    second.on(Cut(1, len(PROMPT) + 2))
+    second.on(Ask(2, 1, len(PROMPT) + 1, len(PROMPT) + 1))
+    assert (await line.next(Verdict)).ids == (TOKENS[2],)
+    second.on(Close(keep_s=10_000))
+    world.now += 601
+    world.contexts.sweep()
+    await world.quiet()
+
+
+# ---------------------------------------------------------------- memory
+
+
+@in_world(budget=Budget(max_bytes=4 * 40))
+async def test_the_oldest_idle_answer_makes_room_and_needs_its_rows_again(world: World) -> None:
+    old, line, _ = await world.opened("old")
+    old.on(Ids(0, 0, tuple(PROMPT * 4)))
+    world.now += 2
+    young, other, _ = await world.opened("young")
+    young.on(Ids(0, 0, tuple(PROMPT * 4)))
+    world.now += 2
+    third, more, _ = await world.opened("third")
+    third.on(ids())
+    third.on(ASK)
+    assert (await more.next(Verdict)).ids == (TOKENS[0],)
+    assert world.contexts.counts.evicted == 1
+    assert world.contexts.total.n_bytes == 4 * 25
+    old.on(Ask(1, 0, 4, 4))
+    assert await line.next(Need) == Need(0, 0, "gap")
+    third.on(Close())
+    old.on(ids())
+    old.on(ASK)
+    assert (await line.next(Verdict)).ids == (TOKENS[0],)
+    await other.silence()
+    for connection in (old, young):
+        connection.on(Close())
+    await world.quiet()
+
+
+@in_world(budget=Budget(max_bytes=4 * 40))
+async def test_while_everybody_is_busy_rows_have_to_wait(world: World) -> None:
+    """No error, and nobody else is disturbed: the device pauses, and what was dropped is wanted again."""
+    first, _, _ = await world.opened("first")
+    first.on(Ids(0, 0, tuple(PROMPT * 7)))
+    second, line, _ = await world.opened("second")
+    second.on(ids())
+    second.on(Ids(0, 5, (1, 2, 3)))
+    credit = await line.next(Credit)
+    assert (credit.n_bytes, credit.retry_after_ms) == (0, 500)
+    second.on(Ids(0, 8, (4,)))
+    assert await line.next(Need) == Need(0, 5, "gap")
+    first.on(Close())
+    second.on(Ids(0, 5, (1, 2, 3, 4)))
+    assert world.contexts.total.n_positions == 9
+
+
+@in_world(budget=Budget(max_bytes=4 * 40))
+async def test_rows_that_were_cut_count_until_the_engine_has_dropped_them(world: World) -> None:
+    connection, line, _ = await world.opened()
+    connection.on(Ids(0, 0, tuple(PROMPT * 7)))
+    connection.on(Cut(1, 0))
+    assert world.contexts.total.n_bytes == 4 * 35
+    connection.on(Ids(1, 0, tuple(PROMPT * 7)))
+    await line.next(Credit)
+    world.contexts.sweep()
+    connection.on(Ids(1, 0, tuple(PROMPT * 7)))
+    assert world.contexts.total.n_bytes == 4 * 35
+    connection.on(Close())
+    await world.quiet()
+
+
+@in_world(budget=Budget(max_sessions=2))
+async def test_sessions_of_devices_that_are_away_make_room_for_others(world: World) -> None:
+    away, _, _ = await world.opened("away")
+    away.on(ids())
+    away.left()
+    await world.opened("here")
+    await world.opened("new")
+    assert {c.machine.opening.session[:4] for c in world.contexts} == {b"here", b"new."}
+    with pytest.raises(Refused) as refused:
+        world.connect("third")
+    assert (refused.value.err.code, refused.value.err.retryable) == (Code.OVERLOADED, True)
+
+
+@in_world()
+async def test_a_key_has_its_own_bounds_and_others_do_not_feel_them(world: World) -> None:
+    key = Key("alice", sessions=2, session_positions=10, session_bytes=100)
+    first, _, _ = await world.opened("1", key=key)
+    second, line, _ = await world.opened("2", key=key)
+    with pytest.raises(Refused) as refused:
+        world.connect("3", key=key)
+    assert refused.value.err.code == Code.QUOTA
+    other, words, _ = await world.opened("3", key=Key("bob"))
+    first.on(ids())
+    second.on(ids())
+    with pytest.raises(Refused) as refused:
+        second.on(Ids(0, 5, (1,)))
+    assert (refused.value.err.code, refused.value.err.retryable) == (Code.QUOTA, True)
+    world.now += 2
+    second.on(Ids(0, 5, (1,)))  # the first one is idle by now
+    assert world.contexts.of["alice"].n_positions == 6
+    with pytest.raises(Refused, match="10 positions"):
+        second.on(Ids(0, 6, tuple(range(5))))
+    other.on(ids())
+    other.on(ASK)
+    assert (await words.next(Verdict)).ids == (TOKENS[0],)
+    await line.silence()
+
+
+@in_world()
+async def test_positions_count_as_tokens_of_the_key(world: World) -> None:
+    key = Key("alice", tokens_per_minute=10, requests_per_minute=2)
+    connection, line, _ = await world.opened(key=key)
+    connection.on(ids(*TOKENS[:8]))
+    connection.on(Ask(1, 0, len(PROMPT) + 7, len(PROMPT) - 1))
+    assert (await line.next(Verdict)).n_accept == 8  # 14 tokens: four more than there were
+    with pytest.raises(Refused) as refused:
+        connection.on(Ask(2, 0, len(PROMPT) + 7, len(PROMPT) + 7))
+    assert refused.value.err.code == Code.QUOTA
+    assert refused.value.err.retry_after_ms == 30_000
+    world.now += 31
+    connection.on(Ask(2, 0, len(PROMPT) + 7, len(PROMPT) + 7))
+    assert (await line.next(Verdict)).ids == (TOKENS[8],)
+    world.now += 60
+    await world.opened("2", key=key)
+    await world.opened("3", key=key)
+    with pytest.raises(Refused, match="2 requests a minute"):
+        world.connect("4", key=key)
+
+
+@in_world()
+async def test_more_positions_than_the_context_end_that_answer_alone(world: World) -> None:
+    connection, line, _ = await world.opened("long")
+    other, words, _ = await world.opened("short")
+    for i in range(5):
+        connection.on(Ids(0, 100 * i, (1,) * 100))
+    connection.on(Ids(0, 500, (1,) * 13))
+    assert (await line.next(Err)).code == Code.QUOTA
+    other.on(ids())
+    other.on(ASK)
+    assert (await words.next(Verdict)).ids == (TOKENS[0],)
+    other.on(Close())
+    await world.quiet()
+
+
+# ---------------------------------------------------------------- faults
+
+
+@in_world()
+async def test_a_sequence_that_fails_is_tried_again_and_not_for_ever(world: World) -> None:
+    run, failing = world.engine.executor.run, True
+
+    def faulty(batch: object) -> object:
+        if failing:
+            raise RuntimeError("a fault of the machine")
+        return run(batch)  # type: ignore[arg-type]
+
+    world.engine.executor.run = faulty  # type: ignore[assignment,method-assign]
+    token = b""
+    for attempt in range(4):
+        connection, line, opened = await world.opened(resume_token=token)
+        token = opened.resume_token
+        assert opened.rows == 0
+        failing = attempt == 0
+        connection.on(ids())
+        connection.on(ASK)
+        if not failing:
+            assert (await line.next(Verdict)).ids == (TOKENS[0],)
+            connection.on(Close())
+            break
+        err = await line.next(Err)
+        assert (err.code, err.retryable) == (Code.INTERNAL, True)
+        connection.left()
+    failing = True
+    for left in (True, True, False):
+        connection, line, opened = await world.opened("other", resume_token=token)
+        token = opened.resume_token
+        connection.on(ids())
+        connection.on(ASK)
+        assert (await line.next(Err)).retryable is left
+        connection.left()
+    await world.quiet()
+
+
+@in_world()
+async def test_a_server_that_stops_tells_everybody_and_keeps_nothing(world: World) -> None:
+    connection, line, _ = await world.opened()
+    connection.on(ids())
+    world.contexts.is_draining = True
+    with pytest.raises(Refused) as refused:
+        world.connect("new")
+    assert (refused.value.err.code, refused.value.err.retryable) == (Code.OVERLOADED, True)
+    connection.on(ASK)
+    assert (await line.next(Verdict)).ids == (TOKENS[0],)
+    world.contexts.close()
+    assert (await line.next(Err)).retryable
+    await world.quiet()
+
+
+def test_another_process_has_another_epoch() -> None:
+    assert len({World().contexts.epoch for _ in range(3)}) == 3
+    assert isinstance(Opened(0, 0, 0, 1), Opened)

@@ -40,10 +40,10 @@ TASKS = ("A", "B", "C")
 class Server:
     """A worker process, asked in lines."""
 
-    def __init__(self, peer: str, folder: Path, threads: int, envs: Path) -> None:
+    def __init__(self, peer: str, folder: Path, threads: int, envs: Path, worker: Path = WORKER) -> None:
         name, _, form = peer.partition(":")
         python = envs / name / "bin" / "python"
-        command = [str(python) if python.is_file() else sys.executable, str(WORKER), name, str(folder), form]
+        command = [str(python) if python.is_file() else sys.executable, str(worker), name, str(folder), form]
         env = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -62,13 +62,17 @@ class Server:
         )
         self.facts = self._answer()
 
-    def ask(self, prompts: list[list[int]], new: int) -> tuple[float, float]:
+    def batch(self, prompts: list[list[int]], new: int) -> tuple[float, float]:
         """(wall, CPU) seconds of one batch."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
-        self.process.stdin.flush()
-        found = self._answer()
+        found = self.ask({"prompts": prompts, "new": new})
         return found["wall"], found["cpu"]
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one line.  RuntimeError: the worker has ended."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -94,12 +98,12 @@ def measure(server: Server, task: str, seed: int, n_vocab: int) -> tuple[float, 
     """Tokens a second of the wall clock, and of CPU time."""
     rng = random.Random(seed)
     if task == "A":
-        times = server.ask(prompts(rng, 32, 128, n_vocab), 128)
+        times = server.batch(prompts(rng, 32, 128, n_vocab), 128)
         return 4096 / times[0], 4096 / times[1]
     if task == "B":
-        short, long = (server.ask(prompts(rng, 1, 128, n_vocab), n) for n in (1, 65))
+        short, long = (server.batch(prompts(rng, 1, 128, n_vocab), n) for n in (1, 65))
         return tuple(64 / max(b - a, 1e-9) for a, b in zip(short, long, strict=True))  # type: ignore[return-value]
-    times = server.ask(prompts(rng, 4, 1024, n_vocab), 1)
+    times = server.batch(prompts(rng, 4, 1024, n_vocab), 1)
     return 4096 / times[0], 4096 / times[1]
 
 

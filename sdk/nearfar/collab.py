@@ -37,6 +37,7 @@ from nearfar.wire.messages import Close, Code, CodecId, CodecSpec, Err, Mode, Ne
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
+MIN_RUN = 8
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
 Then = Literal["wait", "finish"]
@@ -120,6 +121,9 @@ class Shared(Sequence):
     is_gone: bool = False  # it was lost, or could not be had: not only on its way
     opening: Open | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
+    run: int = MIN_RUN  # tokens that the other side makes by itself, when drafts do not pay
+    run_req: int = 0  # the ask for it
+    tried: bool = True  # drafts have been tried since the last run
     reminded: float = 0.0  # when the user and the upper side last heard of a wait
     told_at: float = 0.0
 
@@ -274,7 +278,9 @@ class Collaboration:
         mode = self.how.mode
         if mode == Mode.CLOUD_ONLY or s.ended or s.candidate or len(s.ids) >= self.engine.max_len:
             return False
-        return mode == Mode.LOSSY or self._is_alone(s) or s.ledger.n_provisional < self.how.in_flight * self._window(s)
+        if mode == Mode.LOSSY or self._is_alone(s):
+            return True
+        return s.run_req not in s.ledger.open and s.ledger.n_provisional < self.how.in_flight * self._window(s)
 
     def _window(self, s: Shared) -> int:
         return self.how.window or self.pace.window(MAX_WINDOW)
@@ -337,9 +343,25 @@ class Collaboration:
         if self.how.mode == Mode.LOSSY:
             return s.candidate is not None and not ledger.open
         n = self._n_askable(s) - ledger.asked
-        if n <= 0 or len(ledger.open) >= self.how.in_flight:
+        if n <= 0 or len(ledger.open) >= self.how.in_flight or s.run_req in ledger.open:
             return False
+        if self._run_of(s) > 1:
+            return True
         return s.unsure or s.ended or n >= self._window(s) or not self._wants_draft(s)
+
+    def _run_of(self, s: Shared) -> int:
+        """Tokens that the other side should make by itself: 1, where drafts pay.
+
+        With ids it can; between two runs drafts are tried again, and runs that go on paying get longer.
+        """
+        assert s.link is not None
+        if self.how.mode == Mode.CLOUD_ONLY:
+            return s.link.max_run
+        ready = self.how.by_ids and self.how.mode == Mode.LOSSLESS and self.how.window is None
+        if not ready or not s.tried or s.ledger.n_provisional or s.ledger.open:
+            return 1
+        run = min(s.run, s.link.max_run)
+        return run if self.pace.prefers_runs(run) else 1
 
     def _n_askable(self, s: Shared) -> int:
         """Rows that an ask could take along: those that the device has run; of ids also the newest draft."""
@@ -351,9 +373,11 @@ class Collaboration:
             self.engine.catch_up(s, self.stages, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
             s.shares.device_s += time.perf_counter() - started
         assert s.link is not None
-        run = s.link.max_run if self.how.mode == Mode.CLOUD_ONLY else 1
+        run = self._run_of(s)
         ms = int(1000 * s.link.deadline_s())
-        s.unsure = False
+        s.unsure, s.tried = False, run == 1
+        if run > 1:
+            s.run_req, s.run = s.ledger.next_req, 2 * s.run
         s.asked_at[s.ledger.next_req] = time.perf_counter()
         self._do(s, s.ledger.make_ask(upto=self._n_askable(s) - 1, run=run, deadline_ms=ms))
 
@@ -378,8 +402,11 @@ class Collaboration:
         refused_before = s.ledger.counts.retracted
         self._do(s, s.ledger.on_verdict(v))
         s.shares.upper_s += v.upper_us / 1e6
+        if v.n_accept:
+            s.run = MIN_RUN
         if (asked := s.asked_at.pop(v.req, None)) is not None:
-            self.pace.replied(time.perf_counter() - asked, v.n_accept, s.ledger.counts.retracted - refused_before)
+            n_refused = s.ledger.counts.retracted - refused_before
+            self.pace.replied(time.perf_counter() - asked, v.upper_us / 1e6, v.n_accept, n_refused)
 
     def _on_opened(self, s: Shared, opened: Opened) -> None:
         assert s.opening is not None

@@ -10,19 +10,20 @@ the fingerprints of all parts (wire/fingerprint.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.config import SPLIT_VERSION, ExitConfig, Role
-from nearfar.errors import FileError, UsageError
-from nearfar.gguf_reader import ValueType
+from nearfar.errors import FileError, MismatchError, UsageError
+from nearfar.gguf_reader import GGUFFile, ValueType
 from nearfar.gguf_writer import GGUFWriter, write_together
 from nearfar.weights import Weights, device_names, upper_names
-from nearfar.wire.fingerprint import codec_part, exit_parts, model_fp, own_parts
+from nearfar.wire.fingerprint import FOR_ROWS, codec_part, compare, exit_parts, model_fp, own_parts, parts
 
 # Keys of the whole model that are written anew or not at all; those that only a reader of text or an exit needs.
 _ANEW = re.compile(
@@ -52,7 +53,7 @@ def split(
     travel beside the codes; `golden`: the self-test (wire/golden.py).  Raises UsageError, FileError.
     """
     exits = exits_below(whole, k, make_exit=make_exit)
-    parts = own_parts(whole, k) | exit_parts(exits) | {"codec": codec_part(outliers)}
+    made_of = own_parts(whole, k) | exit_parts(exits) | {"codec": codec_part(outliers)}
     names = {"device": device_names(whole.file.tensors, k), "upper": upper_names(whole.file.tensors, k)}
     names["device"] += [n for e in exits if whole.has(n := f"exit.{e.layer}.norm.weight")]
     writers: dict[Role, GGUFWriter] = {
@@ -67,16 +68,16 @@ def split(
         writer.add("nearfar.split_layer", k)
         writer.add("nearfar.row_layer", k)
         writer.add("nearfar.codec.outlier_channels", list(outliers), ValueType.U32)
-        writer.add("nearfar.fingerprint", model_fp(parts).hex())
-        writer.add("nearfar.parts", [f"{name} {part.hex()}" for name, part in parts.items()])
+        writer.add("nearfar.fingerprint", model_fp(made_of).hex())
+        writer.add("nearfar.parts", [f"{name} {part.hex()}" for name, part in made_of.items()])
         for name in names[role]:
             info = whole.file.tensors[name]
-            writer.add_tensor(name, whole.file.raw(name), info.type, info.shape)
+            writer.add_made(name, partial(_bytes, whole.file, name), info.type, info.shape)
     if golden:
         writers["device"].add("nearfar.golden", golden)
     _make_folder(folder)
     write_together(list(writers.values()))
-    return Halves(writers["device"].path, writers["upper"].path, model_fp(parts))
+    return Halves(writers["device"].path, writers["upper"].path, model_fp(made_of))
 
 
 def exits_below(whole: Weights, k: int, *, make_exit: bool = False) -> Gains:
@@ -97,6 +98,29 @@ def exits_below(whole: Weights, k: int, *, make_exit: bool = False) -> Gains:
     return exits
 
 
+def check_pair(device: Weights, upper: Weights, needed: Collection[str] = FOR_ROWS) -> None:
+    """Whether the two belong together; the upper one may be a whole model.
+
+    Raises MismatchError with the parts that differ, UsageError for files of other roles.
+    """
+    roles = device.config.role, upper.config.role
+    if roles not in (("device", "upper"), ("device", "full")):
+        raise UsageError(
+            f"{device.file.path} ({roles[0]}) below {upper.file.path} ({roles[1]}): expected a device half, and its "
+            "upper half or the whole model"
+        )
+    if roles[1] == "upper":
+        ours = parts(upper)
+    else:  # it takes the channels that the device names
+        ours = own_parts(upper, device.config.split_layer if "split" in needed else 0)
+        del ours["codec"]
+    if found := compare(parts(device), ours, needed):
+        raise MismatchError(
+            f"{device.file.path} (theirs) does not belong to {upper.file.path} (ours): they differ in "
+            f"{', '.join(map(str, found))}; take the half that was split off together with it"
+        )
+
+
 def _add_keys(writer: GGUFWriter, whole: Weights, role: Role, exits: Gains) -> None:
     """The keys of the whole model that concern this half, and its exits."""
     dropped = [f"nearfar.exit.{e.layer}." for e in whole.config.exits if e not in exits]
@@ -112,6 +136,12 @@ def _add_keys(writer: GGUFWriter, whole: Weights, role: Role, exits: Gains) -> N
         writer.add(f"nearfar.exit.{e.layer}.head", "tied")
         writer.add(f"nearfar.exit.{e.layer}.norm", exits[e])
         writer.add(f"nearfar.exit.{e.layer}.tau", e.tau)
+
+
+def _bytes(file: GGUFFile, name: str) -> NDArray[np.uint8]:
+    """A tensor as it is, without those before it in memory."""
+    file.release_pages()
+    return file.raw(name)
 
 
 def _make_folder(folder: Path) -> None:

@@ -25,12 +25,14 @@ class Pace:
     accepted: float = 0.7  # share of the drafts that hold
     draft_s: float = 0.005  # one draft
     reply_s: float = 0.05  # from an ask to its verdict
+    pass_s: float = 0.0  # what the other side takes for it by itself; 0: not known yet
 
     def drafted(self, seconds: float) -> None:
         self.draft_s += _NEW * (seconds - self.draft_s)
 
-    def replied(self, seconds: float, n_accept: int, n_refused: int) -> None:
+    def replied(self, seconds: float, pass_s: float, n_accept: int, n_refused: int) -> None:
         self.reply_s += _NEW * (seconds - self.reply_s)
+        self.pass_s += _NEW * (pass_s - self.pass_s) if self.pass_s else pass_s
         for _ in range(n_accept):
             self.accepted += _NEW * (1 - self.accepted)
         if n_refused:
@@ -43,7 +45,13 @@ class Pace:
         round then costs what is left of the reply.
         """
 
-        def rate(n: int) -> float:
-            return expected_tokens(self.accepted, n) / (n * self.draft_s + max(0.0, self.reply_s - n * self.draft_s))
+        return max(range(1, most + 1), key=lambda n: (self.rate(n), -n))
 
-        return max(range(1, most + 1), key=lambda n: (rate(n), -n))
+    def rate(self, n: int) -> float:
+        """Tokens a second with `n` drafts ahead."""
+        return expected_tokens(self.accepted, n) / max(n * self.draft_s, self.reply_s)
+
+    def prefers_runs(self, run: int, most: int = MAX_WINDOW) -> bool:
+        """Whether the other side is faster by itself: one reply, then a pass for each of `run` tokens."""
+        alone = run / (self.reply_s + (run - 1) * self.pass_s)
+        return self.pass_s > 0 and alone > self.rate(self.window(most))

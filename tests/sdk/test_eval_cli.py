@@ -7,16 +7,24 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nearfar.cli.main import main
-from nearfar.eval.cli import TASKS
+from nearfar.eval.cli import TASKS, held_out
+from nearfar.eval.exits import answers_at_full_depth, engine_of
 from nearfar.eval.intervals import Interval
+from nearfar.eval.pair import open_pair
 from nearfar.eval.report import Section, as_json, as_text, shown
-from nearfar.eval.tasks import Figure
-from nearfar.forms import ROWS_VERSION
+from nearfar.eval.tasks import Figure, answer
+from nearfar.forms import ROWS_VERSION, encode
+from nearfar.halves import Halves, check_pair, split
+from nearfar.llm import LLM
+from nearfar.lower import open_lower
 from nearfar.splits import split_residue
 from nearfar.weights import Weights
+from nearfar.wire.codec import Codec
+from nearfar.wire.messages import CodecId, CodecSpec
 from tests.master_file import write_master_file
 from tests.tiny import write_tiny
 
@@ -57,9 +65,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call = {"service": "Rides_1", "method": "Find", "args": {"to": "Rome"}}
     turns = [{"s": "u", "t": "to Rome"}, {"s": "a", "t": "done", "calls": [call]}]
     dialogue = json.dumps({"id": "1", "services": ["Rides_1"], "turns": turns})
-    for split in ("train", "dev"):
-        (folder / "dialogue" / f"sgd_{split}_schema.json").write_text(schema)
-        (folder / "dialogue" / f"sgd_{split}.jsonl.xz").write_bytes(lzma.compress(dialogue.encode()))
+    for side in ("train", "dev"):
+        (folder / "dialogue" / f"sgd_{side}_schema.json").write_text(schema)
+        (folder / "dialogue" / f"sgd_{side}.jsonl.xz").write_bytes(lzma.compress(dialogue.encode()))
     return folder
 
 
@@ -175,6 +183,90 @@ def test_calibrate_writes_a_copy_whose_exits_fire_or_do_not(
     assert facts["exits"]["exit.1"]["tau"] == pytest.approx(exit_.tau, abs=1e-6)
     assert exit_.isotonic_x
     assert facts["tested"][0]["tau"] == [pytest.approx(0.999)]
+
+
+@pytest.fixture(scope="module")
+def halves(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Halves:
+    with Weights.open(model) as whole:
+        return split(whole, 1, tmp_path_factory.mktemp("halves"), outliers=(3,))
+
+
+@pytest.mark.parametrize("codec", ["fp16", "int8_os", "int4_os", "ids"])
+def test_a_device_half_is_calibrated_against_what_decides_above_it(
+    codec: str, capsys: pytest.CaptureFixture[str], model: Path, halves: Halves, data: Path, tmp_path: Path
+) -> None:
+    """Its exit must come to agree with the pair, codec included, or with the whole model where ids travel."""
+    out_file = tmp_path / "out.gguf"
+    args = ("--data", data, "--limit", "14", "--delta", "0.5", "--backend", "numpy", "--json")
+    above = ("--upper", model if codec == "ids" else halves.upper, "--codec", codec)
+    code, out, err = run(capsys, "calibrate", halves.device, *above, *args, "-o", out_file)
+    assert code == 0, err
+    with Weights.open(out_file) as weights:
+        assert weights.config.role == "device"
+        assert weights.config.exits[0].isotonic_x
+        assert weights.file.metadata["nearfar.calibration.oracle"] == codec
+        assert json.loads(out)["exits"]["exit.1"]["tau"] == pytest.approx(weights.config.exits[0].tau, abs=1e-6)
+        with Weights.open(halves.upper) as upper:
+            check_pair(weights, upper)  # a calibrated device half still belongs to its upper half
+
+
+def test_ids_are_calibrated_against_the_whole_model_and_its_own_lower_layers(model: Path, data: Path) -> None:
+    """The device half is another model here: its rows must not decide."""
+    other = write_tiny(data / "other.gguf", tau=0.2, seed=9, n_ctx=160, extra={"nearfar.rows": ROWS_VERSION}, **SMALL)
+    with Weights.open(other) as whole:
+        two = split(whole, 1, data / "other")
+    task = held_out(data, None)[0]
+    with LLM.open(two.device, backend="numpy") as llm, LLM.open(model, backend="numpy") as oracle:
+        pair = open_pair(llm, two.device, model, CodecId.IDS, backend="numpy")
+        found = [t for _, t in answers_at_full_depth(pair.oracle, [task], 5, pair.heads)]
+        for row, t in zip(task.first(5).rows, found, strict=True):
+            assert t.tokens.tolist() == answer(oracle, task, row, constrained=False).ids
+            lower, prompt = engine_of(llm).lower, encode(task.prompt(row), llm.tokenizer)
+            h = lower.forward(lower.embed(np.array([*prompt, *t.tokens[:-1]], np.int32)), lower.new_kv(160), 0, 1)
+            np.testing.assert_array_equal(t.rows[1], h[len(prompt) - 1 :])
+
+
+def test_rows_are_calibrated_against_the_pair_and_what_the_codec_leaves(halves: Halves, data: Path) -> None:
+    task = held_out(data, None)[0]
+    with LLM.open(halves.device, backend="numpy") as llm:
+        pair = open_pair(llm, halves.device, halves.upper, CodecId.INT4_OS, backend="numpy")
+        found = [t for _, t in answers_at_full_depth(pair.oracle, [task], 5, pair.heads)]
+        below = engine_of(llm).lower
+    above = open_lower(Weights.open(halves.upper), "numpy")
+    codec = Codec.of(CodecSpec(CodecId.INT4_OS, outliers=(3,)), 32)
+    for row, t in zip(task.first(5).rows, found, strict=True):
+        ids = np.array([*encode(task.prompt(row), llm.tokenizer), *t.tokens[:-1]], np.int32)
+        h = codec.round_trip(below.forward(below.embed(ids), below.new_kv(160), 0, 1))
+        rows = above.forward(h, above.new_kv(160), 1, 2)[t.n_prompt - 1 :]
+        assert t.tokens.tolist() == above.logits(rows).argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("device", "above", "code", "said"),
+    [
+        ("device", [], 2, "is a device half, whose upper layers decide: expected --upper"),
+        ("whole", ["--upper", "upper"], 2, "is a whole model: no --upper"),
+        ("device", ["--upper", "device"], 2, "expected a device half, and its upper half"),
+        ("device", ["--upper", "upper", "--codec", "ids"], 2, "which takes no ids"),
+        ("device", ["--upper", "other"], 11, "they differ in device (theirs"),
+    ],
+)
+def test_halves_that_do_not_fit_are_not_calibrated(
+    device: str,
+    above: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    model: Path,
+    halves: Halves,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    other = write_tiny(tmp_path / "other.gguf", seed=9, n_ctx=160, extra={"nearfar.rows": ROWS_VERSION}, **SMALL)
+    files = {"device": halves.device, "upper": halves.upper, "whole": model, "other": other}
+    args = [str(files.get(a, a)) for a in above]
+    found, _, err = run(capsys, "calibrate", files[device], *args, "--data", data, "-o", tmp_path / "o.gguf")
+    assert (found, said in err) == (code, True), err
 
 
 def test_pack_with_data_calibrates_the_packed_file_within_the_budget(

@@ -275,12 +275,13 @@ def tensors_id(file: GGUFFile) -> str:
     return digest.hexdigest()
 
 
-def write_calibrated(file: GGUFFile, out: Path, c: Calibration, mix: Mapping[str, int]) -> Path:
+def write_calibrated(file: GGUFFile, out: Path, c: Calibration, mix: Mapping[str, int], oracle: str = "") -> Path:
     """A copy of `file` with the exits' new keys; every other key and all tensors as they were.
 
-    `mix`: answers per data set, so that a reader knows for which answers the promise is made.  Raises FileError.
+    `mix`: answers per data set, so that a reader knows for which answers the promise is made.  `oracle`: how a device
+    half speaks to the layers above it, whose tokens counted ("int8_os", "ids").  Raises FileError.
     """
-    keys = _keys(c, mix, tensors_id(file))
+    keys = _keys(c, mix, tensors_id(file)) | ({"nearfar.calibration.oracle": oracle} if oracle else {})
     writer = GGUFWriter(out)
     for key in file.metadata:
         if key not in keys and key != "general.alignment":  # the writer has one alignment, the default

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nearfar.arguments import real, whole
 from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model
 from nearfar.errors import MissingDataError, MissingExtraError, NearfarError, UsageError
+from nearfar.wire.messages import CodecId
 
 if TYPE_CHECKING:
     from nearfar.eval.calibrate import Calibration
+    from nearfar.eval.pair import Pair
     from nearfar.eval.report import Section
     from nearfar.eval.tasks import Prediction, Task
     from nearfar.llm import LLM
@@ -94,11 +96,20 @@ def _add_calibrate(verbs: Verbs) -> None:
         "choose exit thresholds that keep a promise, and write them into a copy of the file",
         "nearfar calibrate nano.gguf --data data/ -o nano-calibrated.gguf",
         "nearfar calibrate nano.gguf --data data/ --rows requests.jsonl --delta 0.05 -o loose.gguf",
+        "nearfar calibrate nano-device.gguf --upper nano-upper.gguf --data data/ -o device.gguf",
         detail="The answers come from held-out training rows; for answers like those, with 95 % confidence, at most "
-        "a share DELTA of the tokens leaves early and differs from full depth.",
+        "a share DELTA of the tokens leaves early and differs from full depth. Full depth of a device half is the "
+        "whole of what --upper names and itself, with what the codec does to the rows between them.",
     )
     parser.add_argument("model", help="nano, or the path of a GGUF file with exits")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the calibrated copy")
+    parser.add_argument("--upper", metavar="FILE", help="of a device half: its upper half, or the whole model")
+    parser.add_argument(
+        "--codec",
+        choices=[codec.name.lower() for codec in CodecId],
+        default="int8_os",
+        help="how the device half speaks to the layers above (default %(default)s; ids: --upper is a whole model)",
+    )
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
     parser.add_argument("--rows", metavar="FILE", help='more prompts, JSON lines {"prompt": [[text, is_control], …]}')
     parser.add_argument(
@@ -365,8 +376,11 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if out.exists() and out.samefile(source):
         raise UsageError(f"{out}: expected another name than the model's; the thresholds go into a copy")
     with open_model(args, args.model) as llm:
+        pair = _pair(llm, source, args)
         tasks = held_out(data_folder(args.data), args.rows)
-        result, mix = calibrate_copy(llm, source, out, tasks, limit=args.limit, delta=args.delta)
+        result, mix = calibrate_copy(
+            llm, source, out, tasks, limit=args.limit, delta=args.delta, pair=pair, oracle=args.codec if pair else ""
+        )
     picture = Path(args.plot) if args.plot else out.with_suffix(".reliability.png")
     drawn = cal.plot(result, picture)
     if args.plot and not drawn:
@@ -380,25 +394,52 @@ def run_calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pair(llm: LLM, source: Path, args: argparse.Namespace) -> Pair | None:
+    """What a device half is calibrated against; None for a whole model."""
+    from nearfar.eval.pair import open_pair
+    from nearfar.options import EngineOptions
+
+    is_half = llm.config is not None and llm.config.role == "device"
+    if is_half != bool(args.upper):
+        what = "a device half, whose upper layers decide: expected --upper" if is_half else "a whole model: no --upper"
+        raise UsageError(f"{source} is {what}")
+    if not args.upper:
+        return None
+    options = EngineOptions(threads=args.threads, lut=args.lut, cache=args.cache, head=args.head)
+    codec = CodecId[args.codec.upper()]
+    return open_pair(llm, source, model_path(args.upper), codec, backend=args.backend, options=options)
+
+
 def calibrate_copy(
-    llm: LLM, source: Path, out: Path, tasks: Sequence[Task], *, limit: int, delta: float
+    llm: LLM,
+    source: Path,
+    out: Path,
+    tasks: Sequence[Task],
+    *,
+    limit: int,
+    delta: float,
+    pair: Pair | None = None,
+    oracle: str = "",
 ) -> tuple[Calibration, dict[str, int]]:
-    """Measure `llm`, the open file `source`, and write its calibrated copy; also gives the answers per data set."""
+    """Measure `llm`, the open file `source`, and write its calibrated copy; also gives the answers per data set.
+
+    `pair`, `oracle`: of a device half, what stands above it and how rows get there.
+    """
     from nearfar.eval import calibrate as cal
     from nearfar.eval import exits
     from nearfar.eval.tasks import speaks_rows
     from nearfar.gguf_reader import GGUFFile
 
-    engine = exits.engine_of(llm)
+    engine = pair.heads if pair else exits.engine_of(llm)
     if not speaks_rows(llm):
         raise UsageError(f"{source} was not trained on nearfar's rows (no key nearfar.rows): nothing to ask it")
     total = sum(min(limit, len(task.rows)) for task in tasks)
-    found = exits.answers_at_full_depth(llm, tasks, limit)
+    found = exits.answers_at_full_depth(pair.oracle if pair else llm, tasks, limit, pair.heads if pair else None)
     traces = [t for _, t in _progress(found, total, "answers at full depth")]
     result = cal.calibrate(engine.lower, traces, delta=delta)
     mix = {task.name: sum(t.id.startswith(f"{task.name}:") for t in traces) for task in tasks}
     with GGUFFile.open(source) as file:
-        cal.write_calibrated(file, out, result, mix)
+        cal.write_calibrated(file, out, result, mix, oracle)
     return result, mix
 
 

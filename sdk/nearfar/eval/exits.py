@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,21 @@ def engine_of(model: Any) -> Engine:
 
 
 def trace(engine: Engine, name: str, prompt: Sequence[int], tokens: Sequence[int]) -> Trace:
-    """Run `prompt` and `tokens` once through all layers and keep each exit's rows where an answer token was due."""
+    """Run `prompt` and `tokens` once through all layers and keep each exit's rows where an answer token was due.
+
+    Of a device half "full depth" is its last exit, which ends every token.
+    """
     lower, config = engine.lower, engine.lower.config
     ids = np.asarray([*prompt, *tokens][:-1], np.int32)
     kv = lower.new_kv(max(len(ids), 1), engine.kv_dtype, engine.kv_policy)
     h, start, rows = lower.embed(ids), 0, {}
-    for layer in (*(e.layer for e in config.exits), config.n_layers):
+    exits, last = [e.layer for e in config.exits], config.layers[1]
+    for layer in sorted({*exits, last}):
         h = lower.forward(h, kv, start, layer)
         start = layer
         rows[layer] = h[len(prompt) - 1 :].copy()  # row i predicts answer token i
-    best, sure = guesses(lower, rows.pop(config.n_layers), "final")
-    return Trace(name, len(prompt), best, sure, rows)
+    best, sure = guesses(lower, rows[last], config.last_head)
+    return Trace(name, len(prompt), best, sure, {e: rows[e] for e in exits})
 
 
 def guesses(lower: Lower, rows: Array, head: str, temperature: float = 1.0) -> tuple[NDArray[np.int32], Array]:
@@ -142,9 +146,14 @@ def loss(v: View, taus: Sequence[float]) -> float:
     return float((~v.agree[decided[early], early]).sum()) / max(len(decided), 1)
 
 
-def answers_at_full_depth(model: Any, tasks: Iterable[Task], n: int | None = None) -> Iterator[tuple[Row, Trace]]:
-    """Greedy answers without exits, traced; rows that do not fit the context are passed over."""
-    engine = engine_of(model)
+def answers_at_full_depth(
+    model: Any, tasks: Iterable[Task], n: int | None = None, heads: Engine | None = None
+) -> Iterator[tuple[Row, Trace]]:
+    """Greedy answers without exits, traced; rows that do not fit the context are passed over.
+
+    `heads`: the exits are those of this engine, which runs along the answers of `model`.
+    """
+    engine = heads or engine_of(model)
     for task in tasks:
         for row in task.first(n).rows:
             try:
@@ -153,7 +162,8 @@ def answers_at_full_depth(model: Any, tasks: Iterable[Task], n: int | None = Non
                 continue
             if completion.ids:
                 prompt = encode(task.prompt(row), model.tokenizer)
-                yield row, trace(engine, f"{task.name}:{row.id}", prompt, completion.ids)
+                t = trace(engine, f"{task.name}:{row.id}", prompt, completion.ids)
+                yield row, t if heads is None else replace(t, tokens=np.asarray(completion.ids, np.int32))
 
 
 def confidences(model: Any, prompt: Parts, tokens: Sequence[int]) -> dict[str, float]:

@@ -82,7 +82,6 @@ def own_parts(weights: Weights, split_layer: int | None = None) -> dict[str, byt
             found["device"] = _tensors(file, device_names(file.tensors, k))
     if c.role != "device":
         found["upper"] = _tensors(file, upper_names(file.tensors, k) + ["token_embd.weight"] * (k == 0))
-    file.release_pages()
     return found
 
 
@@ -172,6 +171,7 @@ def _tensors(file: GGUFFile, names: Iterable[str]) -> bytes:
         digest = blake2b(f"{name} {int(info.type)} {info.shape} ".encode(), digest_size=DIGEST)
         digest.update(file.raw(name).data)
         digests.append(digest.digest())
+        file.release_pages()  # a model may be larger than memory
     return _digest(digests)
 
 

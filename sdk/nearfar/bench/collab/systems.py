@@ -64,7 +64,7 @@ def serving(model: Path, rate: Rate | None, threads: int = 1) -> Iterator[int]:
             line = process.stdout.readline()
             if not line:
                 raise NearfarError(f"the server for {model} did not start; `nearfar cloud serve {model}` says why")
-            yield int(json.loads(line)["collab_port"])
+            yield int(json.loads(line)["collab"].rpartition(":")[2])
         finally:
             process.terminate()
             process.wait(timeout=30)

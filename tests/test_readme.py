@@ -46,6 +46,11 @@ REDUCED = {
         "until curl -sf localhost:8080/ready > /dev/null; do kill -0 $!; sleep 0.2; done",
         "waits for requests: in the background, until the commands behind it have run",
     ),
+    "nearfar cloud serve halves/": (
+        "nearfar cloud serve halves/{} --port 0 --threads 1 > /dev/null & trap 'kill $!; wait $!' EXIT\n"
+        "until (exec 3<> /dev/tcp/127.0.0.1/9090) 2> /dev/null; do kill -0 $!; sleep 0.2; done",
+        "waits for devices: in the background, until the commands behind it have run",
+    ),
     "nearfar cloud serve": ("nearfar cloud serve --help", "needs another model and a certificate"),
     "nearfar chaos proxy": ("nearfar chaos proxy {} --for 0.1", "carries bytes until Ctrl-C: for a moment"),
     "nearfar chat": ("nearfar chat {} < /dev/null", "waits for a person"),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from nearfar_cloud.engine import Engine
-from nearfar_cloud.executors.base import BatchWork, Executor, Ids, ModelFacts, Result
+from nearfar_cloud.executors.base import BatchWork, Executor, Ids, Result
 
 
 def slow_down(engine: object, step_s: float, row_s: float) -> None:
@@ -23,14 +23,7 @@ class PacedExecutor:
 
     def __init__(self, inner: Executor, step_s: float, row_s: float) -> None:
         self.inner, self.step_s, self.row_s = inner, step_s, row_s
-
-    @property
-    def facts(self) -> ModelFacts:
-        return self.inner.facts
-
-    @property
-    def n_blocks(self) -> int:
-        return self.inner.n_blocks
+        self.facts, self.n_blocks = inner.facts, inner.n_blocks
 
     def run(self, batch: Sequence[BatchWork]) -> list[Result]:
         until = time.perf_counter() + self.seconds(batch)

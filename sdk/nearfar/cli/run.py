@@ -17,10 +17,12 @@ from nearfar.cli.verbs import (
     add_depth_options,
     add_engine_options,
     add_sampling_options,
+    add_upper_options,
     depth_of,
     new_parser,
     open_model,
     sampling_of,
+    upper_of,
 )
 from nearfar.cli.words import checked_text, lines, read_text
 from nearfar.errors import Cancelled, NearfarError, UsageError
@@ -38,6 +40,7 @@ def add_verb(verbs: Verbs) -> None:
         f'nearfar run "{README_REQUEST}"',
         "nearfar run                                # type requests, one a line",
         "nearfar run --file requests.txt --json     # one request a line, one JSON object a line",
+        'nearfar run --model nano-device.gguf --upper grpc://127.0.0.1:9090 "is the door open"',
         'nearfar run --model model.gguf "Once upon a time" --raw --max-tokens 100',
         detail="The shipped model makes calls to a home; each is checked before anything is done.",
     )
@@ -49,6 +52,7 @@ def add_verb(verbs: Verbs) -> None:
     parser.add_argument("--schema", action="store_true", help="allow only calls of the home's table, token by token")
     add_depth_options(parser)
     add_sampling_options(parser, max_tokens=128)
+    add_upper_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
 
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         checked_text(args.text, "the request")
         if args.file is not None:
             raise UsageError("a request and --file: expected one of them")
-    with open_model(args, args.model) as llm:
+    with open_model(args, args.model, **upper_of(args)) as llm:
         return complete(llm, args) if args.raw or not makes_home_calls(llm) else serve(llm, args)
 
 

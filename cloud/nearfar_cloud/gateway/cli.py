@@ -95,6 +95,12 @@ def add_serve(verbs: Any) -> None:
     )
     parser.add_argument("--threads", type=whole(1, 256), metavar="N", help="threads of the engine, or of all together")
     parser.add_argument(
+        "--at-least",
+        type=_pace,
+        metavar="STEP,ROW",
+        help="milliseconds that a step of n rows through all layers takes at least, STEP + n ROW: a slower machine",
+    )
+    parser.add_argument(
         "--workers",
         type=whole(1, 256),
         metavar="N",
@@ -114,6 +120,18 @@ def add_serve(verbs: Any) -> None:
     parser.set_defaults(run=run_serve)
 
 
+def _pace(text: str) -> tuple[float, float]:
+    """STEP,ROW in milliseconds -> seconds."""
+    step, _, row = text.partition(",")
+    try:
+        pace = float(step) / 1000, float(row) / 1000
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two numbers, STEP,ROW in milliseconds") from None
+    if not all(0 <= p < 100 for p in pace):
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 up to 100000 milliseconds")
+    return pace
+
+
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     for package in ("torch", "fastapi", "uvicorn", "prometheus_client", *(("msgspec",) if args.workers else ())):
@@ -121,6 +139,8 @@ def run_serve(args: argparse.Namespace) -> int:
             raise MissingExtraError(package, "cloud", "nearfar cloud serve")
     if args.ray is not None and not args.workers:
         raise UsageError("--ray places workers: --workers says how many")
+    if args.workers and args.at_least is not None:
+        raise UsageError("--at-least slows one engine down; with --workers there are several")
     if args.workers and args.learned is not None:
         raise UsageError("--learned keeps what one engine learns; with --workers there are several")
     if (args.tls_cert is None) != (args.tls_key is None):
@@ -176,13 +196,17 @@ def _opened(args: argparse.Namespace) -> Iterator[Served]:
     """The model, in this process or in others, which end at the end."""
     import torch
 
+    from nearfar_cloud.executors.paced import slow_down
     from nearfar_cloud.gateway.served import describe, open_served
 
     threads, kv_bytes = args.threads or env.threads(), args.kv_memory << 20
     if args.workers is None:
         if threads:
             torch.set_num_threads(threads)
-        yield open_served(args.model, name=args.name, form=args.weights, kv=args.kv, kv_bytes=kv_bytes)
+        served = open_served(args.model, name=args.name, form=args.weights, kv=args.kv, kv_bytes=kv_bytes)
+        if args.at_least is not None:
+            slow_down(served.engine, *args.at_least)
+        yield served
         return
 
     from nearfar_cloud.gateway.workers import open_fleet

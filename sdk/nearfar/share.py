@@ -7,7 +7,7 @@ LLM.open(path, upper="grpcs://host", mode="lossless", rows="hidden", policy=Poli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from nearfar.collab import Collab, Collaboration
 from nearfar.engine import Engine
@@ -16,14 +16,18 @@ from nearfar.upper import Upper
 from nearfar.weights import Weights
 from nearfar.wire.egress import Policy
 from nearfar.wire.fingerprint import model_fp, outliers, parts
+from nearfar.wire.golden import check_golden, golden_prompts
 from nearfar.wire.messages import ClientHello, CodecId, CodecSpec, Mode
 from nearfar.wire.tls import Credentials
+
+if TYPE_CHECKING:
+    from nearfar.llm import LLM
 
 ModeName = Literal["lossless", "lossy", "cloud-only"]
 RowsName = Literal["hidden", "ids"]
 CodecName = Literal["fp16", "int8", "int4"]
 _MODES = {"lossless": Mode.LOSSLESS, "lossy": Mode.LOSSY, "cloud-only": Mode.CLOUD_ONLY}
-_CODECS = {"fp16": CodecId.FP16, "int8": CodecId.INT8_OS, "int4": CodecId.INT4_OS}
+CODECS = {"fp16": CodecId.FP16, "int8": CodecId.INT8_OS, "int4": CodecId.INT4_OS}
 
 
 def how_of(weights: Weights, mode: str, rows: str | None, codec: str) -> Collab:
@@ -31,7 +35,7 @@ def how_of(weights: Weights, mode: str, rows: str | None, codec: str) -> Collab:
 
     `rows`: None takes what the file is for: a device half sends hidden rows, a whole model ids.
     """
-    for value, allowed, name in ((mode, _MODES, "mode"), (codec, _CODECS, "codec")):
+    for value, allowed, name in ((mode, _MODES, "mode"), (codec, CODECS, "codec")):
         if value not in allowed:
             raise UsageError(f"{name}={value!r}: expected {', '.join(allowed)}")
     if rows not in (None, *get_args(RowsName)):
@@ -39,8 +43,8 @@ def how_of(weights: Weights, mode: str, rows: str | None, codec: str) -> Collab:
     by_ids = mode == "cloud-only" or (rows or ("hidden" if weights.config.role == "device" else "ids")) == "ids"
     if by_ids:
         return Collab(_MODES[mode], CodecSpec(CodecId.IDS))
-    channels = outliers(weights.file, weights.config) if _CODECS[codec] != CodecId.FP16 else ()
-    return Collab(_MODES[mode], CodecSpec(_CODECS[codec], outliers=channels))
+    channels = outliers(weights.file, weights.config) if CODECS[codec] != CodecId.FP16 else ()
+    return Collab(_MODES[mode], CodecSpec(CODECS[codec], outliers=channels))
 
 
 def share(
@@ -64,3 +68,15 @@ def share(
     hello = ClientHello(model_fp(found), found, (how.codec,))
     remote = RemoteUpper(upper, hello=hello, credentials=credentials, policy=policy)
     return Collaboration(engine, remote, how, hello.model_fp)
+
+
+def self_test(llm: LLM) -> int:
+    """Have the upper side of `llm` decide behind the prompts that `nearfar split` wrote down; says how many there are.
+
+    Raises MismatchError where another token comes, UsageError where the exits would decide, and what an answer raises.
+    """
+    if not isinstance(llm.stepper, Collaboration) or llm.stepper.how.mode is Mode.LOSSY:
+        raise UsageError("the self-test wants the upper side to decide: expected one, and mode lossless")
+    golden = golden_prompts(llm.metadata, llm.tokenizer.n_vocab)
+    check_golden(golden, lambda ids: llm.generate(list(ids), max_tokens=1).ids[0])
+    return len(golden)

@@ -48,7 +48,7 @@ def test_split_says_the_same_to_programs(halves: Path, model: Path, nearfar: Nea
             assert half.file.metadata["nearfar.fingerprint"] == facts["fingerprint"]
             assert half.file.metadata["nearfar.codec.outlier_channels"] == facts["outlier_channels"]
     with Weights.open(facts["device"]["path"]) as device:
-        assert len(golden_prompts(device.file, 320)) == facts["golden"] == 4
+        assert len(golden_prompts(device.file.metadata, 320)) == facts["golden"] == 4
     assert (halves / "tiny-device.gguf").read_bytes() == (tmp_path / "tiny-device.gguf").read_bytes()
 
 
@@ -63,7 +63,7 @@ def test_without_the_test_nothing_is_computed(model: Path, nearfar: Nearfar, tmp
     done = nearfar("split", model, "--at", "2", "--out", tmp_path, "--no-test")
     assert "no self-test" in done.out.splitlines()[-1]
     with Weights.open(tmp_path / "tiny-device.gguf") as device:
-        assert golden_prompts(device.file, 320) == ()
+        assert golden_prompts(device.file.metadata, 320) == ()
 
 
 @pytest.mark.parametrize(

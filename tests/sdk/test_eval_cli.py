@@ -191,7 +191,7 @@ def halves(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Halves:
         return split(whole, 1, tmp_path_factory.mktemp("halves"), outliers=(3,))
 
 
-@pytest.mark.parametrize("codec", ["fp16", "int8_os", "int4_os", "ids"])
+@pytest.mark.parametrize("codec", ["fp16", "int8", "int4", "ids"])
 def test_a_device_half_is_calibrated_against_what_decides_above_it(
     codec: str, capsys: pytest.CaptureFixture[str], model: Path, halves: Halves, data: Path, tmp_path: Path
 ) -> None:

@@ -192,8 +192,8 @@ def test_a_plain_split_is_read_back() -> None:
 
 def test_the_self_test_travels_in_the_device_half() -> None:
     with Weights.open(halves().device) as device, Weights.open(halves().upper) as upper:
-        assert golden_prompts(device.file, 320) == GOLDEN
-        assert golden_prompts(upper.file, 320) == ()
+        assert golden_prompts(device.file.metadata, 320) == GOLDEN
+        assert golden_prompts(upper.file.metadata, 320) == ()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_the_self_test_travels_in_the_device_half() -> None:
 def test_a_damaged_self_test_is_refused(value: object) -> None:
     path = edited(halves().device, _key("nearfar.golden", value))
     with GGUFFile.open(path) as file, pytest.raises(WeightsError, match=r"nearfar\.golden=.*split the model again"):
-        golden_prompts(file, 320)
+        golden_prompts(file.metadata, 320)
 
 
 def test_a_machine_that_computes_something_else_fails_the_self_test() -> None:
@@ -234,7 +234,7 @@ def test_golden_tokens_are_the_same_under_every_codec_where_they_can_be(tmp_path
         two = split(whole, 2, tmp_path, outliers=found, golden=as_json(tests))
     assert len(tests) == 4
     device, upper = Weights.open(two.device), Weights.open(two.upper)
-    assert golden_prompts(device.file, 320) == tuple(tests)
+    assert golden_prompts(device.file.metadata, 320) == tuple(tests)
     for codec in CODECS:
         spec = CodecSpec(codec, outliers=() if codec is CODECS[0] else outliers(device.file, device.config))
         pair = Composed(open_lower(device, "numpy"), open_lower(upper, "numpy"), 2, Codec.of(spec, 256).round_trip)

@@ -10,12 +10,14 @@ import json
 import os
 import platform
 import re
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nearfar import __version__, env
-from nearfar.cli.verbs import SHIPPED, Verbs, model_path, new_parser, shipped_path
+from nearfar.cli.verbs import SHIPPED, Verbs, add_upper_options, model_path, new_parser, shipped_path, upper_of
+from nearfar.errors import NearfarError
 from nearfar.machine import cpu_name
 from nearfar.options import EngineOptions
 
@@ -35,16 +37,38 @@ def add_verb(verbs: Verbs) -> None:
         "nearfar doctor",
         "nearfar doctor --json",
         "nearfar doctor model.gguf",
+        "nearfar doctor model-device.gguf --upper grpcs://box.local:9090 --ca ca.pem",
         "NEARFAR_ISA=ref nearfar doctor",
+        detail="With --upper, whether that side belongs to this device half: fingerprints, then the self-test that "
+        "`nearfar split` wrote down, the whole way and back.",
     )
     parser.add_argument("model", nargs="?", default=SHIPPED, help="whose matrices to show (default: the shipped model)")
+    add_upper_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     facts = diagnose(args.model)
+    code = 0
+    if args.upper:
+        facts["upper"], code = upper_facts(args)
     print(json.dumps(facts, ensure_ascii=False) if args.json else report(facts))
-    return 0
+    return code
+
+
+def upper_facts(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """The self-test of a device half with the upper side, and the exit code that its failure means."""
+    from nearfar.llm import LLM
+    from nearfar.share import self_test
+
+    facts: dict[str, Any] = {"addresses": args.upper, "error": ""}
+    started = time.perf_counter()
+    try:
+        with LLM.open(model_path(args.model), **upper_of(args)) as llm:
+            facts["tests"] = self_test(llm)
+    except NearfarError as error:
+        return facts | {"error": str(error)}, error.exit_code
+    return facts | {"seconds": round(time.perf_counter() - started, 3)}, 0
 
 
 def diagnose(model: str = SHIPPED) -> dict[str, Any]:
@@ -145,6 +169,7 @@ def report(facts: dict[str, Any]) -> str:
         f"cpu       {facts['cpu']}, {facts['cores']} cores for this process",
         *engine_lines(facts["engine"]),
         model_line(facts["model"]),
+        *upper_lines(facts.get("upper")),
         "",
         *extra_lines(facts["extras"]),
         "",
@@ -190,6 +215,17 @@ def model_line(model: dict[str, Any]) -> str:
         return f"model     missing: {model['path']}"
     half = f", {model['half']}" if model["half"] else ""
     return f"model     {Path(model['path']).stem}, {model['bytes'] / 1e6:.2f} MB{half}: {model['path']}"
+
+
+def upper_lines(upper: dict[str, Any] | None) -> list[str]:
+    """Whether the upper side belongs to the model and computes what it should."""
+    if upper is None:
+        return []
+    where = ", ".join(upper["addresses"])
+    if upper["error"]:
+        return [f"upper     {where}: does not do: {upper['error']}"]
+    tests = f"{upper['tests']} prompts of the self-test go on as they should" if upper["tests"] else "no self-test"
+    return [f"upper     {where}: belongs to this model; {tests}, {upper['seconds']:.2f} s with the way there"]
 
 
 def extra_lines(extras: dict[str, dict[str, Any]]) -> list[str]:

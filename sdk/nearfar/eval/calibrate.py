@@ -279,7 +279,7 @@ def write_calibrated(file: GGUFFile, out: Path, c: Calibration, mix: Mapping[str
     """A copy of `file` with the exits' new keys; every other key and all tensors as they were.
 
     `mix`: answers per data set, so that a reader knows for which answers the promise is made.  `oracle`: how a device
-    half speaks to the layers above it, whose tokens counted ("int8_os", "ids").  Raises FileError.
+    half speaks to the layers above it, whose tokens counted ("int8", "ids").  Raises FileError.
     """
     keys = _keys(c, mix, tensors_id(file)) | ({"nearfar.calibration.oracle": oracle} if oracle else {})
     writer = GGUFWriter(out)

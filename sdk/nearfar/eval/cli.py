@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nearfar.arguments import real, whole
 from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model
 from nearfar.errors import MissingDataError, MissingExtraError, NearfarError, UsageError
-from nearfar.wire.messages import CodecId
 
 if TYPE_CHECKING:
     from nearfar.eval.calibrate import Calibration
@@ -106,8 +105,8 @@ def _add_calibrate(verbs: Verbs) -> None:
     parser.add_argument("--upper", metavar="FILE", help="of a device half: its upper half, or the whole model")
     parser.add_argument(
         "--codec",
-        choices=[codec.name.lower() for codec in CodecId],
-        default="int8_os",
+        choices=("fp16", "int8", "int4", "ids"),
+        default="int8",
         help="how the device half speaks to the layers above (default %(default)s; ids: --upper is a whole model)",
     )
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
@@ -398,6 +397,8 @@ def _pair(llm: LLM, source: Path, args: argparse.Namespace) -> Pair | None:
     """What a device half is calibrated against; None for a whole model."""
     from nearfar.eval.pair import open_pair
     from nearfar.options import EngineOptions
+    from nearfar.share import CODECS
+    from nearfar.wire.messages import CodecId
 
     is_half = llm.config is not None and llm.config.role == "device"
     if is_half != bool(args.upper):
@@ -406,7 +407,7 @@ def _pair(llm: LLM, source: Path, args: argparse.Namespace) -> Pair | None:
     if not args.upper:
         return None
     options = EngineOptions(threads=args.threads, lut=args.lut, cache=args.cache, head=args.head)
-    codec = CodecId[args.codec.upper()]
+    codec = CODECS.get(args.codec, CodecId.IDS)
     return open_pair(llm, source, model_path(args.upper), codec, backend=args.backend, options=options)
 
 

@@ -9,12 +9,11 @@ codec and network, and finds a kernel or a build that computes something else.  
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nearfar.errors import MismatchError, WeightsError
-from nearfar.gguf_reader import GGUFFile
 
 N_GOLDEN = 4
 MOST_GOLDEN, LONGEST_GOLDEN = 64, 4096  # prompts of a file, ids of a prompt: what a reader takes
@@ -28,17 +27,17 @@ class Golden:
     token: int
 
 
-def golden_prompts(file: GGUFFile, n_vocab: int) -> tuple[Golden, ...]:
+def golden_prompts(metadata: Mapping[str, Any], n_vocab: int) -> tuple[Golden, ...]:
     """What `nearfar split` left in a device half; nothing in other files.  Raises WeightsError."""
-    text = file.metadata.get("nearfar.golden", "[]")
+    text = metadata.get("nearfar.golden", "[]")
     try:
         found = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or len(found) > MOST_GOLDEN or not all(_is_golden(g, n_vocab) for g in found):
         raise WeightsError(
-            f"{file.path}: nearfar.golden={str(text)[:40]!r}: expected a list of prompts, each with ids and the token "
-            f"behind them, all of 0..{n_vocab - 1}; split the model again"
+            f"nearfar.golden={str(text)[:40]!r}: expected a list of prompts, each with ids and the token behind them, "
+            f"all of 0..{n_vocab - 1}; split the model again"
         )
     return tuple(Golden(tuple(g["ids"]), g["token"]) for g in found)
 

@@ -113,11 +113,10 @@ class Asks:
         s.drafts = []
         o.take_up(None)
         s.truncate(q.verify_from + len(told))  # rows of wrong drafts do not count
-        if q.run > 1 and len(told) > q.pos - q.verify_from:
+        if q.run > 1 and len(told) > q.pos - q.verify_from and ids[-1] not in s.req.stop_ids:
             s.ids.append(ids[-1])
             s.n_begun += 1  # it is no prompt
-            if ids[-1] not in s.req.stop_ids:
-                o.take_up(replace(q, pos=q.pos + 1, verify_from=q.pos + 1, draft=(), run=q.run - 1))
+            o.take_up(replace(q, pos=q.pos + 1, verify_from=q.pos + 1, draft=(), run=q.run - 1))
         return Output(s.id, told, answer=answer)
 
     def _rewind(self, s: Seq, n: int) -> None:

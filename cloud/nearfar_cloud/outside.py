@@ -107,8 +107,8 @@ class Question:
         draft      d_0           d_1  ...                of ids they are the ids themselves
 
     The answer: the drafts that hold, up to the first one that does not, and the token that is decided behind them.
-    `run` > 1, of ids: if all hold the engine goes on by itself until it has told so many tokens, or a stop id; each of
-    them but the last of so many is then a position.
+    `run` > 1, of ids: if all hold the engine goes on by itself until it has told so many tokens, or a stop id; the last
+    one is told and is no position until it is sent.
     """
 
     req: int  # the caller's number of it

@@ -237,7 +237,6 @@ class LocalLink:
             us = int(1e6 * (time.perf_counter() - started))
             hidden = d.hidden.astype(np.float16).tobytes() if self.session.opening.want_hidden else b""
             self._do(self.session.decided(ask.req, d.n_accept, d.token, margin=d.margin, upper_us=us, hidden=hidden))
-            if i + 1 < ask.run:
-                self.decider.append((), (d.token,))
-                if d.token in self.session.opening.stop_ids:
-                    break
+            if not self.session.queue or self.session.queue[0].req != ask.req:
+                break  # a stop id, or no room
+            self.decider.append((), (d.token,))

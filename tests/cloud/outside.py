@@ -200,17 +200,16 @@ class Device:
             np.testing.assert_array_equal(answer.hidden, self.reference.last[behind])
         self.n_answers += 1
         self.next_row = behind + 1
-        if run > 1 and behind == pos:
+        if run > 1 and behind == pos and decided not in self.stop_ids:
             self.text.append(decided)
             self.n_sent += 1
-            if decided not in self.stop_ids:
-                self.expected = (pos + 1, pos + 1, run - 1)
-                return
+            self.expected = (pos + 1, pos + 1, run - 1)
+            return
         self.asked, self.left = None, self.left - 1
         if behind < pos:  # what the protocol does, or, now and then, nothing
             if self.rng.random() < 0.9:
                 self._cut(behind + 1)
                 self.text.append(decided)
-        elif pos == len(self.text) - 1 and run == 1:
+        elif pos == len(self.text) - 1:
             self.text.append(decided)
         self.next_row = min(self.next_row, len(self.text) - 1)

@@ -143,8 +143,11 @@ class Result:
 class Executor(Protocol):
     """Owns weights, blocks, parked rows and copies.  `run` is all or nothing for what the engine may see."""
 
-    facts: ModelFacts
-    n_blocks: int
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def n_blocks(self) -> int: ...
 
     def run(self, batch: Sequence[BatchWork]) -> list[Result]: ...
 

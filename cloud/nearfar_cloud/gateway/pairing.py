@@ -31,6 +31,8 @@ class Pairing:
     def __init__(self, weights: Weights, limits: Limits, epoch: int) -> None:
         self.weights, self.limits, self.epoch = weights, limits, epoch
         self._parts: dict[int, asyncio.Task[dict[str, bytes]]] = {}  # by the layer where the model is cut
+        self._known: dict[str, bytes] = {}  # digests of tensors
+        self._reading = asyncio.Lock()
 
     def prepare(self) -> None:
         """Begin to read the file, so that no device waits for it."""
@@ -77,8 +79,11 @@ class Pairing:
     def _of(self, at: int) -> asyncio.Task[dict[str, bytes]]:
         """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""
         if at not in self._parts:
-            self._parts[at] = asyncio.create_task(asyncio.to_thread(self._read, at))
+            self._parts[at] = asyncio.create_task(self._read(at))
         return self._parts[at]
 
-    def _read(self, at: int) -> dict[str, bytes]:
-        return declared_parts(self.weights.file) | own_parts(self.weights, at)
+    async def _read(self, at: int) -> dict[str, bytes]:
+        async with self._reading:  # what one of them has read the others know
+            own = await asyncio.to_thread(own_parts, self.weights, at, self._known)
+        return declared_parts(self.weights.file) | own
+

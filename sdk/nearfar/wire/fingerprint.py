@@ -61,8 +61,14 @@ def parts(weights: Weights, split_layer: int | None = None) -> dict[str, bytes]:
     return declared_parts(weights.file) | own_parts(weights, split_layer)
 
 
-def own_parts(weights: Weights, split_layer: int | None = None) -> dict[str, bytes]:
-    """The parts that the file computes from what it holds."""
+def own_parts(
+    weights: Weights, split_layer: int | None = None, known: dict[str, bytes] | None = None
+) -> dict[str, bytes]:
+    """The parts that the file computes from what it holds.
+
+    `known`: digests of its tensors by name, which this call fills: another cut of the same file then reads nothing.
+    """
+    known = {} if known is None else known
     file, c = weights.file, weights.config
     k = c.split_layer if split_layer is None else split_layer
     if not 0 <= k < c.n_layers or (c.role != "full" and k != c.split_layer):
@@ -79,9 +85,9 @@ def own_parts(weights: Weights, split_layer: int | None = None) -> dict[str, byt
         exits = {e: weights.norm_gain(f"exit.{e.layer}") for e in c.exits if e.layer <= (k or c.n_layers)}
         found |= {"tokenizer": _tokenizer(file)} | exit_parts(exits)
         if k > 0:
-            found["device"] = _tensors(file, device_names(file.tensors, k))
+            found["device"] = _tensors(file, device_names(file.tensors, k), known)
     if c.role != "device":
-        found["upper"] = _tensors(file, upper_names(file.tensors, k) + ["token_embd.weight"] * (k == 0))
+        found["upper"] = _tensors(file, upper_names(file.tensors, k) + ["token_embd.weight"] * (k == 0), known)
     return found
 
 
@@ -164,15 +170,16 @@ def _tokenizer(file: GGUFFile) -> bytes:
     return _digest([b"%s %s" % (name.encode(), file.encoded(name)) for name in names])
 
 
-def _tensors(file: GGUFFile, names: Iterable[str]) -> bytes:
-    digests = []
-    for name in sorted(set(names)):
-        info = file.tensors[name]
-        digest = blake2b(f"{name} {int(info.type)} {info.shape} ".encode(), digest_size=DIGEST)
-        digest.update(file.raw(name).data)
-        digests.append(digest.digest())
-        file.release_pages()  # a model may be larger than memory
-    return _digest(digests)
+def _tensors(file: GGUFFile, names: Iterable[str], known: dict[str, bytes]) -> bytes:
+    names = sorted(set(names))
+    for name in names:
+        if name not in known:
+            info = file.tensors[name]
+            digest = blake2b(f"{name} {int(info.type)} {info.shape} ".encode(), digest_size=DIGEST)
+            digest.update(file.raw(name).data)
+            known[name] = digest.digest()
+            file.release_pages()  # a model may be larger than memory
+    return _digest([known[name] for name in names])
 
 
 def _digest(pieces: Sequence[bytes]) -> bytes:

@@ -114,8 +114,7 @@ class Asked(NamedTuple):
         try:
             return device.answer(n)
         finally:
-            device.link.send(Close())
-            device.link.close()
+            finish(device)
 
     def check_quiet(self) -> None:
         """As before anybody asked."""
@@ -123,6 +122,12 @@ class Asked(NamedTuple):
         total = self.contexts.total
         assert (total.n_sessions, total.n_positions, total.n_bytes, self.contexts.of) == (0, 0, 0, {})
         check_quiet(self.gateway)
+
+
+def finish(device: Device) -> None:
+    """Its answer is over: the server is told, if it can be."""
+    device.link.send(Close())
+    device.link.close()
 
 
 class RawStream:

@@ -22,10 +22,9 @@ pytest.importorskip("nearfar_native", reason="the compiled extension is not buil
 
 from nearfar.cli.main import main
 from nearfar.upper_remote import RemoteUpper
-from nearfar.wire.messages import Close
 from nearfar.wire.tls import Credentials
 from nearfar_cloud.gateway.certificates import make_folder
-from tests.cloud.collab import halves, hello, new_lower, truth, whole
+from tests.cloud.collab import finish, halves, hello, new_lower, truth, whole
 from tests.sdk.small_device import BY_IDS, BY_ROWS, Device, opening
 
 
@@ -48,7 +47,7 @@ def test_a_device_gets_its_whole_answer_from_a_server_that_is_told_to_stop() -> 
         device.answer(4)
         server.send_signal(signal.SIGTERM)
         assert device.answer(24) == truth(BY_ROWS)
-        device.link.send(Close())
+        finish(device)
         upper.close()
         assert server.wait(60) == 0
         assert server.stderr is not None
@@ -66,7 +65,7 @@ def test_other_machines_come_in_with_tls_1_3_and_a_certificate(tmp_path: Path) -
         upper = RemoteUpper(f"grpcs://localhost:{port}", hello=hello(), credentials=phone)
         device = Device(upper.open(opening(BY_IDS)), new_lower(), BY_IDS, truth(BY_IDS))
         assert device.answer(24) == truth(BY_IDS)
-        device.link.send(Close())
+        finish(device)
         upper.close()
         assert handshake(port, tmp_path, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
         with pytest.raises(ssl.SSLError):

@@ -8,6 +8,8 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -35,7 +37,7 @@ from nearfar_cloud.gateway.certificates import make_authority, make_client, make
 from nearfar_cloud.gateway.endpoint import Budget, Endpoint
 from nearfar_cloud.gateway.limits import Keys
 from nearfar_cloud.gateway.served import open_served
-from tests.cloud.collab import A_BLOCK, Asked, RawStream, asking, halves, hello, truth, whole
+from tests.cloud.collab import A_BLOCK, Asked, RawStream, asking, finish, halves, hello, served, truth, whole
 from tests.cloud.gateway import wait_until
 from tests.sdk.small_device import BY_IDS, BY_ROWS, PROMPT, opening
 from tests.tiny import write_tiny
@@ -67,6 +69,50 @@ def test_many_devices_of_both_kinds_get_what_each_would_get_alone() -> None:
         assert found.contexts.counts.opened == len(wanted)
         assert found.client.metric('nearfar_cloud_device_events_total{what="asks"}') > 0
         wait_until(lambda: found.client.metric('nearfar_cloud_device_sessions{state="connected"}') == 0)
+
+
+@BOTH
+def test_answers_that_do_not_fit_together_take_turns_and_stay_the_same(codec: CodecSpec) -> None:
+    """Memory for the keys and values of two or three: others are computed again when their turn comes."""
+    expected = truth(codec, n=60)
+    with asking(served(n_blocks=3)) as found, ThreadPoolExecutor(5) as threads:
+        answers = [threads.submit(found.answer, codec, f"device {i}", 60) for i in range(5)]
+        assert [a.result() for a in answers] == [expected] * 5
+        assert found.gateway.served.engine.counts.preempted > 0
+
+
+@BOTH
+def test_whatever_the_server_gives_up_the_answer_is_the_same(codec: CodecSpec) -> None:
+    """Rows, streams, whole sessions, steps of the engine: something is lost every few tokens."""
+    chance = Random(7)
+    with asking(budget=Budget(idle_s=2)) as found:
+        device, contexts, engine = found.device(codec), found.contexts, found.gateway.served.engine
+        run, later = engine.executor.run, Err(Code.OVERLOADED, "come again", retryable=True, retry_after_ms=10)
+
+        def faulty(batch: Any) -> Any:
+            engine.executor.run = run
+            raise RuntimeError("a fault of the machine")
+
+        def lose() -> None:
+            for context in list(contexts):
+                match chance.randrange(4):
+                    case 0:
+                        context.evict()
+                    case 1:
+                        contexts.refused(context, later)
+                    case 2:
+                        contexts._drop(context, later)
+                    case 3:
+                        engine.executor.run = faulty
+
+        for n in range(3, 61, 3):
+            device.answer(n)
+            on_loop(found, lose)
+        assert device.answer(60) == truth(codec, n=60)
+        finish(device)
+        counts = contexts.counts
+        assert min(counts.failed, counts.resumed, counts.needs) > 0
+        assert counts.opened > 1
 
 
 def test_upper_layers_alone_serve_devices_and_no_text() -> None:
@@ -209,7 +255,7 @@ def test_certificates_say_who_a_device_is_and_out_of_date_ones_say_nothing(tmp_p
         device = found.device(BY_IDS, upper=upper)
         assert device.answer(N) == truth(BY_IDS)
         assert [c.key.tenant for c in found.contexts] == ["phone"]
-        device.link.send(Close())
+        finish(device)
         upper.close()
 
 
@@ -330,7 +376,7 @@ def test_evicted_rows_are_sent_again_and_the_answer_is_the_same(codec: CodecSpec
             on_loop(found, context.evict)
         assert device.answer(N) == truth(codec)
         assert found.contexts.counts.needs > 0
-        device.link.send(Close())
+        finish(device)
 
 
 @BOTH
@@ -344,7 +390,7 @@ def test_a_server_that_was_started_again_gets_everything_again(codec: CodecSpec)
         assert device.answer(N) == truth(codec)
         assert again.contexts.epoch != epoch
         assert device.n_lost > 0
-        device.link.send(Close())
+        finish(device)
 
 
 def test_two_connections_for_one_session_are_one_device() -> None:
@@ -381,7 +427,7 @@ def test_draining_finishes_what_is_under_way_and_takes_nothing_new() -> None:
         assert (err.code, err.retryable) == (Code.OVERLOADED, True)
         raw.leave()
         assert device.answer(N) == truth(BY_IDS)
-        device.link.send(Close())
+        finish(device)
 
 
 def on_loop(found: Asked, call: object) -> None:

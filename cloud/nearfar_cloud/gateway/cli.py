@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from nearfar_cloud.gateway.served import Served
 
 PORT, COLLAB_PORT = 8080, 9090
-# gRPC for Python cannot be told to refuse TLS 1.2, but which suites that may have: one that needs a secret shared
-# beforehand, which nobody has.  Those of TLS 1.3 are not touched.  Read when gRPC loads.
-ONLY_TLS_1_3 = ("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
 T = TypeVar("T")
 
 
@@ -186,7 +183,6 @@ def _endpoint(args: argparse.Namespace, port: int, certificate: Path | None, pri
                     f"--collab-host {args.collab_host} lets other machines in: --key-file or --client-ca has to say "
                     "which devices may ask"
                 )
-    os.environ.setdefault(*ONLY_TLS_1_3)
     client_ca = None if args.client_ca is None else Path(args.client_ca)
     return Endpoint(args.collab_host, port, certificate, private_key, client_ca)
 

@@ -86,4 +86,3 @@ class Pairing:
         async with self._reading:  # what one of them has read the others know
             own = await asyncio.to_thread(own_parts, self.weights, at, self._known)
         return declared_parts(self.weights.file) | own
-

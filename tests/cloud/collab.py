@@ -182,12 +182,15 @@ class Line:
 
     async def next(self, kind: type[T]) -> T:
         """The next message, which must be of that kind."""
+        message = await self.any()
+        assert isinstance(message, kind), message
+        return message
+
+    async def any(self) -> Down:
         async with asyncio.timeout(30):
             while not self.heard:
                 await asyncio.sleep(0.001)
-        message = self.heard.pop(0)
-        assert isinstance(message, kind), message
-        return message
+        return self.heard.pop(0)
 
     async def silence(self) -> None:
         """Nothing comes while everything that is under way settles."""

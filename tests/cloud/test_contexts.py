@@ -13,6 +13,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed (extra [cloud])")
 pytest.importorskip("nearfar_native", reason="the compiled extension is not built")
 
 from nearfar.sampling import Sampling
+from nearfar.upper import LocalUpper
 from nearfar.wire.messages import (
     Ask,
     Close,
@@ -33,7 +34,7 @@ from nearfar.wire.messages import (
 from nearfar.wire.rpc import Refused
 from nearfar_cloud.gateway.endpoint import Budget
 from nearfar_cloud.gateway.limits import Key
-from tests.cloud.collab import EVERYBODY, Line, World, in_world, truth
+from tests.cloud.collab import EVERYBODY, MAX_LEN, Line, World, in_world, new_lower, truth
 from tests.sdk.small_device import BY_IDS, BY_ROWS, PROMPT
 
 TOKENS = truth(BY_IDS)
@@ -116,6 +117,52 @@ async def test_a_run_ends_with_a_stop_id(world: World) -> None:
     connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=10))
     assert [(await line.next(Verdict)).ids[0] for _ in range(at + 1)] == TOKENS[: at + 1]
     await line.silence()
+
+
+@in_world()
+async def test_a_run_ends_where_the_context_ends(world: World) -> None:
+    connection, line, _ = await world.opened(mode=Mode.CLOUD_ONLY)
+    for i in range(0, 510, 10):
+        connection.on(Ids(0, i, tuple(range(10))))
+    connection.on(Ask(1, 0, 509, 509, run=50))
+    verdicts = [await line.next(Verdict) for _ in range(3)]
+    assert [v.pos0 for v in verdicts] == [510, 511, 512]
+    await line.silence()
+    connection.on(Close())
+    await world.quiet()
+
+
+@in_world()
+async def test_ids_that_come_while_the_engine_goes_on_by_itself_end_the_session(world: World) -> None:
+    connection, line, _ = await world.opened(mode=Mode.CLOUD_ONLY)
+    connection.on(ids())
+    connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=100))
+    connection.on(Ids(0, len(PROMPT), (1,)))
+    while isinstance(message := await line.any(), Verdict):
+        pass
+    assert isinstance(message, Err)
+    assert message.code == Code.BAD_FRAME
+    await world.quiet()
+
+
+@in_world()
+async def test_the_last_row_is_told_to_who_wants_it(world: World) -> None:
+    connection, line, _ = await world.opened(want_hidden=True)
+    connection.on(ids())
+    connection.on(ASK)
+    link = LocalUpper(new_lower(), MAX_LEN).open(replace(world.opening(), want_hidden=True))
+    link.send(ids())
+    link.send(ASK)
+    assert isinstance(link.receive(0)[0], Opened)
+    (expected,) = link.receive(0)
+    assert isinstance(expected, Verdict)
+    verdict = await line.next(Verdict)
+    assert len(verdict.hidden) == 2 * 256
+    assert (verdict.hidden, verdict.margin, verdict.state_hash) == (
+        expected.hidden,
+        expected.margin,
+        expected.state_hash,
+    )
 
 
 # ---------------------------------------------------------------- connections

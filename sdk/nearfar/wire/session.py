@@ -194,6 +194,8 @@ class UpperSession:
         new = what[n_known:]
         if not new:
             return []
+        if any(a.run > 1 for a in self.queue):
+            return [_err(Code.BAD_FRAME, "ids in the middle of a run: expected a cut before them")]
         n_after = self.n_rows + len(new)
         if n_after > self.max_positions:
             return [_err(Code.QUOTA, f"{n_after} positions: this model takes {self.max_positions}")]

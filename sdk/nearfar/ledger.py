@@ -157,7 +157,8 @@ class Ledger:
         self.crcs += [crc32(row) for row in new]
 
     def add_draft(self, token: int, draft: Draft) -> None:
-        """The next token, provisional."""
+        """The next token, provisional; not while the other side goes on by itself, as it would say something there."""
+        assert all(waiting.ask.run == 1 for waiting in self.open.values()), "a draft where the other side goes on"
         self.drafts[len(self.ids)] = draft
         self.ids.append(token)
         self.counts.drafted += 1

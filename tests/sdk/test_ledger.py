@@ -60,7 +60,7 @@ SETTINGS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(SETTINGS, st.randoms(use_true_random=False))
 def test_no_schedule_that_hypothesis_finds_breaks_it(s: Setting, rng: random.Random) -> None:
     World(replace(s, by_ids=s.by_ids or s.mode == Mode.CLOUD_ONLY), rng).play()

@@ -47,18 +47,28 @@ class Device:
         return len(self.cache) < len(self.ledger.ids) - self.ended
 
     def can_draft(self) -> bool:
-        if self.s.mode != Mode.LOSSLESS or self.ended or (self.is_alone() and len(self.cache) < len(self.ledger.ids)):
+        if self.s.mode != Mode.LOSSLESS or self.ended or self.is_running_on():
             return False
-        return self.is_alone() or self.ledger.n_provisional < self.s.window
+        if self.is_alone():
+            return len(self.cache) == len(self.ledger.ids)
+        return self.ledger.n_provisional < self.s.window
+
+    def is_running_on(self) -> bool:
+        """The other side goes on by itself: a draft would be in its way."""
+        return any(waiting.ask.run > 1 for waiting in self.ledger.open.values())
 
     def can_ask(self) -> bool:
-        if not (self.is_open or self.s.is_eager) or len(self.ledger.open) >= (
-            self.s.n_asks if self.s.mode == Mode.LOSSLESS else 1
-        ):
+        n_asks = self.s.n_asks if self.s.mode == Mode.LOSSLESS else 1
+        if not (self.is_open or self.s.is_eager) or len(self.ledger.open) >= n_asks:
             return False
         if self.s.mode != Mode.LOSSLESS:
-            return self.n_askable == len(self.ledger.ids) and not self.ledger.open
+            return self.n_askable == len(self.ledger.ids)
         return self.n_askable > self.ledger.asked
+
+    def can_run_on(self) -> bool:
+        """Lossless with ids: behind a text without drafts the other side may go on by itself."""
+        ids, final, asked = self.ledger.ids, self.ledger.final, self.ledger.asked
+        return self.s.by_ids and self.s.mode == Mode.LOSSLESS and asked == final - 1 == len(ids) - 1
 
     def must_ask(self) -> bool:
         return self.can_ask() and (self.unsure or not (self.can_draft() or self.can_run()))
@@ -107,7 +117,7 @@ class Device:
     def ask(self) -> None:
         ledger, run = self.ledger, 1
         last = self.n_askable - 1
-        if self.s.mode == Mode.CLOUD_ONLY:
+        if self.s.mode == Mode.CLOUD_ONLY or (self.can_run_on() and self.rng.random() < 0.3):
             run = self.s.run
         elif self.s.mode == Mode.LOSSLESS and self.world.is_hasty and self.rng.random() < 0.3:
             last = self.rng.randint(ledger.asked, last)

@@ -235,6 +235,17 @@ def test_many_drafts_are_a_prompt_to_others_and_are_told_once() -> None:
     assert told[0].ids == tuple(text[10:])
 
 
+def test_the_few_rows_that_a_device_owes_wait_behind_no_prompt() -> None:
+    e = engine(Arrival(), ChunkedPrefill(64), model=packed(*MODELS[0]))
+    seq = submit(e, ids=some_ids(1, 10))
+    answer(e, seq, Question(1, 9, 9))
+    e.submit(request(9, prompt=600, max_tokens=2))
+    e.step()
+    e.append(seq, ids=some_ids(2, 24))
+    e.ask(seq, Question(2, 33, 30))
+    assert [out.seq for out in e.step()] == [seq]
+
+
 class Unreadable(ArrayRows):
     """Packed rows that turn out to be none."""
 

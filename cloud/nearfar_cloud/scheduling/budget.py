@@ -25,8 +25,13 @@ def n_missing(s: Seq) -> int:
 
 
 def generates(s: Seq) -> bool:
-    """Whether a sequence has nothing to do but its next token, and drafts within reason."""
-    return s.status is Status.RUNNING and n_missing(s) <= 1 and len(s.drafts) <= BLOCK
+    """Whether a sequence has nothing to do but its next token.
+
+    A device that asks may lack rows of tokens that it has decided by itself, and brings drafts: at most a tile in all.
+    """
+    if s.outside is None:
+        return s.status is Status.RUNNING and n_missing(s) <= 1
+    return s.status is Status.RUNNING and n_missing(s) + len(s.drafts) <= BLOCK
 
 
 def shortest_interval(seqs: Sequence[Seq]) -> float | None:

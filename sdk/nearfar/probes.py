@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.lower import Lower
-from nearfar.lower_composed import Composed
 from nearfar.wire.codec import Codec, outlier_channels
 from nearfar.wire.golden import N_GOLDEN, Golden
-from nearfar.wire.messages import CodecId, CodecSpec
+from nearfar.wire.messages import GROUPS, CodecId, CodecSpec
 
 TEXTS = (
     "The capital of France is",
@@ -55,11 +54,12 @@ def golden(lower: Lower, k: int, prompts: Sequence[Sequence[int]], outliers: Seq
 
     Where fewer are clear, the others follow; their token is that of the default codec.
     """
-    specs = [CodecSpec(c, outliers=tuple(outliers) if c is not CodecId.FP16 else ()) for c in CODECS]
-    ways = [Composed(lower, lower, k, Codec.of(spec, lower.config.d_model).round_trip) for spec in specs]
+    c = lower.config
+    codecs = [Codec.of(CodecSpec(i, outliers=tuple(outliers) if GROUPS[i] else ()), c.d_model) for i in CODECS]
     ranked = []
-    for ids in (ids[: lower.config.n_ctx - 1] for ids in prompts if len(ids)):
-        logits = [last_logits(way, ids) for way in ways]
+    for ids in (ids[: c.n_ctx - 1] for ids in prompts if len(ids)):
+        rows = lower.forward(lower.embed(np.asarray(ids, np.int32)), lower.new_kv(len(ids)), 0, k)
+        logits = [logits_above(lower, k, codec.round_trip(rows)) for codec in codecs]
         tokens = [int(z.argmax()) for z in logits]
         low, high = np.partition(logits[CODECS.index(CodecId.INT8_OS)], -2)[-2:]
         clear = len(set(tokens)) == 1
@@ -67,8 +67,8 @@ def golden(lower: Lower, k: int, prompts: Sequence[Sequence[int]], outliers: Seq
     return [g for *_, g in sorted(ranked, key=lambda r: r[:2])[:N_GOLDEN]]
 
 
-def last_logits(lower: Lower, ids: Sequence[int]) -> NDArray[np.float32]:
-    """ids [T] -> f32 [V]: what full depth says behind them."""
-    h = lower.forward(lower.embed(np.asarray(ids, np.int32)), lower.new_kv(len(ids)), 0, lower.config.n_layers)
+def logits_above(lower: Lower, k: int, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """rows f32 [T, D] of a text, inputs of layer `k` -> f32 [V]: what full depth says behind it."""
+    h = lower.forward(rows, lower.new_kv(len(rows)), k, lower.config.n_layers)
     z: NDArray[np.float32] = lower.logits(h[-1:])[0]
     return z

@@ -14,15 +14,12 @@ from nearfar.errors import UsageError
 from nearfar.halves import Halves, split
 from nearfar.llm import LLM
 from nearfar.lower import open_lower
-from nearfar.lower_composed import Composed
-from nearfar.probes import last_logits
+from nearfar.probes import golden
 from nearfar.share import self_test
 from nearfar.upper import LocalUpper
 from nearfar.weights import Weights
-from nearfar.wire.codec import Codec
 from nearfar.wire.fingerprint import model_fp, parts
-from nearfar.wire.golden import Golden, as_json
-from nearfar.wire.messages import CodecId, CodecSpec
+from nearfar.wire.golden import as_json
 from tests.cli.conftest import Nearfar
 from tests.paths import ROOT
 from tests.tiny import write_tiny
@@ -76,10 +73,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Halves:
     """Halves with a self-test of two prompts."""
     folder = tmp_path_factory.mktemp("pair")
     with Weights.open(write_tiny(folder / "m.gguf", exits=(2,), n_ctx=64)) as whole:
-        lower = open_lower(whole)
-        oracle = Composed(lower, lower, 2, Codec.of(CodecSpec(CodecId.INT8_OS), 256).round_trip)
-        golden = [Golden(ids, int(last_logits(oracle, ids).argmax())) for ids in ((5, 17, 3), (99, 42))]
-        return split(whole, 2, folder, golden=as_json(golden))
+        return split(whole, 2, folder, golden=as_json(golden(open_lower(whole), 2, [(5, 17, 3), (99, 42)], ())))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Fuzzes what a GGUF file goes through before a model runs: header, tensors, weights, tokenizer.
+"""Fuzzes what a GGUF file goes through before a model runs: header, tensors, weights, tokenizer, fingerprint.
 
     python tests/fuzz/fuzz_gguf.py --seconds 600 [--seed N] [--engine atheris|plain] [--findings DIR]
 
@@ -45,13 +45,13 @@ Check = Callable[[Path], str]
 
 def modules() -> tuple[Any, ...]:
     """The code under test, imported late: the command line needs none of it."""
-    names = ("errors", "gguf_reader", "weights", "tokenizer")
+    names = ("errors", "gguf_reader", "weights", "tokenizer", "wire.fingerprint", "wire.golden")
     return tuple(importlib.import_module(f"nearfar.{name}") for name in names)
 
 
 def make_check() -> Check:
     """A function that puts a file through everything and tells how far it came: "place | message"."""
-    errors, gguf_reader, weights, tokenizer = modules()
+    errors, gguf_reader, weights, tokenizer, fingerprint, golden = modules()
 
     def check(path: Path) -> str:
         outcome = "file"
@@ -74,6 +74,8 @@ def make_check() -> Check:
                 for name, info in w.file.tensors.items():
                     if info.type in gguf_reader.READABLE:
                         w.f32(name)
+                fingerprint.model_fp(fingerprint.parts(w))
+                golden.golden_prompts(w.file.metadata, w.config.n_vocab)
             return f"{outcome} | sound"
         except errors.NearfarError as e:
             lines = [f"{Path(f.filename).stem}:{f.lineno}" for f in traceback.extract_tb(e.__traceback__)[1:]]
@@ -103,6 +105,7 @@ def seeds() -> list[bytes]:
             write_tiny(path, "llama", "Q4_1", **small).read_bytes(),
             write_tiny(path, "llama", "Q2_K", **big | {"embedding_type": "Q5_K"}).read_bytes(),
             write_tiny(path, "qwen2", "Q3_K", **big | {"embedding_type": "Q4_K"}).read_bytes(),
+            *halves(write_tiny(path, "llama", "F32", **small | {"n_layers": 2}, exits=(1,))),
         ]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "\u2581a", "h", "e", "he"]
     pieces = [
@@ -125,6 +128,17 @@ def seeds() -> list[bytes]:
         gguf(),
         gguf(kinds, entries, bytes(256), version=2),
     ]
+
+
+def halves(path: Path) -> tuple[bytes, bytes]:
+    """The device half and the upper half of a model with an exit after its first layer."""
+    from nearfar.halves import split
+    from nearfar.weights import Weights
+    from nearfar.wire.golden import Golden, as_json
+
+    with Weights.open(path) as whole:
+        two = split(whole, 1, path.parent, outliers=(3, 9), golden=as_json([Golden((1, 2), 3)]))
+    return two.device.read_bytes(), two.upper.read_bytes()
 
 
 INTERESTING = [

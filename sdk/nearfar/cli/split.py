@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfar.arguments import whole
-from nearfar.cli.show import bars, parts_of, size
+from nearfar.cli.show import bars, config_of, parts_of, size
 from nearfar.cli.verbs import Verbs, model_path, new_parser
 
 LONGEST_TEXT = 8192  # tokens of a text that channels are chosen by
@@ -84,12 +84,13 @@ def _facts(halves: Halves, channels: tuple[int, ...], golden: list[Golden]) -> d
 
 def _picture(halves: Halves, facts: dict[str, Any]) -> str:
     """Both halves from bottom to top, with what travels between them."""
-    from nearfar.weights import Weights
+    from nearfar.gguf_reader import GGUFFile
     from nearfar.wire.codec import Codec
     from nearfar.wire.messages import CodecId, CodecSpec
 
-    with Weights.open(halves.device) as device, Weights.open(halves.upper) as upper:
-        c, parts = device.config, {role: parts_of(half.file) for role, half in (("device", device), ("upper", upper))}
+    with GGUFFile.open(halves.device) as device, GGUFFile.open(halves.upper) as upper:
+        c, parts = config_of(device), {"device": parts_of(device), "upper": parts_of(upper)}
+        assert not isinstance(c, str), c
         longest = max(p.n_bytes for found in parts.values() for p in found)
         spec = CodecSpec(CodecId.INT8_OS, outliers=tuple(facts["outlier_channels"]))
         row = Codec.of(spec, c.d_model).row_bytes
@@ -99,6 +100,6 @@ def _picture(halves: Halves, facts: dict[str, Any]) -> str:
         beside = f", {n} channel{'s' * (n != 1)} of them as fp16" if n else ""
         lines += [f"       ↓ a row of {c.d_model} numbers for each token: {row} bytes as int8{beside}", ""]
         lines += [f"{halves.upper} · {size(facts['upper']['bytes'])} · layers [{c.split_layer}, {c.n_layers})"]
-        lines += [*bars(parts["upper"], upper.config, longest), ""]
+        lines += [*bars(parts["upper"], config_of(upper), longest), ""]
     tests = f", a self-test of {facts['golden']} prompts" if facts["golden"] else ", no self-test"
     return "\n".join([*lines, f"fingerprint of the pair {facts['fingerprint'][:16]}{tests}"])

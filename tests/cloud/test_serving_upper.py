@@ -24,6 +24,7 @@ from nearfar_cloud.model.decoder import Decoder  # noqa: E402
 from nearfar_cloud.model.loader import Loaded, load_gguf  # noqa: E402
 from nearfar_cloud.model.packed import NativeDecoder, Packed, pack_gguf  # noqa: E402
 from nearfar_cloud.types import Request  # noqa: E402
+from tests.cloud.test_planning_cli import nearfar  # noqa: E402
 from tests.tiny import write_tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,3 +125,12 @@ def test_an_upper_half_is_served_without_a_tokenizer() -> None:
     assert served.tokenizer is None
     assert served.weights is not None
     assert served.weights.config.role == "upper"
+
+
+@pytest.mark.parametrize("verb", ["simulate", "replay", "profile", "roofline"])
+@pytest.mark.parametrize("role", ["device", "upper"])
+def test_serving_is_planned_for_whole_models(verb: str, role: str, tmp_path: Path) -> None:
+    _, two = files("llama", "F32", True)
+    out = ("--out", str(tmp_path / "fit.json"), "--quick") if verb == "profile" else ()
+    with pytest.raises(UsageError, match=f"the {role} half of a split model"):
+        nearfar(verb, str(getattr(two, role)), *out)

@@ -91,14 +91,19 @@ def test_nano_is_the_same_model_wherever_it_is_cut(k: int, backend: str, tmp_pat
     with Weights.open(NANO) as whole:
         two = split(whole, k, tmp_path, make_exit=True)
     composed = Composed(opened(two.device, backend), opened(two.upper, backend), k)
-    whole_lower = opened(NANO, backend)
-    tokens = []
-    for lower in (composed, whole_lower):
+    found = []
+    for lower in (composed, opened(NANO, backend)):
+        kv, rows = lower.new_kv(32), []
+        for ids in (IDS[:5], IDS[5:6], IDS[6:]):
+            h = lower.forward(lower.embed(ids), kv, 0, 6)
+            rows += [h, lower.logits(h)]
         engine = Engine(lower, 64)
         s = engine.new_sequence(Sampling(temperature=0.8, seed=3), use_exits=False)
-        s.ids = [1, 40, 300, 77]
-        tokens.append([engine.step(s).id for _ in range(24)])
-    assert tokens[0] == tokens[1]
+        s.ids = IDS.tolist()
+        found.append((rows, [engine.step(s).id for _ in range(24)]))
+    for got, expected in zip(found[0][0], found[1][0], strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert found[0][1] == found[1][1]
 
 
 def test_exits_decide_in_a_composed_model_as_in_the_whole_one() -> None:

@@ -374,7 +374,14 @@ def _config(model: str) -> ModelConfig:
     if model in MODELS:
         return MODELS[model]
     with Weights.open(_path(model)) as weights:
-        return weights.config
+        return _whole(weights.config, model)
+
+
+def _whole(config: ModelConfig, model: str) -> ModelConfig:
+    """UsageError for a half of a split model: what is planned is a server of texts."""
+    if config.role != "full":
+        raise UsageError(f"{model} is the {config.role} half of a split model: expected the whole one")
+    return config
 
 
 def _path(model: str) -> Path:
@@ -405,6 +412,7 @@ def _executor(args: argparse.Namespace) -> tuple[LocalExecutor, int]:
     else:
         path = _path(args.model)
         loaded = load_folder(path, args.dtype) if path.is_dir() else load_gguf(path, args.dtype)
+    _whole(loaded.config, args.model)
     return LocalExecutor(loaded, args.blocks), torch.get_num_threads()
 
 

@@ -57,7 +57,8 @@ class Network:
             return
         if is_late:
             up, down = (rng.choice((n, rng.randint(0, n))) for n in (len(stream.up), len(stream.down)))
-            self.late.append(Stream(deque(list(stream.up)[:up]), deque(list(stream.down)[:down])))
+            late = Stream(deque(list(stream.up)[:up]), deque(list(stream.down)[: min(down, 20)]))
+            self.late = [*self.late[-2:], late]  # what is too old has been forgotten on the way
         stream.up.clear()
         stream.down.clear()
         stream.is_dead = True

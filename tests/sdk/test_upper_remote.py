@@ -324,9 +324,20 @@ def test_bytes_above_the_policy_end_the_answer_and_go_nowhere_else(lower: Lower,
         upper.close()
 
 
-def test_the_region_of_the_policy_is_told(server: WireServer) -> None:
+@pytest.mark.parametrize("region", ["", "us"])
+def test_an_upper_side_outside_the_region_of_the_policy_gets_no_answer(server: WireServer, region: str) -> None:
+    server.door.region = region
     upper = RemoteUpper(server.url, hello=HELLO, policy=Policy(region="eu"))
-    upper.open(opening(BY_IDS))
+    with pytest.raises(EgressDenied, match="region 'eu' only"):
+        upper.open(opening(BY_IDS))
+    assert server.door.seen == []
+    upper.close()
+
+
+def test_an_upper_side_in_the_region_of_the_policy_is_taken(server: WireServer) -> None:
+    server.door.region = "eu"
+    upper = RemoteUpper(server.url, hello=HELLO, policy=Policy(region="eu"))
+    assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
     assert server.door.hellos[0].region == "eu"
     upper.close()
 

@@ -30,7 +30,7 @@ DOWN: tuple[m.Down, ...] = (
 )
 CLIENT_HELLO = m.ClientHello(b"f" * 32, {"split": b"4 of 8"}, (CODEC, m.CodecSpec(m.CodecId.IDS)), (1,), "0.1.0", "eu")
 SERVER_HELLO = m.ServerHello(
-    False, b"f" * 32, "upper (theirs 00, ours 01)", CODEC, 77, m.Limits(4096, 32, 60, 16, 1 << 20)
+    False, b"f" * 32, "upper (theirs 00, ours 01)", CODEC, 77, m.Limits(4096, 32, 60, 16, 1 << 20), region="eu"
 )
 LOAD = m.Load(1.5, 1 << 30, True)
 

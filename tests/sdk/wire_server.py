@@ -42,6 +42,7 @@ class Door:
     lower: Lower
     fingerprint: bytes = MODEL_FP
     limits: Limits = LIMITS
+    region: str = ""
     token: str = ""  # that devices must show
     delay_s: float = 0.0  # before a decision
     is_mute: bool = False  # takes everything in and says nothing
@@ -61,7 +62,7 @@ class Door:
         fits = hello.model_fp == self.fingerprint
         why = "" if fits else "upper (theirs 00…, ours 01…)"
         codec: CodecSpec | None = hello.codecs[0] if hello.codecs else None
-        return ServerHello(fits, self.fingerprint, why, codec, self.epoch, self.limits)
+        return ServerHello(fits, self.fingerprint, why, codec, self.epoch, self.limits, region=self.region)
 
     async def open(self, opening: Open, caller: rpc.Caller, stream: rpc.Stream) -> Stream:
         self._check(caller)

@@ -97,6 +97,7 @@ class Dialler:
         known = self.round_trips.p50_s
         server = await connection.hello(data, max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S)
         check_hello(self.hello, server, str(connection.address))
+        egress.settle(server.region)
         self._met.add(connection.address)
         return server
 

@@ -20,7 +20,7 @@ class Policy:
 
     `local_only`: nothing; not even a name is looked up.
     `ids_ok`, `hidden_ok`: token ids, hidden rows.  Drafts are ids: a lossless answer by rows needs both.
-    `region`: where the upper side must be; it refuses if it is elsewhere.  Empty: anywhere.
+    `region`: where the upper side must say that it is.  Empty: anywhere.
     `max_bytes`: of one answer, all its messages together.
     `hosts`: names or addresses that may be dialled; empty: any.
     """
@@ -64,6 +64,14 @@ class Egress:
             raise EgressDenied(f"the policy is local_only: {host} is not dialled; answer without an upper side")
         if p.hosts and host not in p.hosts:
             raise EgressDenied(f"the policy does not name {host}; it names {', '.join(p.hosts)}")
+
+    def settle(self, region: str) -> None:
+        """Before any answer: where the other side says that it is.  Raises EgressDenied."""
+        if self.policy.region and region != self.policy.region:
+            where = repr(region) if region else "nowhere that it says"
+            raise EgressDenied(
+                f"the upper side is in {where}: the policy allows the region {self.policy.region!r} only"
+            )
 
     def out(self, to: str, message: Up | ClientHello, n_bytes: int) -> None:
         """A message of `n_bytes` is about to leave for `to`.  Raises EgressDenied, and it stays."""

@@ -109,6 +109,7 @@ class ServerHello:
     epoch: int  # of the server's process: another one has forgotten all sessions
     limits: Limits
     proto: int = PROTOCOL
+    region: str = ""  # where the server is, as its operator says
 
 
 @dataclass(frozen=True, slots=True)

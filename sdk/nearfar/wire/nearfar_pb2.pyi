@@ -88,7 +88,7 @@ class ClientHello(_message.Message):
     def __init__(self, proto: _Optional[_Iterable[int]] = ..., model_fp: _Optional[bytes] = ..., parts: _Optional[_Mapping[str, bytes]] = ..., codecs: _Optional[_Iterable[_Union[CodecSpec, _Mapping]]] = ..., sdk: _Optional[str] = ..., region: _Optional[str] = ...) -> None: ...
 
 class ServerHello(_message.Message):
-    __slots__ = ("proto", "match", "model_fp", "why", "codec", "epoch", "limits")
+    __slots__ = ("proto", "match", "model_fp", "why", "codec", "epoch", "limits", "region")
     PROTO_FIELD_NUMBER: _ClassVar[int]
     MATCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FP_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class ServerHello(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     proto: int
     match: bool
     model_fp: bytes
@@ -103,7 +104,8 @@ class ServerHello(_message.Message):
     codec: CodecSpec
     epoch: int
     limits: Limits
-    def __init__(self, proto: _Optional[int] = ..., match: _Optional[bool] = ..., model_fp: _Optional[bytes] = ..., why: _Optional[str] = ..., codec: _Optional[_Union[CodecSpec, _Mapping]] = ..., epoch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    region: str
+    def __init__(self, proto: _Optional[int] = ..., match: _Optional[bool] = ..., model_fp: _Optional[bytes] = ..., why: _Optional[str] = ..., codec: _Optional[_Union[CodecSpec, _Mapping]] = ..., epoch: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., region: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_context", "max_sessions", "idle_ttl_s", "max_run", "credit_bytes")

@@ -72,6 +72,7 @@ def pack_server_hello(m: ServerHello) -> bytes:
             codec=None if m.codec is None else _codec(m.codec),
             epoch=m.epoch,
             limits=_limits(m.limits),
+            region=m.region,
         ),
     )
 

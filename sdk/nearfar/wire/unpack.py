@@ -111,6 +111,7 @@ def unpack_server_hello(data: bytes) -> ServerHello:
         epoch=m.epoch,
         limits=Limits(x.max_context, x.max_sessions, x.idle_ttl_s, x.max_run, x.credit_bytes),
         proto=m.proto,
+        region=_text("region", m.region, MAX_NAME),
     )
 
 

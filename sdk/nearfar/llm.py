@@ -422,7 +422,7 @@ class Stream(Iterator[TokenEvent]):
         self._n_drafted += token.n_drafted
 
         text = "" if token.id in self._stop_ids else self._stops.push(self._detokenizer.push(token.id))
-        finish = self._finish_reason(token.id, s)
+        finish = self._finish_reason(token.id)
         if finish is not None:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
             self._end(finish)
@@ -457,12 +457,14 @@ class Stream(Iterator[TokenEvent]):
         text = "".join(event.text for event in self._events) + self._tail
         return Completion(text, [e.id for e in self._events], self._finish or "cancelled", list(self._events), stats)
 
-    def _finish_reason(self, token: int, s: Sequence) -> FinishReason | None:
+    def _finish_reason(self, token: int) -> FinishReason | None:
+        """Whether `token`, the next one told, is the last; a sequence may hold provisional ones behind it."""
         if token in self._stop_ids:
             return "eos"
         if self._stops.stopped or (self._constraint is not None and self._constraint.is_done):
             return "stop"
-        if len(self._events) + 1 >= self._max_tokens or len(s.ids) > self._llm.max_len:
+        n = len(self._events) + 1
+        if n >= self._max_tokens or self._n_prompt + n > self._llm.max_len:
             return "length"
         return None
 

@@ -146,3 +146,14 @@ def test_local_only_opens_no_link_and_options_without_an_upper_side_are_refused(
         LLM.open(place.device, policy=Policy(local_only=True))
     with LLM.open(place.device) as llm, pytest.raises(UsageError, match="a journal belongs to"):
         llm.stream(PROMPT, journal="answer")
+
+
+@pytest.mark.parametrize("codec", [INT8, IDS], ids=lambda c: c.id.name)
+def test_a_full_context_ends_the_answer_where_it_ends_for_the_oracle(place: Place, codec: CodecSpec) -> None:
+    how = Collab(Mode.LOSSLESS, codec, 0.01)
+    n_ctx = 40
+    with LLM.open(place.device, upper=place.servers[codec.id].url, collab=how, n_ctx=n_ctx) as llm:
+        answer = llm.generate(PROMPT, max_tokens=200)
+        assert answer.finish_reason == "length"
+        assert len(answer.ids) == n_ctx - answer.stats.n_prompt + 1
+        assert answer.ids == place.oracle(codec, Sampling(), len(answer.ids))

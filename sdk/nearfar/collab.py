@@ -21,7 +21,7 @@ from typing import Literal
 from nearfar.cancel import Cancel
 from nearfar.constraint import Constraint
 from nearfar.engine import Engine, Stage, Token, stages
-from nearfar.errors import Diverged, EgressDenied, MismatchError, UpperError, UsageError
+from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
 from nearfar.exit import should_exit
 from nearfar.journal import Journal, JournalHead
 from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewind, Send
@@ -72,6 +72,10 @@ class Collab:
             raise UsageError(f"window={self.window}: expected 1..256 drafts")
         if not 1 <= self.in_flight <= 8:
             raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
+        if not self.patience_s > 0:
+            raise UsageError(f"patience_s={self.patience_s}: expected more than 0 seconds")
+        if self.mode == Mode.CLOUD_ONLY and self.lost == "finish":
+            raise UsageError("cloud-only has no device that could finish alone: expected lost='wait'")
         if self.mode == Mode.CLOUD_ONLY and not self.by_ids:
             raise UsageError(f"cloud-only sends ids, not rows as {self.codec.id.name}: expected the codec IDS")
 
@@ -119,6 +123,7 @@ class Shared(Sequence):
     ended: bool = False  # the newest draft ends the text: there is nothing to draft behind it
     lost_at: float | None = 0.0  # since when there is no link; None: there is one
     is_gone: bool = False  # it was lost, or could not be had: not only on its way
+    reason: str = ""  # what the other side, or the network, said last
     opening: Open | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
     run: int = MIN_RUN  # tokens that the other side makes by itself, when drafts do not pay
@@ -221,42 +226,44 @@ class Collaboration:
         session, ends = secrets.token_bytes(16), tuple(sorted(s.ends))
         opening = Open(session, 0, how.mode, how.codec, self.row_layer, s.sampling, ends, want_hidden=how.want_hidden)
         check_sampling(opening)
-        rows = s.ledger.rows[: s.n_run]  # of an earlier text that began alike: the new session gets them again
-        s.ledger, s.shares, s.told_at = Ledger(s.ids, by_ids=how.by_ids), Shares(), now
+        ledger = Ledger(s.ids, by_ids=how.by_ids)
         s.ready.clear()  # of an earlier text that ended before all of it was told
-        s.notices.clear()
         if s.journal_path is not None:
-            opening = self._keep_journal(s, opening, s.journal_path)
-        s.ledger.add_rows(0, rows)
-        s.candidate, s.unsure, s.ended, s.lost_at, s.asked_at = None, False, False, now, {}
-        s.is_gone, s.opening = False, opening
-        s.link = self._open(opening)
+            opening, ledger = self._keep_journal(s, opening, s.journal_path, ledger)
+        ledger.add_rows(0, s.ledger.rows[: s.n_run])  # of an earlier text that began alike: sent again
+        s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
+        s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
+        s.candidate, s.unsure, s.ended, s.lost_at, s.is_gone = None, False, False, now, False
+        s.run, s.run_req, s.tried = MIN_RUN, 0, True
+        s.notices.clear()
+        s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
+        if s.owed:  # early exits of the earlier text
+            self._catch_up(s, cancel)
         while how.mode != Mode.CLOUD_ONLY and len(s.ids) - s.n_run > 1:
             self._prefill(s, min(CHUNK, len(s.ids) - s.n_run - 1), cancel)
             self._listen(s, 0.0)
             self._send_rows(s)
 
-    def _keep_journal(self, s: Shared, opening: Open, path: Path) -> Open:
+    def _keep_journal(self, s: Shared, opening: Open, path: Path, ledger: Ledger) -> tuple[Open, Ledger]:
         """A new journal; or one that an earlier process left: its tokens are told again, the next one follows."""
         settings = settings_hash(opening)
         if not path.exists():
             s.journal = Journal.create(path, JournalHead(opening.session, settings, self.fingerprint, tuple(s.ids)))
-            return opening
+            return opening, ledger
         s.journal, left = Journal.resume(path)
         if (left.head.settings, left.head.fingerprint) != (settings, self.fingerprint):
             raise MismatchError(f"{path}: the journal of another model, or of an answer with other settings")
         if list(left.head.prompt) != s.ids:
             raise MismatchError(f"{path}: the journal of an answer to another prompt")
-        s.ledger = Ledger(left.text, by_ids=self.how.by_ids, n_prompt=len(s.ids), is_resumed=True)
-        s.ids = s.ledger.ids
         s.ready += [Token(i, "journal", 0.0, 0.0) for i in left.ids]
-        return replace(opening, session=left.head.session)
+        ledger = Ledger(left.text, by_ids=self.how.by_ids, n_prompt=len(s.ids), is_resumed=True)
+        return replace(opening, session=left.head.session), ledger
 
-    def _open(self, opening: Open) -> Link:
+    def _open(self, opening: Open, cancel: Cancel | None) -> Link:
         """A link; where nobody answers and the device may go on alone, one that is down."""
         try:
-            return self.upper.open(opening)
+            return self.upper.open(opening, cancel)
         except (MismatchError, EgressDenied):
             raise
         except UpperError as error:
@@ -276,11 +283,20 @@ class Collaboration:
 
     def _wants_draft(self, s: Shared) -> bool:
         mode = self.how.mode
-        if mode == Mode.CLOUD_ONLY or s.ended or s.candidate or len(s.ids) >= self.engine.max_len:
+        if mode == Mode.CLOUD_ONLY or s.ended or s.candidate:
             return False
-        if mode == Mode.LOSSY or self._is_alone(s):
+        alone = self._is_alone(s)
+        # One token more than positions, as of any engine; of ids the verdict brings it without a draft.
+        if len(s.ids) > self._n_positions(s) - (mode == Mode.LOSSLESS and self.how.by_ids and not alone):
+            return False
+        if mode == Mode.LOSSY or alone:
             return True
         return s.run_req not in s.ledger.open and s.ledger.n_provisional < self.how.in_flight * self._window(s)
+
+    def _n_positions(self, s: Shared) -> int:
+        """That both sides hold; the device alone has its own."""
+        assert s.link is not None
+        return self.engine.max_len if self._is_alone(s) else min(self.engine.max_len, s.link.max_context)
 
     def _window(self, s: Shared) -> int:
         return self.how.window or self.pace.window(MAX_WINDOW)
@@ -293,16 +309,16 @@ class Collaboration:
 
     def _draft(self, s: Shared, cancel: Cancel | None) -> None:
         """One token of the device: final where it may decide, provisional where the upper side will look at it."""
-        started, ledger = time.perf_counter(), s.ledger
+        started, ledger, alone = time.perf_counter(), s.ledger, self._is_alone(s)
         look = self.engine.look(s, self.stages, cancel=cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
         s.n_run = len(s.ids)
         spent = time.perf_counter() - started
         s.shares.device_s += spent
         self.pace.drafted(spent)
-        draft, is_sure = Draft(look.stage.source, look.conf), _is_sure(look.stage, look.conf)
-        if self.how.mode == Mode.LOSSY or self._is_alone(s):
+        draft, is_sure = Draft(look.stage.source, look.conf), s.use_exits and self._is_sure(look.stage, look.conf)
+        if self.how.mode == Mode.LOSSY or alone:
             s.candidate = look.token, draft
-            if is_sure or self._is_alone(s):
+            if is_sure or alone:
                 self._decide(s)
         else:
             ledger.add_draft(look.token, draft)
@@ -322,6 +338,17 @@ class Collaboration:
         (token, draft), s.candidate = s.candidate, None
         self._do(s, s.ledger.decide(token, draft))
 
+    def _is_sure(self, stage: Stage, conf: float) -> bool:
+        """Whether the head that looked last would decide by itself."""
+        whole = SURE if self.how.tau is None else self.how.tau
+        return should_exit(conf, stage.exit.tau if stage.exit else whole, debt=0)
+
+    def _catch_up(self, s: Shared, cancel: Cancel | None) -> None:
+        """All rows that exits have left waiting go through the rest of the device's layers."""
+        started = time.perf_counter()
+        self.engine.catch_up(s, self.stages, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
+        s.shares.device_s += time.perf_counter() - started
+
     def _keep_rows(self, s: Shared, last: int, at: int, h: Array) -> None:
         """Rows [n, D] of the positions from `at` on have left layer `last` - 1; those of the cut are packed."""
         if self.codec is not None and last == self.row_layer:
@@ -339,7 +366,7 @@ class Collaboration:
         if s.lost_at is not None:
             return False
         if self.how.mode == Mode.CLOUD_ONLY:
-            return not ledger.open
+            return not ledger.open and len(s.ids) <= self._n_positions(s)
         if self.how.mode == Mode.LOSSY:
             return s.candidate is not None and not ledger.open
         n = self._n_askable(s) - ledger.asked
@@ -355,12 +382,13 @@ class Collaboration:
         With ids it can; between two runs drafts are tried again, and runs that go on paying get longer.
         """
         assert s.link is not None
+        most = max(1, min(s.link.max_run, self._n_positions(s) + 1 - len(s.ids)))
         if self.how.mode == Mode.CLOUD_ONLY:
-            return s.link.max_run
+            return most
         ready = self.how.by_ids and self.how.mode == Mode.LOSSLESS and self.how.window is None
         if not ready or not s.tried or s.ledger.n_provisional or s.ledger.open:
             return 1
-        run = min(s.run, s.link.max_run)
+        run = min(s.run, most)
         return run if self.pace.prefers_runs(run) else 1
 
     def _n_askable(self, s: Shared) -> int:
@@ -369,9 +397,7 @@ class Collaboration:
 
     def _ask(self, s: Shared, cancel: Cancel | None) -> None:
         if not self.how.by_ids:
-            started = time.perf_counter()
-            self.engine.catch_up(s, self.stages, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
-            s.shares.device_s += time.perf_counter() - started
+            self._catch_up(s, cancel)
         assert s.link is not None
         run = self._run_of(s)
         ms = int(1000 * s.link.deadline_s())
@@ -396,7 +422,7 @@ class Collaboration:
                 case Lost(reason, final):
                     self._on_lost(s, reason, final)
                 case Err():
-                    _raise(news)
+                    self._on_error(s, news)
 
     def _on_verdict(self, s: Shared, v: Verdict) -> None:
         refused_before = s.ledger.counts.retracted
@@ -407,6 +433,8 @@ class Collaboration:
         if (asked := s.asked_at.pop(v.req, None)) is not None:
             n_refused = s.ledger.counts.retracted - refused_before
             self.pace.replied(time.perf_counter() - asked, v.upper_us / 1e6, v.n_accept, n_refused)
+        if v.req in s.ledger.open:  # a run: its next token is waited for from now on
+            s.asked_at[v.req] = time.perf_counter()
 
     def _on_opened(self, s: Shared, opened: Opened) -> None:
         assert s.opening is not None
@@ -415,8 +443,10 @@ class Collaboration:
         if s.shares.opened:
             s.notices.append(Notice("back"))
         s.shares.opened += 1
-        s.lost_at, s.is_gone = None, False
-        self._do(s, s.ledger.on_opened(opened))
+        s.lost_at, s.is_gone, s.reason = None, False, ""
+        assert s.link is not None
+        self._do(s, s.ledger.on_opened(opened, s.link.max_run))
+        s.asked_at = dict.fromkeys(s.ledger.open, time.perf_counter())
 
     def _on_lost(self, s: Shared, reason: str, final: bool) -> None:
         if final and self.how.lost == "wait":
@@ -424,8 +454,17 @@ class Collaboration:
         if s.lost_at is None:
             s.lost_at = time.perf_counter()
             s.notices.append(Notice("degraded"))
-        s.is_gone = True
+        s.is_gone, s.reason = True, reason
         s.asked_at.clear()
+
+    def _on_error(self, s: Shared, err: Err) -> None:
+        """What the upper side refuses for good ends the answer, or its share of it; the rest is waited for."""
+        s.reason = f"{err.code.name}: {err.text}"
+        fatal = err.code in (Code.MISMATCH, Code.DIVERGED, Code.BAD_FRAME)
+        if err.retryable or (self.how.lost == "finish" and not fatal):  # then the link is down, and says so
+            return
+        kinds: dict[Code, type[UpperError]] = {Code.MISMATCH: MismatchError, Code.DIVERGED: Diverged}
+        raise kinds.get(err.code, UpperError)(f"the upper side says {s.reason}")
 
     def _wait(self, s: Shared) -> None:
         """Nothing to do but wait for the other side; whoever waits is told, and the ask is repeated."""
@@ -437,11 +476,15 @@ class Collaboration:
         if s.ready:
             return
         if s.lost_at is not None and now - s.lost_at > self.how.patience_s:
-            raise UpperError(f"no upper side for {self.how.patience_s:g} s; the text so far is final")
-        since = max(min(s.asked_at.values(), default=now), s.reminded)
-        if now - since > s.link.deadline_s():
+            why = f" ({s.reason})" if s.reason else ""
+            raise UpperError(f"no upper side for {self.how.patience_s:g} s{why}; the text so far is final")
+        if not s.ledger.open and len(s.ids) > self._n_positions(s):
+            raise ContextError(f"the upper side holds {s.link.max_context} positions, and the text has as many")
+        s.asked_at = {req: at for req, at in s.asked_at.items() if req in s.ledger.open}
+        oldest = min(s.asked_at.values(), default=now)
+        if now - max(oldest, s.reminded) > s.link.deadline_s():
             s.reminded = now
-            s.notices.append(Notice("waiting", int(1000 * (now - min(s.asked_at.values(), default=now)))))
+            s.notices.append(Notice("waiting", int(1000 * (now - oldest))))
             if s.candidate is not None and self.how.slow == "finish":
                 self._decide(s)
             else:
@@ -479,16 +522,3 @@ class Collaboration:
         where = "device" if f.source == "exit" else self.upper.where
         s.ready.append(Token(f.id, source, conf, 1000 * (now - s.told_at), where=where))
         s.told_at = now
-
-
-def _is_sure(stage: Stage, conf: float) -> bool:
-    """Whether the head that looked last would decide by itself."""
-    return should_exit(conf, stage.exit.tau if stage.exit else SURE, debt=0)
-
-
-def _raise(err: Err) -> None:
-    """What the upper side refuses for good ends the answer; the rest is the link's to wait for."""
-    if err.retryable:
-        return
-    kinds: dict[Code, type[UpperError]] = {Code.MISMATCH: MismatchError, Code.DIVERGED: Diverged}
-    raise kinds.get(err.code, UpperError)(f"the upper side says {err.code.name}: {err.text}")

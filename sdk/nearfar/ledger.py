@@ -323,11 +323,14 @@ class Ledger:
 
     # ------------------------------------------------------------ the link comes back, or wants something
 
-    def on_opened(self, opened: Opened) -> list[Effect]:
+    def on_opened(self, opened: Opened, max_run: int | None = None) -> list[Effect]:
         """After every connection: what the other side still has is kept, the rest is sent again, asks are repeated.
 
+        `max_run`: of this other side; open runs that are longer are shortened.
         Of cuts that it has not seen the deepest counts; a new one says so under a number that it cannot have heard.
         """
+        for waiting in self.open.values():
+            waiting.ask = replace(waiting.ask, run=min(waiting.ask.run, max_run or waiting.ask.run))
         keep = min(opened.rows, self.n_rows, *(cut.keep for cut in self.cuts if cut.gen > opened.gen))
         if self.is_resumed:  # what it has may be of drafts that are forgotten here; rows may come out otherwise now
             keep = min(keep, self.n_prompt) if self.by_ids else 0

@@ -168,6 +168,8 @@ class LLM:
         options = EngineOptions(threads=threads, lut=lut, cache=env.cache() if cache is None else cache, head=head)
         ours = _only_ours(lut, head, kv_dtype, kv_policy)
         if backend == "llama":
+            if upper is not None:
+                raise UsageError("an upper side shares answers with nearfar's own engine: not with backend 'llama'")
             if ours:
                 raise UsageError(f"{ours} belongs to nearfar's own engine: leave it out, or backend 'llama'")
             return _open_llama(path, n_ctx, threads, why="asked for")
@@ -181,7 +183,7 @@ class LLM:
                 llm.stepper = share(llm.stepper, weights, upper, how, policy, credentials)
             return llm
         except (UnsupportedError, TokenizerError) as error:  # perhaps llama.cpp knows its kind, or its tokenizer
-            if backend is not None or ours or not _has_llama():
+            if backend is not None or ours or upper is not None or not _has_llama():
                 raise
             reason = error
         try:
@@ -429,6 +431,11 @@ class Stream(Iterator[TokenEvent]):
         event = TokenEvent(len(self._events), token.id, text, token.source, token.conf, token.ms, token.where)
         self._events.append(event)
         return event
+
+    def __del__(self) -> None:
+        """A stream that nobody reads to its end must not hold a link open."""
+        if getattr(self, "_sequence", None) is not None:
+            self.close()
 
     def close(self) -> None:
         """End early, as if cancelled; the cache stays warm for the next call."""

@@ -20,6 +20,7 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
+from nearfar.cancel import Cancel
 from nearfar.errors import EgressDenied, MismatchError, NearfarError, UpperError, WireError
 from nearfar.upper import Lost, News, Traffic
 from nearfar.wire import pack
@@ -31,6 +32,7 @@ from nearfar.wire.messages import Ask, Close, Credit, Down, Err, Open, Opened, P
 from nearfar.wire.outbox import Outbox
 from nearfar.wire.rpc import CREDIT
 
+POLL_S = 0.02  # how often who waits for the first hello looks at the stop button
 PING_AFTER_S = 1.0  # of silence
 SILENT_S = 5.0  # without a sign of life: lost
 FLUSH_S = 1.0  # a Close may take so long to leave
@@ -45,7 +47,7 @@ class RemoteLink:
     """`Link` over the network."""
 
     def __init__(self, network: LoopThread, dialler: Dialler, opening: Open) -> None:
-        self.opening, self.traffic, self.max_run = opening, Traffic(), 1
+        self.opening, self.traffic, self.max_run, self.max_context = opening, Traffic(), 1, 1 << 31
         self._network, self._dialler = network, dialler
         self._egress = Egress(dialler.policy, dialler.account)
         self._news: SimpleQueue[Item] = SimpleQueue()
@@ -67,10 +69,16 @@ class RemoteLink:
 
     # ------------------------------------------------------------ engine's thread
 
-    def start(self) -> None:
-        """Returns when the first hello is over.  Raises UpperError, MismatchError, WireError, EgressDenied."""
+    def start(self, cancel: Cancel | None = None) -> None:
+        """Returns when the first hello is over.  Raises UpperError, WireError, EgressDenied, Cancelled."""
         self._network.call(self._begin)
-        self._first.result()
+        while True:
+            try:
+                return self._first.result(timeout=POLL_S)
+            except TimeoutError:
+                if cancel is not None and cancel.is_set():
+                    self.close()
+                    cancel.check()
 
     def send(self, message: Up) -> None:
         """Never waits; nothing happens while there is no connection."""
@@ -210,7 +218,7 @@ class RemoteLink:
             await asyncio.gather(*work, return_exceptions=True)
 
     def _greet(self, server: ServerHello) -> None:
-        self.max_run = server.limits.max_run
+        self.max_run, self.max_context = server.limits.max_run, server.limits.max_context or self.max_context
         if not self._first.done():
             self._first.set_result(None)
 

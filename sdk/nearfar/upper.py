@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.cancel import Cancel
 from nearfar.errors import UsageError
 from nearfar.lower import KV, Lower
 from nearfar.sampling import sample
@@ -52,6 +53,7 @@ class Link(Protocol):
 
     traffic: Traffic
     max_run: int  # tokens that one ask may bring
+    max_context: int  # positions that the other side holds
 
     def send(self, message: Up) -> None:
         """Queue a message; lost with the connection, as the ledger sends again what is missing after `Opened`."""
@@ -72,7 +74,7 @@ class Upper(Protocol):
     def where(self) -> str:
         """One of: device, edge, cloud."""
 
-    def open(self, opening: Open) -> Link: ...
+    def open(self, opening: Open, cancel: Cancel | None = None) -> Link: ...
     def close(self) -> None: ...
 
 
@@ -139,7 +141,7 @@ def margin(logits: Array) -> float:
 class NoLink:
     """A link that is down and stays so."""
 
-    max_run = 1
+    max_run, max_context = 1, 1 << 31
 
     def __init__(self, reason: str) -> None:
         self.traffic = Traffic()
@@ -150,6 +152,8 @@ class NoLink:
 
     def receive(self, timeout_s: float) -> list[News]:
         news, self._news = self._news, []
+        if not news:
+            time.sleep(timeout_s)
         return news
 
     def deadline_s(self) -> float:
@@ -167,7 +171,7 @@ class LocalUpper:
     def __init__(self, lower: Lower, max_len: int, max_run: int = 256) -> None:
         self.lower, self.max_len, self.max_run = lower, max_len, max_run
 
-    def open(self, opening: Open) -> LocalLink:
+    def open(self, opening: Open, cancel: Cancel | None = None) -> LocalLink:
         check_sampling(opening)
         return LocalLink(new_session(opening, self.lower, self.max_len, self.max_run), self)
 
@@ -187,7 +191,7 @@ class LocalLink:
     def __init__(self, session: UpperSession, upper: LocalUpper) -> None:
         self.session = session
         self.decider = Decider(upper.lower, session.opening, upper.max_len)
-        self.traffic, self.max_run = Traffic(), upper.max_run
+        self.traffic, self.max_run, self.max_context = Traffic(), upper.max_run, upper.max_len
         self._news: deque[News] = deque()
         self._todo: deque[Decide] = deque()
         self.send(session.opening)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from nearfar.cancel import Cancel
 from nearfar.errors import UsageError
 from nearfar.remote_link import RemoteLink
 from nearfar.upper import check_sampling
@@ -54,14 +55,14 @@ class RemoteUpper:
         self._network: LoopThread | None = None
         self._links: list[RemoteLink] = []
 
-    def open(self, opening: Open) -> RemoteLink:
+    def open(self, opening: Open, cancel: Cancel | None = None) -> RemoteLink:
         """A link that has said hello.  Raises UpperError, MismatchError, WireError, EgressDenied, UsageError."""
         check_sampling(opening)
         if self._network is None:
             self._network = LoopThread("nearfar-upper")
         link = RemoteLink(self._network, self._dialler, opening)
         self._links = [*(other for other in self._links if not other.is_over), link]
-        link.start()
+        link.start(cancel)
         return link
 
     def close(self) -> None:

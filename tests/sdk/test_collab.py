@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from nearfar.cancel import Cancel
 from nearfar.collab import Collab, Collaboration, Notice, Shared
 from nearfar.engine import Engine, Token
-from nearfar.errors import MismatchError, UpperError, UsageError
+from nearfar.errors import ContextError, FileError, MismatchError, UpperError, UsageError
 from nearfar.halves import split
 from nearfar.journal import Journal
 from nearfar.lower import Lower, open_lower
@@ -155,7 +156,7 @@ class Flaky:
         self.inner, self.forgets, self.where = inner, forgets, "cloud"
         self.links: list[FlakyLink] = []
 
-    def open(self, opening: Open) -> FlakyLink:
+    def open(self, opening: Open, cancel: Cancel | None = None) -> FlakyLink:
         self.links.append(FlakyLink(self, opening))
         return self.links[-1]
 
@@ -166,7 +167,7 @@ class FlakyLink:
     def __init__(self, upper: Flaky, opening: Open) -> None:
         self.upper, self.opening = upper, opening
         self.link = upper.inner.open(opening)
-        self.traffic, self.max_run = self.link.traffic, self.link.max_run
+        self.traffic, self.max_run, self.max_context = self.link.traffic, self.link.max_run, MAX_LEN
         self.news: deque[News] = deque()
         self.is_up = True
 
@@ -349,3 +350,78 @@ def test_a_failed_answer_leaves_its_journal(pair: Pair, tmp_path: Path) -> None:
         c.step(s)
     s.finish(done=False)
     assert Journal.read(tmp_path / "answer").ids[0] == first.id
+
+
+# ------------------------------------------------------------ ends, and what comes after them
+
+
+@pytest.mark.parametrize(
+    ("mode", "codec", "tau"),
+    [
+        (Mode.LOSSY, CODECS[0], 1.0),
+        (Mode.LOSSY, IDS, 1.0),
+        (Mode.LOSSLESS, CODECS[0], 0.01),
+        (Mode.LOSSLESS, IDS, 0.01),
+        (Mode.CLOUD_ONLY, IDS, None),
+    ],
+    ids=["lossy rows", "lossy ids", "lossless rows", "lossless ids", "cloud-only"],
+)
+def test_a_full_context_brings_one_token_more_than_positions(
+    pair: Pair, mode: Mode, codec: CodecSpec, tau: float | None
+) -> None:
+    n_ctx = 20
+    upper = LocalUpper(pair.whole if codec is IDS else pair.upper, n_ctx, max_run=8)
+    c = Collaboration(Engine(pair.device, n_ctx), upper, Collab(mode, codec, tau))
+    tokens, _ = answer(c, GREEDY, n_ctx - len(PROMPT) + 1)
+    assert ids(tokens) == pair.oracle(codec, GREEDY, len(tokens))
+
+
+def test_an_upper_side_with_a_smaller_context_is_an_error_that_says_so(pair: Pair) -> None:
+    c = Collaboration(Engine(pair.device, 40), LocalUpper(pair.upper, 20), Collab(Mode.LOSSLESS, CODECS[0], 0.01))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    for _ in range(20 - len(PROMPT) + 1):
+        c.step(s)
+    with pytest.raises(ContextError, match="holds 20 positions"):
+        c.step(s)
+
+
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_a_text_that_goes_on_behind_early_exits_is_exact(pair: Pair, codec: CodecSpec) -> None:
+    c = pair.together(Collab(Mode.LOSSLESS, codec, 0.0))
+    tokens, s = answer(c, GREEDY, 8)
+    longer = [*PROMPT, *ids(tokens), 5, 9, 11]
+    s.continue_with(longer)
+    assert [c.step(s).id for _ in range(10)] == pair.oracle(codec, GREEDY, 10, longer)
+
+
+def test_after_a_journal_that_could_not_be_opened_the_next_answer_is_right(pair: Pair, tmp_path: Path) -> None:
+    c = pair.together(Collab(Mode.LOSSLESS, CODECS[1], 0.01))
+    _, s = answer(c, GREEDY, 8)
+    s.continue_with(PROMPT)
+    s.keep_in(tmp_path / "nowhere" / "answer")
+    with pytest.raises(FileError):
+        c.step(s)
+    s.finish(done=False)
+    s.continue_with(PROMPT)
+    assert [c.step(s).id for _ in range(8)] == pair.oracle(CODECS[1], GREEDY, 8)
+
+
+def test_without_exits_every_token_is_asked_for(pair: Pair) -> None:
+    c = pair.together(Collab(Mode.LOSSY, CODECS[0], 0.0))
+    s = c.new_sequence(GREEDY, use_exits=False)
+    s.continue_with(PROMPT)
+    assert [c.step(s).source for _ in range(8)] == ["upper"] * 8
+
+
+def test_one_late_answer_does_not_make_all_others_late(pair: Pair) -> None:
+    c, upper = flaky(pair, Collab(Mode.LOSSY, CODECS[0], 1.0, slow="finish"))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    c.step(s)
+    link = upper.links[0]
+    real, link.receive = link.receive, lambda t: time.sleep(0.005) or []  # type: ignore[method-assign, func-returns-value]
+    assert c.step(s).source == "exit.2"
+    link.receive = real  # type: ignore[method-assign]
+    link.deadline_s = lambda: 5.0  # type: ignore[method-assign]
+    assert [c.step(s).source for _ in range(6)] == ["upper"] * 6

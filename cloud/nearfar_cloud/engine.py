@@ -5,9 +5,9 @@ submit, append, ask, cut, abort ──> inbox ──> step ──> plan ──> 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
+from itertools import count, takewhile
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -16,7 +16,7 @@ from nearfar.errors import UsageError
 from nearfar_cloud.asks import Asks, Complaint
 from nearfar_cloud.branches import branches_of, n_shareable
 from nearfar_cloud.counts import Counts
-from nearfar_cloud.executors.base import Executor, Ids, Result, batch_work, run_or_find
+from nearfar_cloud.executors.base import Executor, Ids, Result, batch_of, run_or_find
 from nearfar_cloud.kv import prefix
 from nearfar_cloud.kv.pool import BLOCK, KVPool, n_blocks_of
 from nearfar_cloud.outside import Question, RowStore
@@ -77,7 +77,7 @@ class Engine:
         limit = self.facts.limit(self.n_blocks)
         self._asks = Asks(limit, self.pool, self.waiting, self._chains, self.counts, self.clock)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._numbers = itertools.count(1)
+        self._numbers = count(1)
         self._outputs: list[Output] = []
 
     @property
@@ -145,7 +145,7 @@ class Engine:
         self._guess(view)
         plan = self.composer.plan(view)
         self._apply(plan)
-        batch = [batch_work(self.seqs[w.seq], w) for w in plan.works]
+        batch = batch_of(plan.works, self.seqs)
         planned = self.clock()
         results = run_or_find(self.executor, batch) if batch else []
         ran = self.clock()
@@ -175,7 +175,7 @@ class Engine:
             idle=tuple(s for s in holding if s.is_idle),
             n_blocks=self.pool.n_blocks,
             n_free=self.pool.n_free,
-            n_parkable=self.parked_rows - sum(s.n_parked for s in holding),
+            n_parkable=self.parked_rows - sum(s.n_parked for s in holding if len(s.stages) > 1),
             hit=self._hit,
             n_freed=lambda s, promised: sum(self.pool.references[b] == 1 and b not in promised for b in s.blocks),
             can_swap=lambda s: self.executor.can_swap(len(s.blocks)),
@@ -197,8 +197,7 @@ class Engine:
 
     def _learn(self, plan: StepPlan, served: Sequence[Served], seconds: float) -> None:
         """Tell those who decide what the step came to."""
-        self.counts.expected_s += self.cost.predict(plan.works)
-        self.cost.observe(plan.works, seconds)
+        self.counts.expected_s += self.cost.observe(plan.works, seconds)
         if self.speculation is not None:
             self.speculation.observe(served)
         self.composer.observe(served, self.view())
@@ -270,9 +269,7 @@ class Engine:
             self._finish(s, "error", result.error)
             return None
         s.advance(w)
-        n_out, begun = s.n_out, max(s.n_begun, w.start)
-        s.n_begun = max(s.n_begun, min(w.end, s.n_prompt))
-        n_prompt = max(0, s.n_begun - begun)
+        n_out, n_prompt = s.n_out, s.begin(w)
         if s.outside is not None:
             s.outside.seconds += seconds
         finish = self._decide(s, w, result) if w.sample else None
@@ -298,22 +295,16 @@ class Engine:
             if (answer := self._asks.decided(s, result, w.sample - 1)) is not None:
                 self._outputs.append(answer)
             return None
-        ids: list[int] = []
-        finish: Finish | None = None
-        for token in result.ids:
-            if token in s.req.stop_ids:
-                finish = "stop"
-                break
-            ids.append(token)
-            if s.n_out + len(ids) == s.req.max_tokens:
-                finish = "length"
-                break
+        ids = result.ids[: s.req.max_tokens - s.n_out]
+        finish: Finish | None = "length" if s.n_out + len(ids) == s.req.max_tokens else None
+        if not s.req.stop_ids.isdisjoint(ids):
+            finish, ids = "stop", tuple(takewhile(lambda token: token not in s.req.stop_ids, ids))
         s.ids += ids
         s.n_out += len(ids)
         s.drafts = []
         s.truncate(s.n_known - 1)  # rows of wrong drafts do not count; the last token has not been run
         facts, told = s.facts(now) if finish else None, result.logprobs[: len(ids)]
-        self._outputs.append(Output(s.id, tuple(ids), finish, told, facts=facts, pooled=result.pooled))
+        self._outputs.append(Output(s.id, ids, finish, told, "", facts, result.pooled))
         return finish
 
     # ------------------------------------------------------------ coming and going
@@ -343,8 +334,7 @@ class Engine:
 
         They take no block, so no policy is asked; the blocks that they need then are taken as by all who run.
         """
-        n = n_shareable(s)
-        if s.id in self.branches and s.computed >= n * BLOCK:
+        if s.id in self.branches and s.computed >= BLOCK * (n := n_shareable(s)):
             for branch in self.branches.pop(s.id):
                 if branch.status is not Status.DONE:
                     self._begin(branch, s.blocks[:n])

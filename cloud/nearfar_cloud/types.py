@@ -215,26 +215,33 @@ class Seq:
 
     def truncate(self, n: int) -> None:
         """Only the first `n` positions count as computed."""
+        if self.reached <= n:
+            return
         for stage in self.stages:
             stage.computed = min(stage.computed, n)
         self._join()
 
     def gap(self) -> Work | None:
         """The rows that could run next: of the uppermost stage that has rows waiting; None if nothing is to do."""
-        n_known = self.n_known
-        for i in range(len(self.stages) - 1, -1, -1):
-            stage = self.stages[i]
-            ready = self.stages[i - 1].computed if i else n_known + len(self.drafts)
+        n_known, found = self.n_known, None
+        ready = n_known + len(self.drafts)
+        for stage in self.stages:
             if stage.computed < ready:
-                if stage.computed >= n_known:
-                    return None  # drafts alone tell nothing
-                decides = stage.layers.last == self.n_layers and ready >= n_known
-                sample = ready - n_known + 1 if decides else 0
-                return Work(self.id, stage.computed, ready - stage.computed, stage.layers, sample)
-        return None
+                found = stage, ready
+            ready = stage.computed
+        if found is None or found[0].computed >= n_known:
+            return None  # drafts alone tell nothing
+        stage, ready = found
+        decides = ready >= n_known and stage.layers.last == self.n_layers
+        sample = ready - n_known + 1 if decides else 0
+        return Work(self.id, stage.computed, ready - stage.computed, stage.layers, sample)
 
     def advance(self, work: Work) -> None:
         """`work` has been run; stages are cut where it began and ended inside one."""
+        if len(self.stages) == 1 and self.stages[0].layers == work.layers:  # nothing to cut or to join
+            assert self.stages[0].computed == work.start, (self, work)
+            self.stages[0].computed += work.n
+            return
         for at in work.layers:
             for i, stage in enumerate(self.stages):
                 first, last = stage.layers
@@ -247,6 +254,14 @@ class Seq:
                 assert stage.computed == work.start, (self, work)
                 stage.computed = work.start + work.n
         self._join()
+
+    def begin(self, work: Work) -> int:
+        """`work` has been run; how many rows of the prompt nothing had run before."""
+        begun, n_prompt = self.n_begun, self.n_prompt
+        if begun == n_prompt:
+            return 0
+        self.n_begun = max(begun, min(work.end, n_prompt))
+        return max(0, self.n_begun - max(begun, work.start))
 
     def _join(self) -> None:
         """Neighbours with equally many positions are one stage."""
@@ -274,7 +289,8 @@ class Work(NamedTuple):
 
     def rows(self, n_layers: int) -> int:
         """As rows through all layers, rounded up: what it takes of a step's budget."""
-        return -(-self.n * self.layers.n // n_layers)
+        first, last = self.layers
+        return -(-self.n * (last - first) // n_layers)
 
     def narrowed(self, s: Seq, n: int | None = None, last_layer: int | None = None) -> Work:
         """At most `n` rows, up to layer `last_layer`: what a policy may make of it."""

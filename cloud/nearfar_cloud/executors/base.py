@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +71,7 @@ class ModelFacts:
         return min(self.n_ctx, BLOCK * n_blocks)
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """Decide the tokens behind the last `1 + len(drafts)` rows of a work: each draft holds iff it is what is chosen."""
 
     position: int  # of the first token that is decided
@@ -84,8 +84,7 @@ class Ask:
     wants_hidden: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BatchWork:
+class BatchWork(NamedTuple):
     """One work with all that it needs: `ids` [n] or all `rows` where it enters, neither if its rows are parked.
 
     Rows are read when they are run, so such as cannot be read fail their own work.
@@ -102,34 +101,45 @@ class BatchWork:
     pooled: bool = False  # the rows of the last layer are summed up, over all works of the sequence
 
 
-def batch_work(s: Seq, w: Work) -> BatchWork:
-    """Work `w` of sequence `s` with what an executor needs for it."""
-    ids = rows = ask = None
-    if w.layers.first == s.req.entry:
-        if s.req.entry:
-            assert s.outside is not None
-            rows = s.outside.rows
-        else:
-            ids = np.asarray((s.ids[w.start : w.end] + s.drafts)[: w.n], np.int32)
-    if w.sample:
-        position, window = s.n_known, s.req.sampling.repetition_window
-        question = s.question
-        ask = Ask(
-            position=position,
-            recent=s.ids[max(0, position - window) : position],
-            drafts=tuple(s.drafts[: w.sample - 1]),
-            sampling=s.req.sampling,
-            n_logprobs=s.req.n_logprobs,
-            hook=s.hook,
-            wants_margin=question is not None,
-            wants_hidden=question is not None and question.wants_hidden,
-        )
-    blocks = np.asarray(s.blocks[: n_blocks_of(w.end)], np.int32)
-    return BatchWork(s.id, w.start, w.n, w.layers, blocks, ids, rows, ask, s.req.pooled)
+def batch_of(works: Sequence[Work], seqs: Mapping[int, Seq]) -> list[BatchWork]:
+    """The works of a plan with what an executor needs for them."""
+    pairs = [(seqs[w.seq], w) for w in works]
+    blocks = _arrays([s.blocks[: n_blocks_of(w.start + w.n)] for s, w in pairs])
+    ids = _arrays([_ids(s, w) for s, w in pairs])
+    batch = []
+    for (s, w), its_blocks, its_ids in zip(pairs, blocks, ids, strict=True):
+        entering = its_ids if len(its_ids) else None
+        rows = s.outside.rows if s.outside is not None and w.layers.first == s.req.entry else None
+        ask = _ask(s, w.sample) if w.sample else None
+        batch.append(BatchWork(w.seq, w.start, w.n, w.layers, its_blocks, entering, rows, ask, s.req.pooled))
+    return batch
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+def _arrays(lists: Sequence[Sequence[int]]) -> list[Ids]:
+    """Each list as an array; all are pieces of one, for making a small array takes as long as a large one."""
+    whole = np.array(list(chain.from_iterable(lists)), np.int32)
+    return [whole[a:b] for a, b in pairwise((0, *accumulate(map(len, lists))))]
+
+
+def _ids(s: Seq, w: Work) -> Sequence[int]:
+    """What enters, drafts behind what is known; nothing where rows do."""
+    if w.layers.first:
+        return ()
+    known = s.ids[w.start : w.start + w.n]
+    return known if len(known) == w.n else (known + s.drafts)[: w.n]
+
+
+def _ask(s: Seq, n: int) -> Ask:
+    """To decide behind each of the last `n` rows."""
+    req, position, drafts = s.req, s.n_known, tuple(s.drafts[: n - 1]) if n > 1 else ()
+    window = 0 if req.sampling.repetition_penalty == 1 else req.sampling.repetition_window
+    recent = s.ids[max(0, position - window) : position] if window else ()
+    if (question := s.question) is None:
+        return Ask(position, recent, drafts, req.sampling, req.n_logprobs, s.hook)
+    return Ask(position, recent, drafts, req.sampling, req.n_logprobs, s.hook, True, question.wants_hidden)
+
+
+class Result(NamedTuple):
     """Of one work: the tokens decided (accepted drafts, then one), or what is wrong with it."""
 
     ids: tuple[int, ...] = ()

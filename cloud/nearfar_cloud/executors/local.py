@@ -11,7 +11,6 @@ Rows enter where their work begins and leave where it ends, so a batch is cut at
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from hashlib import sha256
 from itertools import pairwise
 from typing import Literal
@@ -114,7 +113,7 @@ class LocalExecutor:
         results = self._decide(batch, rows)
         self._unpark(batch)
         return [
-            replace(result, pooled=self._pool(w, x)) if w.pooled and w.layers.last == self.facts.n_layers else result
+            result._replace(pooled=self._pool(w, x)) if w.pooled and w.layers.last == self.facts.n_layers else result
             for w, x, result in zip(batch, rows, results, strict=True)
         ]
 
@@ -173,7 +172,7 @@ class LocalExecutor:
             for (i, ask), result in zip(asking, decided, strict=True):
                 if ask.wants_hidden and not result.error:
                     at = len(rows[i]) - 1 - len(ask.drafts) + len(result.ids) - 1
-                    result = replace(result, hidden=rows[i][at].float().numpy().copy())
+                    result = result._replace(hidden=rows[i][at].float().numpy().copy())
                 results[i] = result
         return results
 

@@ -9,7 +9,7 @@ PrefillFirst     whole prompts before any next token: the rule of older servers,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nearfar_cloud.kv.pool import BLOCK
 from nearfar_cloud.scheduling.policy import Policy
@@ -17,6 +17,7 @@ from nearfar_cloud.scheduling.view import EngineView
 from nearfar_cloud.types import Seq, Status, Work
 
 MARGIN = 0.9  # of a promised interval that a step may take
+RUNNING = Status.RUNNING  # found once: a member is slow to look up
 
 
 def n_missing(s: Seq) -> int:
@@ -30,20 +31,35 @@ def generates(s: Seq) -> bool:
     A device that asks may lack rows of tokens that it has decided by itself, and brings drafts: at most a tile in all.
     """
     if s.outside is None:
-        return s.status is Status.RUNNING and n_missing(s) <= 1
-    return s.status is Status.RUNNING and n_missing(s) + len(s.drafts) <= BLOCK
+        return s.status is RUNNING and n_missing(s) <= 1
+    return s.status is RUNNING and n_missing(s) + len(s.drafts) <= BLOCK
 
 
-def shortest_interval(seqs: Sequence[Seq]) -> float | None:
-    """Seconds between tokens: the least that somebody who generates was promised."""
-    return min((t for s in seqs if generates(s) and (t := s.req.objective.tbt_s)), default=None)
+def generating(seqs: Iterable[Seq]) -> list[Seq]:
+    """Those who have nothing to do but their next token."""
+    return [s for s in seqs if generates(s)]
+
+
+def gaps(seqs: Iterable[Seq]) -> list[Work]:
+    """What could run next of each that has something to run."""
+    return [gap for s in seqs if (gap := s.gap())]
+
+
+def shortest_interval(seqs: Iterable[Seq]) -> float | None:
+    """Seconds between tokens: the least that one of `seqs`, who generate, was promised."""
+    return min((t for s in seqs if (t := s.req.objective.tbt_s)), default=None)
+
+
+def n_next(seqs: Iterable[Seq]) -> int:
+    """Rows of the next tokens of `seqs`, who generate, drafts included; none for who waits for rows from outside."""
+    return sum(n + len(s.drafts) for s in seqs if (n := n_missing(s)))
 
 
 class Arrival(Policy):
     """First come, first served; what runs goes before what waits."""
 
     def order(self, seqs: Sequence[Seq], view: EngineView) -> Sequence[Seq]:
-        return sorted(seqs, key=lambda s: (s.status is not Status.RUNNING, s.arrival, s.id))
+        return sorted(seqs, key=lambda s: (s.status is not RUNNING, s.arrival, s.id))
 
 
 class Priority(Policy):
@@ -67,14 +83,13 @@ class ChunkedPrefill(Policy):
         return sorted(seqs, key=lambda s: not generates(s))
 
     def budget(self, view: EngineView) -> int:
-        works = [gap for s in view.seqs if generates(s) and (gap := s.gap())]
-        n = sum(w.n for w in works)
-        interval = shortest_interval(view.seqs)
+        tokens = generating(view.seqs)
+        n, interval = n_next(tokens), shortest_interval(tokens)
         if interval is None:
             return max(self.n_rows, n + BLOCK)
         prompt = next((s for s in view.seqs if n_missing(s) > 1), None)
         start = 0 if prompt is None else self.deepest(prompt)
-        beside = view.cost.features(works)
+        beside = view.cost.features(gaps(tokens))
         return n + view.cost.most_rows(MARGIN * interval, start, beside, BLOCK, max(self.n_rows - n, BLOCK))
 
     def deepest(self, s: Seq) -> int:
@@ -103,8 +118,7 @@ class SplitFuse(Policy):
         return sorted(seqs, key=lambda s: not generates(s))
 
     def budget(self, view: EngineView) -> int:
-        n = sum(gap.n for s in view.seqs if generates(s) and (gap := s.gap()))
-        return max(self.n_rows, n + 1)
+        return max(self.n_rows, n_next(generating(view.seqs)) + 1)
 
 
 class PrefillFirst(Policy):
@@ -114,5 +128,5 @@ class PrefillFirst(Policy):
         return sorted(seqs, key=generates)
 
     def shape(self, work: Work, s: Seq, left: int, view: EngineView) -> Work | None:
-        prompts = any(not generates(o) and o.status is Status.RUNNING for o in view.seqs)
+        prompts = any(not generates(o) and o.status is RUNNING for o in view.seqs)
         return None if prompts and generates(s) else work

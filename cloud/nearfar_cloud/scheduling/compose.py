@@ -16,6 +16,7 @@ from nearfar_cloud.types import Admit, KVOp, LayerRange, Preempt, Seq, Served, S
 
 How = Literal["recompute", "swap"]
 Preemption = Literal["recompute", "swap", "cheaper"]  # the last: whichever is expected to take less time
+RUNNING = Status.RUNNING  # found once: a member is slow to look up
 
 
 class Composer:
@@ -23,6 +24,7 @@ class Composer:
 
     def __init__(self, policies: Sequence[Policy], preemption: Preemption = "recompute") -> None:
         self.policies, self.preemption = tuple(policies), preemption
+        self.shapes = [p.shape for p in policies if type(p).shape is not Policy.shape]  # of those who have an opinion
 
     def plan(self, view: EngineView) -> StepPlan:
         """The next step; empty when nothing can run."""
@@ -38,7 +40,8 @@ class _Planning:
     """The state of one planning: what is left of rows and blocks."""
 
     def __init__(self, composer: Composer, view: EngineView) -> None:
-        self.policies, self.preemption, self.view = composer.policies, composer.preemption, view
+        self.policies, self.shapes, self.preemption = composer.policies, composer.shapes, composer.preemption
+        self.view = view
         budgets = [b for p in self.policies if (b := p.budget(view)) is not None]
         self.left = min(budgets, default=1 << 30)
         self.free, self.parkable = view.n_free, view.n_parkable
@@ -50,33 +53,41 @@ class _Planning:
         self.promised: set[int] = set()  # cached blocks that this plan shares with somebody
 
     def run(self) -> StepPlan:
-        order = rows = self.view.seqs
+        rows = self.view.seqs
         for policy in self.policies:
-            order, rows = policy.order(order, self.view), policy.rows(rows, self.view)
-        self.order = order
+            rows = policy.rows(rows, self.view)
         closed = False
         for s in rows:
             if self.left <= 0:
                 break
-            if s.status is Status.DONE or s.id in self.preempted:
-                continue
-            if s.status is not Status.RUNNING:
+            if s.status is RUNNING:
+                if s.id not in self.preempted:
+                    self._run(s)
+            elif not closed:
                 # Nobody overtakes a waiting sequence by being small: the large ones would wait for ever.
-                closed = closed or not self._admit(s)
-            if not closed or s.status is Status.RUNNING:
-                self._run(s)
+                closed = not self._admit(s)
+                if not closed:
+                    self._run(s)
         return StepPlan(tuple(self.works.values()), tuple(self.ops))
 
     @cached_property
+    def order(self) -> Sequence[Seq]:
+        """Who matters more; asked for only when blocks are short."""
+        order = self.view.seqs
+        for policy in self.policies:
+            order = policy.order(order, self.view)
+        return order
+
+    @cached_property
     def place(self) -> dict[int, int]:
-        """Sequence -> where it stands in order; asked for only when blocks are short."""
+        """Sequence -> where it stands in order."""
         return {s.id: i for i, s in enumerate(self.order)}
 
     @cached_property
     def victims(self) -> list[Seq]:
         """Who gives way first stands last: who is idle, for the longest time first, then the last in order."""
         idle = sorted(self.view.idle, key=lambda s: -s.arrival)
-        return [s for s in (*self.order, *idle) if s.status is Status.RUNNING]
+        return [s for s in (*self.order, *idle) if s.status is RUNNING]
 
     def _admit(self, s: Seq) -> bool:
         """Whether `s` gets memory; then its op is in the plan."""
@@ -105,34 +116,37 @@ class _Planning:
     def _run(self, s: Seq) -> None:
         """Plan a part of the gap of `s`, if there is one, rows are left and blocks can be had."""
         work: Work | None = self._gap(s)
-        for policy in self.policies:
+        for shape in self.shapes:
             if work is not None:
-                work = policy.shape(work, s, self.left, self.view)
+                work = shape(work, s, self.left, self.view)
         if work is None or work.n <= 0:
             return
-        most = self.left * self.n_layers // work.layers.n
-        if most < work.n:
-            work = work.narrowed(s, most)
-        parks = work.layers.first == s.req.entry and work.layers.last < self.n_layers
+        if self.left < work.rows(self.n_layers):
+            work = work.narrowed(s, self.left * self.n_layers // work.layers.n)
+        parks = work.layers.last < self.n_layers and work.layers.first == s.req.entry
         if parks:
             work = work.narrowed(s, self.parkable)
         if work.n <= 0:
             return
         have = len(s.blocks) + self.added.get(s.id, 0)
-        need = max(0, n_blocks_of(work.end) - have)
-        while need > self.free and self._preempt(s):
-            pass
-        if need > self.free:
-            fits = (have + self.free) * BLOCK - work.start
-            if fits <= 0:
+        if work.start + work.n > have * BLOCK:
+            fits = self._take(s, n_blocks_of(work.end) - have) + have
+            if work.start >= fits * BLOCK:
                 return
-            work = work.narrowed(s, fits)
-            need = max(0, n_blocks_of(work.end) - have)
-        self.free -= need
-        self.added[s.id] = self.added.get(s.id, 0) + need
-        self.parkable -= work.n if parks else 0
+            work = work.narrowed(s, fits * BLOCK - work.start)
+        if parks:
+            self.parkable -= work.n
         self.left -= work.rows(self.n_layers)
         self.works[s.id] = work
+
+    def _take(self, s: Seq, n: int) -> int:
+        """Blocks for `s`, if need be from others: `n`, or as many as can be had."""
+        while n > self.free and self._preempt(s):
+            pass
+        n = min(n, self.free)
+        self.free -= n
+        self.added[s.id] = self.added.get(s.id, 0) + n
+        return n
 
     def _gap(self, s: Seq) -> Work | None:
         """The gap as it will be once the memory ops of the plan are done."""
@@ -166,7 +180,7 @@ class _Planning:
             self.preempted.add(victim.id)
             if (work := self.works.pop(victim.id, None)) is not None:
                 self.left += work.rows(self.n_layers)
-                self.free += self.added.pop(victim.id)
+                self.free += self.added.pop(victim.id, 0)
             self.free += self.view.n_freed(victim, self.promised)
             return True
         return False

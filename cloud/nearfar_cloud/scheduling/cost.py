@@ -52,11 +52,11 @@ class Experts:
 def features(works: Sequence[Work], n_layers: int, experts: Experts | None = None) -> Features:
     """Of a plan's works."""
     rows = reads = pairs = touched = 0.0
-    for w in works:
-        share = w.layers.n / n_layers
-        rows += w.n * share
-        reads += (w.start + w.n) * share
-        pairs += w.n * (w.start + w.n / 2) * share
+    for _, start, n, (first, last), _ in works:
+        share = (last - first) / n_layers
+        rows += n * share
+        reads += (start + n) * share
+        pairs += n * (start + n / 2) * share
     if experts is None:
         return np.array([1.0, rows, reads, pairs])
     cuts = sorted({at for w in works for at in w.layers})
@@ -144,21 +144,24 @@ class CostModel:
             x[:, 4] = self.n_layers * self.experts.touched(x[:, 1])
         return x
 
-    def observe(self, works: Sequence[Work], seconds: float) -> None:
-        """A step took so long."""
-        if not works or seconds <= 0:
-            return
+    def observe(self, works: Sequence[Work], seconds: float) -> float:
+        """A step took so long; what was expected, 0 for an empty plan."""
+        if not works:
+            return 0.0
         x = self.features(works)
         regime = self._regime(x)
         expected = float(regime.predict(x))
+        if seconds <= 0:
+            return expected
         if regime.n > 20 and not expected / OUTLIER < seconds < expected * OUTLIER:
             self.n_outliers += 1
             self._strange += 1
             if self._strange < REPEATED:
-                return
+                return expected
             regime.start_again()  # the machine has changed: what was learned holds no longer
         self._strange = 0
         regime.learn(x, seconds)
+        return expected
 
     def most_rows(self, seconds: float, start: int, beside: Features, least: int, most: int) -> int:
         """The most rows from position `start` on that fit into `seconds`, beside a step with features `beside`.

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nearfar.errors import UsageError
+from nearfar_cloud.scheduling.budget import RUNNING
 from nearfar_cloud.scheduling.policy import Policy
 from nearfar_cloud.scheduling.view import EngineView
-from nearfar_cloud.types import Seq, Served, Status
+from nearfar_cloud.types import Seq, Served
 
 INPUT, OUTPUT = 1.0, 2.0  # what a row of a prompt and a token cost, as in the paper
 
@@ -38,7 +39,7 @@ class FairShare(Policy):
 
     def order(self, seqs: Sequence[Seq], view: EngineView) -> Sequence[Seq]:
         level = self._levels(seqs)
-        return sorted(seqs, key=lambda s: (s.status is not Status.RUNNING, level[s.id]))
+        return sorted(seqs, key=lambda s: (s.status is not RUNNING, level[s.id]))
 
     def rows(self, seqs: Sequence[Seq], view: EngineView) -> Sequence[Seq]:
         """Rows go by the counters alone: a prompt that has begun need not be finished first."""
@@ -47,13 +48,14 @@ class FairShare(Policy):
 
     def observe(self, served: Sequence[Served], view: EngineView) -> None:
         """Charge what the step did."""
-        here = frozenset(_tenant(s) for s in view.seqs) | {_tenant(x.seq) for x in served}
+        active = frozenset(map(_tenant, view.seqs))
+        here = active.union(_tenant(x.seq) for x in served)
         for tenant in here:
             self.counters[tenant] = self._counter(tenant)
         for x in served:
-            cost = INPUT * x.n_prompt + OUTPUT * x.n_decided
-            self.counters[_tenant(x.seq)] += cost / self._share(_tenant(x.seq))
-        self.active = frozenset(_tenant(s) for s in view.seqs)
+            tenant = _tenant(x.seq)
+            self.counters[tenant] += (INPUT * x.n_prompt + OUTPUT * x.n_decided) / self._share(tenant)
+        self.active = active
         self.floor = min((self.counters[tenant] for tenant in self.active or here), default=self.floor)
         # Who is away and would be lifted when it comes back need not be remembered.
         self.counters = {t: c for t, c in self.counters.items() if t in self.active or c > self.floor}
@@ -69,10 +71,13 @@ class FairShare(Policy):
         """Sequence -> what its tenant's counter will be by its turn, if those before it get their prompts computed."""
         ahead: dict[str, float] = {}
         levels = {}
-        for s in sorted(seqs, key=lambda s: s.status is not Status.RUNNING):
+        for s in sorted(seqs, key=lambda s: s.status is not RUNNING):
             tenant = _tenant(s)
-            levels[s.id] = ahead.setdefault(tenant, self._counter(tenant))
-            ahead[tenant] += INPUT * (s.n_prompt - s.n_begun) / self._share(tenant)
+            if tenant not in ahead:
+                ahead[tenant] = self._counter(tenant)
+            levels[s.id] = ahead[tenant]
+            if n := s.n_prompt - s.n_begun:
+                ahead[tenant] += INPUT * n / self._share(tenant)
         return levels
 
 

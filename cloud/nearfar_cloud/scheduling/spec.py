@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar_cloud.scheduling.budget import MARGIN, generates, n_missing, shortest_interval
+from nearfar_cloud.scheduling.budget import MARGIN, gaps, generating, n_missing, shortest_interval
 from nearfar_cloud.scheduling.propose import NGramIndex
 from nearfar_cloud.scheduling.view import EngineView
 from nearfar_cloud.types import Proposer, Seq, Served, Work
@@ -68,7 +68,7 @@ class Speculation:
 
     def propose(self, view: EngineView) -> dict[int, list[int]]:
         """Drafts for the next step, by sequence: for those that only wait for their next token."""
-        running = [s for s in view.seqs if generates(s)]
+        running = generating(view.seqs)
         known = self._guessers
         self._guessers = {s.id: known.get(s.id) or Guesser(self.new(), Luck()) for s in running}
         able = [s for s in running if not (s.outside or s.drafts or s.n_parked) and n_missing(s) == 1]
@@ -92,12 +92,13 @@ class Speculation:
             drafts += [(rate**k, k, i, s.n_known + k - 1) for k in range(1, n + 1)]
         drafts.sort(key=lambda d: (-d[0], d[1]))
         gain = np.cumsum([0.0, *(d[0] for d in drafts)])
-        works = [gap for s in view.seqs if generates(s) and (gap := s.gap())]
+        tokens = generating(view.seqs)
+        works, interval = gaps(tokens), shortest_interval(tokens)
         seconds = self._seconds(works, np.array([d[3] for d in drafts], float), view)
         # What prompts take of the step is not the tokens' to answer for, but drafts cost what they cost beside them.
         of_tokens = view.cost.predict(works) + seconds - seconds[0]
         goodput = (len(works) + gain) / np.maximum(of_tokens, 1e-9)
-        if (interval := shortest_interval(view.seqs)) is not None:
+        if interval is not None:
             goodput[1:][seconds[1:] > MARGIN * interval] = 0.0
         lengths = [0] * len(seqs)
         for _, k, i, _ in drafts[: int(goodput.argmax())]:

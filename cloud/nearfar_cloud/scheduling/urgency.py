@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nearfar_cloud.scheduling.budget import generates, n_missing
+from nearfar_cloud.scheduling.budget import gaps, generating, n_missing
 from nearfar_cloud.scheduling.policy import Policy
 from nearfar_cloud.scheduling.view import EngineView
 from nearfar_cloud.types import LayerRange, Seq, Served, Status, Work
@@ -60,7 +60,7 @@ class Urgency(Policy):
             Work(s.id, s.computed, max(1, n_missing(s)), LayerRange(s.req.entry, cost.n_layers), 0) for s in seqs
         ]
         until_first = cost.of_many(np.stack([cost.features([w]) for w in prompts]))
-        others = [gap for s in view.seqs if generates(s) and (gap := s.gap())]
+        others = gaps(generating(view.seqs))
         a_token = cost.predict([*others, prompts[0]._replace(n=1)])
         slacks = []
         for s, first in zip(seqs, until_first.tolist(), strict=True):

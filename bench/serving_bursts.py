@@ -7,6 +7,8 @@ Arrivals and lengths (by `--divide`) are those of the trace; its time is stretch
 (`--loads`) of what the first server answers when all are there at once.  Greedy, prefix caches off, prompts drawn anew
 in every round behind a warm-up, all servers in their process and without HTTP (serving_live.py).  Figures are medians
 over the rounds: TTFT from arrival to first token, TBT between tokens, goodput as `nearfar cloud replay` has it.
+
+On a busy machine `--cpu-time --threads 1` goes by the CPU time that each server takes, as if it had a core of its own.
 """
 
 from __future__ import annotations
@@ -74,13 +76,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--divide", type=int, default=8, metavar="N", help="lengths of the trace by N (default 8)")
     add("--rounds", type=int, default=3, metavar="N", help="behind the warm-up (default %(default)s)")
     add("--threads", type=int, default=2, metavar="N", help="of each server (default %(default)s)")
+    add("--cpu-time", action="store_true", help="the clock is each server's CPU time; needs --threads 1")
     add("--ttft", type=float, default=1.0, metavar="S", help="limit of goodput (default 1 s)")
     add("--tbt", type=float, default=0.15, metavar="S", help="limit of goodput (default 0.15 s)")
     add("--folder", type=Path, default=default_folder() / "serving", help="where the model is kept")
     add("--envs", type=Path, default=default_folder() / "serving_envs", help="where the peers are installed")
     add("--tiny", action="store_true", help="a model of two layers: to see whether everything runs")
     add("--json", action="store_true")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.cpu_time and args.threads != 1:
+        parser.error(f"--cpu-time with --threads {args.threads}: CPU time is time on a core only with --threads 1")
+    return args
 
 
 def compare(args: argparse.Namespace, servers: list[Server], config: ModelConfig) -> list[dict[str, Any]]:
@@ -93,8 +99,9 @@ def compare(args: argparse.Namespace, servers: list[Server], config: ModelConfig
     slo, n_vocab = Slo(args.ttft, args.tbt), config.n_vocab
 
     reached = {}
-    for server in servers:  # the warm-up of each, too
-        done = [run(server, workload.at_once(), n_vocab, seed) for seed in range(2)][-1]
+    for server in servers:
+        run(server, workload.first(4).at_once(), n_vocab, 0, args.cpu_time)
+        done = run(server, workload.at_once(), n_vocab, 1, args.cpu_time)
         reached[server.peer] = len(workload) / done.seconds
         say(f"{server.peer}: {reached[server.peer]:.2f} requests/s, all at once")
     rows = []
@@ -103,7 +110,7 @@ def compare(args: argparse.Namespace, servers: list[Server], config: ModelConfig
         found: dict[str, list[Summary]] = {s.peer: [] for s in servers}
         for turn in range(args.rounds):
             for server in servers:
-                found[server.peer].append(summarise(run(server, at, n_vocab, 2 + turn), slo))
+                found[server.peer].append(summarise(run(server, at, n_vocab, 2 + turn, args.cpu_time), slo))
             say(f"{load:.0%}: round {turn + 1} of {args.rounds}")
         for server in servers:
             row = {"peer": server.peer, "facts": server.facts["facts"], "load": load, "rate": at.rate}
@@ -111,13 +118,13 @@ def compare(args: argparse.Namespace, servers: list[Server], config: ModelConfig
     return rows
 
 
-def run(server: Server, workload: Workload, n_vocab: int, seed: int) -> Replay:
+def run(server: Server, workload: Workload, n_vocab: int, seed: int, cpu_time: bool) -> Replay:
     """`workload` on one server, as a replay of ours would tell it."""
     requests = [
         (float(at), workload.prompt(i, n_vocab, seed), int(n))
         for i, (at, n) in enumerate(zip(workload.arrival_s, workload.n_output, strict=True))
     ]
-    token_s = server.ask({"requests": requests})["token_s"]
+    token_s = server.ask({"requests": requests, "cpu_time": cpu_time})["token_s"]
     served = [Served(at, len(ids), n, times, times[-1]) for (at, ids, n), times in zip(requests, token_s, strict=True)]
     counts = asdict(Counts(generated_tokens=sum(map(len, token_s))))
     return Replay(served, max(times[-1] for times in token_s), counts)

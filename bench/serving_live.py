@@ -2,9 +2,11 @@
 
     python bench/serving_live.py PEER FOLDER FORM THREADS
 
-The first line that it prints says that the model is loaded.  Then each line in, {"requests": [[arrival_s, [ids], n]]},
-is a workload: at its time each request is handed over, and gets `n` tokens greedily whatever they are.  Each line out,
-{"token_s": [[...]], "cpu": s}, says when each token came, in seconds from the start, and the CPU time of all that.
+The first line that it prints says that the model is loaded.  Then each line in, {"requests": [[arrival_s, [ids], n]],
+"cpu_time": false}, is a workload: at its time each request is handed over, and gets `n` tokens greedily whatever they
+are.  Each line out, {"token_s": [[...]], "cpu": s}, says when each token came, in seconds from the start, and the CPU
+time of all that.  With "cpu_time" the clock is the CPU time of this process and jumps to the next arrival when nothing
+is to do: on a shared machine a server of one thread gets the figures that it would have on a core of its own.
 
 Nobody talks HTTP here: all are called in the process.  Prefix caches are off, everyone may keep as many positions
 (`POSITIONS`), and how many rows a step has is each one's own default.  Runs in the environment of its peer and imports
@@ -14,6 +16,7 @@ nothing of ours unless we are the peer.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import sys
@@ -28,9 +31,29 @@ from serving_peers import cpu_seconds
 
 POSITIONS = 512 * 64  # that the keys and values of all sequences take together
 MOST_SEQS = 256
-SHORT_S = 2e-3  # how long to wait for a server that computes in threads of its own
+MOST_S = 0.05  # to wait for a server that computes in threads of its own
 
-Came = tuple[int, int, float]  # request, how many tokens of it, when by `time.perf_counter`
+Came = tuple[int, int, float]  # request, how many tokens of it, when
+
+
+class Clock:
+    """Seconds: the wall's, or those of CPU time of this process, idle times skipped."""
+
+    def __init__(self) -> None:
+        self.cpu_time, self.skipped = False, 0.0
+
+    def __call__(self) -> float:
+        return time.process_time() + self.skipped if self.cpu_time else time.perf_counter()
+
+    def wait_until(self, moment: float) -> None:
+        left = max(0.0, moment - self())
+        if self.cpu_time:
+            self.skipped += left
+        else:
+            time.sleep(left)
+
+
+clock = Clock()
 
 
 class Live(Protocol):
@@ -38,7 +61,7 @@ class Live(Protocol):
 
     def add(self, number: int, ids: list[int], n: int) -> None: ...
 
-    def step(self) -> list[Came]: ...  # go on for a moment; what came
+    def step(self, most_s: float) -> list[Came]: ...  # go on; what came.  No longer, if it computes in its own threads
 
 
 class Nearfar:
@@ -67,8 +90,8 @@ class Nearfar:
 
         self.numbers[self.engine.submit(Request(ids=tuple(ids), max_tokens=n))] = number
 
-    def step(self) -> list[Came]:
-        outputs, now = self.engine.step(), time.perf_counter()
+    def step(self, most_s: float) -> list[Came]:
+        outputs, now = self.engine.step(), clock()
         assert not any(out.error for out in outputs), outputs
         return [(self.numbers[out.seq], len(out.ids), now) for out in outputs]
 
@@ -95,11 +118,11 @@ class Openvino:
         config = lib.GenerationConfig(max_new_tokens=n, min_new_tokens=n, ignore_eos=True, do_sample=False)
         self.open[number] = self.pipe.add_request(number, openvino.Tensor(np.array([ids], np.int64)), config)
 
-    def step(self) -> list[Came]:
+    def step(self, most_s: float) -> list[Came]:
         import openvino_genai as lib
 
         self.pipe.step()
-        now, came = time.perf_counter(), []
+        now, came = clock(), []
         for number, handle in list(self.open.items()):
             while handle.can_read():
                 (out,) = handle.read().values()
@@ -135,7 +158,7 @@ class LlamaServer:
 
         def tell(piece: Any) -> bool:
             nonlocal told, last
-            now, last = time.perf_counter(), piece if isinstance(piece, dict) else json.loads(piece)
+            now, last = clock(), piece if isinstance(piece, dict) else json.loads(piece)
             total = last["timings"]["predicted_n"] if "timings" in last else told
             if total > told:
                 self.came.put((number, total - told, now))
@@ -147,10 +170,10 @@ class LlamaServer:
         if told < n:
             self.came.put(f"request {number} got {told} of {n} tokens: {last}")
 
-    def step(self) -> list[Came]:
+    def step(self, most_s: float) -> list[Came]:
         came: list[Came] = []
         with suppress(queue.Empty):
-            one = self.came.get(timeout=SHORT_S)
+            one = self.came.get(timeout=most_s)
             while not isinstance(one, str):
                 came.append(one)
                 one = self.came.get_nowait()
@@ -169,15 +192,16 @@ def serve(server: Live, requests: list[tuple[float, list[int], int]]) -> list[li
     """When each token of each request came, seconds from the start; requests stand in order of arrival."""
     token_s: list[list[float]] = [[] for _ in requests]
     n_come = n_done = 0
-    started = time.perf_counter()
+    started = clock()
     while n_done < len(requests):
-        while n_come < len(requests) and requests[n_come][0] <= time.perf_counter() - started:
+        while n_come < len(requests) and started + requests[n_come][0] <= clock():
             server.add(n_come, *requests[n_come][1:])
             n_come += 1
+        next_s = started + requests[n_come][0] if n_come < len(requests) else math.inf
         if n_done == n_come:
-            time.sleep(max(0.0, started + requests[n_come][0] - time.perf_counter()))
+            clock.wait_until(next_s)
             continue
-        for number, n, now in server.step():
+        for number, n, now in server.step(min(MOST_S, max(1e-3, next_s - clock()))):
             token_s[number] += [now - started] * n
             n_done += len(token_s[number]) == requests[number][2]
     return token_s
@@ -195,8 +219,9 @@ def main() -> int:
     server = PEERS[name](folder, form, threads)
     say({"ready": time.perf_counter() - started, "facts": server.facts})
     for line in sys.stdin:
-        requests = [(float(at), ids, int(n)) for at, ids, n in json.loads(line)["requests"]]
-        cpu = cpu_seconds()
+        question = json.loads(line)
+        requests = [(float(at), ids, int(n)) for at, ids, n in question["requests"]]
+        clock.cpu_time, cpu = question["cpu_time"], cpu_seconds()
         token_s = serve(server, requests)
         say({"token_s": token_s, "cpu": cpu_seconds() - cpu})
     out.flush()

@@ -115,6 +115,7 @@ def compare(args: argparse.Namespace, servers: list[Server], config: ModelConfig
         for server in servers:
             row = {"peer": server.peer, "facts": server.facts["facts"], "load": load, "rate": at.rate}
             rows.append(row | {"at_once": reached[server.peer]} | medians(found[server.peer]))
+            say(json.dumps(rows[-1]))
     return rows
 
 

@@ -275,6 +275,7 @@ class Ledger:
             sources[q] = "upper"
             effects += self._replace(q, token)
         if ask.run > 1:  # it generates by itself: what it says it also has
+            self.counts.rows_asked += 1
             self.asked, self.sent = q + 1, max(self.sent, q + 1)
             effects += self._finalise(q + 1, sources, {})
             return effects

@@ -10,7 +10,8 @@ from nearfar.errors import ConfigError
 
 # name -> what it does; `nearfar doctor` prints this table with the values found.
 VARIABLES = {
-    "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 4 checksums per layer; where an unexpected error was",
+    "NEARFAR_DEBUG": "0..4: 1 stage timings, 2 shapes and exits, 3 messages to an upper side, 4 checksums per layer; "
+    "where an unexpected error was",
     "NEARFAR_ISA": "force kernels: ref, avx2, avxvnni, avx512, avx512bf16, amx, neon, neon_dot, neon_i8mm "
     "(default: this CPU's best)",
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",

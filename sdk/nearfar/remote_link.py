@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,10 +21,12 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
+from nearfar import env
 from nearfar.cancel import Cancel
 from nearfar.errors import EgressDenied, MismatchError, NearfarError, UpperError, WireError
 from nearfar.upper import Lost, News, Traffic
 from nearfar.wire import pack
+from nearfar.wire.describe import describe
 from nearfar.wire.dial import Call, Silent, StreamEnded, Unreachable
 from nearfar.wire.dialler import Dialler, Greeted
 from nearfar.wire.egress import Egress
@@ -38,6 +41,8 @@ SILENT_S = 5.0  # without a sign of life: lost
 FLUSH_S = 1.0  # a Close may take so long to leave
 FRAME = 5  # bytes of gRPC around a message
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.05, 5.0  # between attempts to connect
+BRIEF_S = 0.2  # a connection that was open for less than that is not followed by the next one at once
+MAX_NEWS = 1024  # that wait for the engine: more is not an answer to anything
 MOST_WAIT_S = 60.0  # whatever the other side asks for
 
 Item: TypeAlias = tuple[int, News] | NearfarError  # number of its connection; an error is the last item
@@ -54,6 +59,7 @@ class RemoteLink:
         self._held: Item | None = None  # taken from the queue, and not told yet
         self._seen = 0  # number of the connection whose Opened was told last
         self._first: Future[None] = Future()  # the first hello
+        self._shows = env.debug_level() >= 3
         # network thread
         self._number = 0  # of connections so far
         self._outbox: Outbox | None = None  # of the connection that is open
@@ -63,7 +69,8 @@ class RemoteLink:
         self._heard = 0.0
         self._pinged = 0.0  # 0: nobody waits for a pong
         self._retry_after_s = 0.0
-        self._is_open = False  # Opened has come on this connection
+        self._is_open = False  # Opened has come on this connection ...
+        self._opened_at = 0.0  # ... or on the last one
         self._is_closing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -163,7 +170,7 @@ class RemoteLink:
         """One after the other."""
         lost_at, n_failed = time.monotonic(), 0
         while True:
-            greeted, fault = self._dialler.take(), None
+            greeted, fault = await self._dialler.take(), None
             try:
                 await self._talk(greeted)
             except (Unreachable, UpperError, WireError) as error:
@@ -181,13 +188,16 @@ class RemoteLink:
                 if not isinstance(fault, Unreachable):
                     raise fault
                 raise UpperError(f"no upper side could be reached: {fault}") from None
-            await asyncio.sleep(self._pause_s(time.monotonic() - lost_at, n_failed))
+            is_in_vain = n_failed > len(self._dialler.addresses)
+            await asyncio.sleep(
+                self._pause_s(lost_at, is_in_vain or (was_open and lost_at - self._opened_at < BRIEF_S))
+            )
 
-    def _pause_s(self, lost_for_s: float, n_failed: int) -> float:
+    def _pause_s(self, lost_at: float, is_in_vain: bool) -> float:
         """Before the next attempt: none until every address was tried, then a twentieth of the outage so far."""
         asked_for, self._retry_after_s = self._retry_after_s, 0.0
-        pause = 0.0
-        if n_failed > len(self._dialler.addresses):
+        pause, lost_for_s = 0.0, time.monotonic() - lost_at
+        if is_in_vain:
             pause = min(max(lost_for_s / 20, LEAST_PAUSE_S), MOST_PAUSE_S)
         return max(pause, asked_for) * random.uniform(0.75, 1.25)
 
@@ -234,6 +244,7 @@ class RemoteLink:
                         await self._wake.wait()
                 continue
             data = pack.pack_up(outbox.n_sent, message)
+            self._show("->", message, greeted)
             self._egress.out(greeted.name, message, len(data))
             self.traffic.up += len(data) + FRAME
             if isinstance(message, Ask):
@@ -262,6 +273,7 @@ class RemoteLink:
             self.traffic.down += n_bytes + FRAME
             outbox.acked(ack)
             if message is not None:
+                self._show("<-", message, greeted)
                 self._on(message, greeted, outbox)
             self._wake.set()
 
@@ -278,7 +290,7 @@ class RemoteLink:
             case Opened(resume_token=token):
                 if self._is_open:
                     raise WireError(f"{greeted.name} says Opened a second time on one stream")
-                self._is_open, self._tokens[greeted.name] = True, token
+                self._is_open, self._opened_at, self._tokens[greeted.name] = True, self._heard, token
             case Err(_, text, retryable, retry_after_ms):
                 self._retry_after_s = min(retry_after_ms / 1000, MOST_WAIT_S)
                 if not retryable:
@@ -290,6 +302,8 @@ class RemoteLink:
             case Verdict(req=req):
                 if (asked := self._asked.pop(req, None)) is not None:
                     self._dialler.round_trips.asks.append(self._heard - asked)
+        if self._news.qsize() >= MAX_NEWS:
+            raise WireError(f"{greeted.name} says more than it was asked: {MAX_NEWS} messages wait")
         self._tell(message)
 
     async def _watch(self) -> None:
@@ -306,6 +320,10 @@ class RemoteLink:
                 self._wake.set()
 
     # ------------------------------------------------------------ network thread: news
+
+    def _show(self, way: str, message: Up | Down, greeted: Greeted) -> None:
+        if self._shows:
+            print(f"nearfar: {1e3 * time.monotonic():.1f} ms {way} {greeted.name} {describe(message)}", file=sys.stderr)
 
     def _tell(self, news: News) -> None:
         self._news.put((self._number, news))

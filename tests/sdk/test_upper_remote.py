@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -14,16 +15,17 @@ from nearfar import remote_link
 from nearfar.chaos.profiles import PROFILES
 from nearfar.chaos.proxy import running
 from nearfar.chaos.schedule import Fault
-from nearfar.errors import EgressDenied, MismatchError, UpperError, UsageError
+from nearfar.errors import EgressDenied, MismatchError, UpperError, UsageError, WireError
 from nearfar.lower import Lower, open_lower
 from nearfar.remote_link import RemoteLink
 from nearfar.sampling import Sampling
 from nearfar.upper import Lost, News
 from nearfar.upper_remote import RemoteUpper
 from nearfar.weights import Weights
+from nearfar.wire import dialler
 from nearfar.wire.egress import Policy
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import ClientHello, Close, Code, CodecSpec, Err, Ids, Open, Opened, Ping
+from nearfar.wire.messages import Ask, ClientHello, Close, Code, CodecSpec, Err, Ids, Open, Opened, Ping, Verdict
 from nearfar.wire.tls import Credentials
 from tests.sdk.small_device import BY_IDS, BY_ROWS, Device, opening, oracle
 from tests.sdk.wire_server import LIMITS, MODEL_FP, Door, WireServer
@@ -173,6 +175,37 @@ def test_a_session_is_taken_up_with_what_the_other_side_still_has(lower: Lower, 
         assert again.rows == 3
         assert server.door.seen[-1] == replace(opening(BY_IDS), resume_token=b"of epoch 1")
         upper.close()
+
+
+def test_a_server_that_ends_what_it_has_just_opened_is_not_dialled_like_mad(
+    server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_link, "BRIEF_S", 10.0)
+    monkeypatch.setattr(remote_link, "LEAST_PAUSE_S", 60.0)
+    monkeypatch.setattr(remote_link, "MOST_PAUSE_S", 60.0)
+    server.door.is_brief = True
+    upper = RemoteUpper(server.url, hello=HELLO)
+    news = OneByOne(upper.open(opening(BY_IDS)))
+    assert isinstance(news.next(), Opened)
+    assert isinstance(news.next(), Lost)
+    assert news.link.receive(0.5) == []
+    assert server.door.n_opened == 1
+    upper.close()
+
+
+def test_a_server_that_floods_the_device_is_refused(server: WireServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_link, "MAX_NEWS", 100)
+    server.door.n_copies = 150
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    assert isinstance(first_news(link), Opened)
+    link.send(Ids(0, 0, (1, 2, 3)))
+    link.send(Ask(1, 0, 2, 2))
+    wait_for(lambda: link.is_over)
+    assert [type(n) for n in link.receive(0.0)] == [Verdict] * 100 + [Lost]
+    with pytest.raises(WireError, match="more than it was asked"):
+        link.receive(0.0)
+    upper.close()
 
 
 # ------------------------------------------------------------ several addresses
@@ -394,6 +427,40 @@ def test_links_share_a_connection(server: WireServer) -> None:
     assert all(isinstance(first_news(link), Opened) for link in links)
     assert len(server.door.hellos) == 1
     upper.close()
+
+
+def test_a_connection_that_nobody_used_for_long_is_not_trusted(
+    server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    for n_hellos, fresh_s in ((1, 30.0), (1, 30.0), (2, 0.0)):
+        monkeypatch.setattr(dialler, "FRESH_S", fresh_s)
+        link = upper.open(opening(BY_IDS))
+        assert isinstance(first_news(link), Opened)
+        assert len(server.door.hellos) == n_hellos
+        link.send(Close())
+        link.close()
+        wait_for(lambda link=link: link.is_over)
+    upper.close()
+
+
+def test_messages_are_shown_to_who_looks_for_a_fault_without_what_they_hold(
+    lower: Lower, server: WireServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NEARFAR_DEBUG", "3")
+    upper = RemoteUpper(server.url, hello=HELLO)
+    link = upper.open(opening(BY_IDS))
+    assert isinstance(first_news(link), Opened)
+    link.send(Ids(0, 0, (170, 171, 172)))
+    link.send(Ask(1, 0, 2, 2))
+    assert isinstance(first_news(link), Verdict)
+    upper.close()
+    shown = capfd.readouterr().err
+    assert "-> grpc://localhost" in shown
+    assert "Ids gen 0, 0..2" in shown
+    assert "Ask 1 gen 0, rows 2..2, 0 drafts, run 1" in shown
+    assert "Verdict 1 gen 0, from 3, 0 accepted" in shown
+    assert not re.search(r"\b17[012]\b", shown.replace(server.url, ""))
 
 
 def test_closing_one_upper_does_not_disturb_another(

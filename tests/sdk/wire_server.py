@@ -24,6 +24,7 @@ from nearfar.wire.messages import (
     Limits,
     Load,
     Open,
+    Opened,
     Ping,
     Pong,
     ServerHello,
@@ -46,6 +47,8 @@ class Door:
     token: str = ""  # that devices must show
     delay_s: float = 0.0  # before a decision
     is_mute: bool = False  # takes everything in and says nothing
+    is_brief: bool = False  # ends every stream as soon as it is open
+    n_copies: int = 1  # of whatever it says
     refuses: list[Err] = field(default_factory=list)  # for the next Opens
     epoch: int = 1
     sessions: dict[bytes, LocalLink] = field(default_factory=dict)
@@ -77,7 +80,11 @@ class Door:
             known.session.epoch, known.session.resume_token = self.epoch, b"of epoch %d" % self.epoch
             known.receive(0)
             self.sessions[opening.session] = known
-        return Stream(self, stream, known, opening)
+        session = Stream(self, stream, known, opening)
+        if self.is_brief:
+            stream.say(Opened(0, 0, 0, self.epoch))
+            stream.end()
+        return session
 
     def load(self, caller: rpc.Caller) -> Load:
         self._check(caller)
@@ -100,7 +107,7 @@ class Stream:
 
     def on(self, message: Up) -> None:
         self.door.seen.append(message)
-        if self.door.is_mute:
+        if self.door.is_mute or self.door.is_brief:
             return
         if isinstance(message, Ping):
             self.stream.say(Pong(message.n))
@@ -126,7 +133,8 @@ class Stream:
                 assert not isinstance(message, Lost)
                 if isinstance(message, Verdict):
                     await asyncio.sleep(self.door.delay_s)
-                self.stream.say(message)
+                for _ in range(self.door.n_copies if isinstance(message, Verdict) else 1):
+                    self.stream.say(message)
 
 
 class WireServer:

@@ -1,11 +1,14 @@
 """Which upper side is spoken to: addresses in the order of preference, one connection for all links.  On an event loop.
 
-take ─> | current connection, or a new one to the address that is up next | ─> release, with or without a grudge
+    take ─> | current connection, or a new one to the address that is up next | ─> release, with or without a grudge
+
+Each new connection says hello, and nothing else is said to an address before one of its hellos has fitted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +23,8 @@ from nearfar.wire.rtt import RoundTrips
 from nearfar.wire.tls import Credentials
 
 CONNECT_S = 5.0  # connect, TLS and hello, where nothing is known of the way
-LEAST_CONNECT_S = 2.0  # ... and where it is: a lost SYN is sent again after one second
+LEAST_CONNECT_S = 2.0  # ... and where something is: a lost SYN is sent again after one second
+FRESH_S = 30.0  # a connection that nobody has used for longer may be dead without a sign: routers forget it
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +35,7 @@ class Greeted:
     server: asyncio.Task[ServerHello]
     was_met: bool  # the address has said a fitting hello before: then nobody waits for it before `Open`
     n_links: int = 0
+    left_at: float = 0.0  # when the last link went
 
     @property
     def name(self) -> str:
@@ -50,8 +55,12 @@ class Dialler:
     _met: set[Address] = field(default_factory=set)
     _refused: dict[int, Exception] = field(default_factory=dict)  # addresses that are out for good
 
-    def take(self) -> Greeted:
+    async def take(self) -> Greeted:
         """The connection in use, or a new one.  Raises what the last address said once all of them are out for good."""
+        old = self._current
+        if old is not None and not old.n_links and time.monotonic() - old.left_at > FRESH_S:
+            self._current = None
+            await _hang_up(old)
         if self._current is None:
             if len(self._refused) == len(self.addresses):
                 raise next(reversed(self._refused.values()))
@@ -70,6 +79,7 @@ class Dialler:
         nobody ever opened, the next address is up.
         """
         greeted.n_links -= 1
+        greeted.left_at = time.monotonic()
         if fault is not None and not isinstance(fault, Unreachable):
             self._refused[self.addresses.index(greeted.connection.address)] = fault
         goes_on = not was_open or isinstance(fault, Silent)

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from nearfar.cancel import Cancel
 from nearfar.errors import EgressDenied, NearfarError, UsageError
 from nearfar.upper import Link, Lost, News, Traffic, Upper
 from nearfar.wire.messages import Ask, CodecId, Cut, Err, Mode, Need, Open, Opened, Up, Verdict
@@ -37,7 +38,7 @@ class HedgeCounts:
     differed: int = 0
 
 
-class HedgedUpper:
+class HedgedUpper(Upper):
     """`Upper` out of two.  The second one may be farther or dearer: it costs nothing while the first is in time."""
 
     def __init__(self, first: Upper, second: Upper) -> None:
@@ -49,11 +50,11 @@ class HedgedUpper:
     def where(self) -> str:
         return self.first.where
 
-    def open(self, opening: Open) -> HedgedLink:
+    def open(self, opening: Open, cancel: Cancel | None = None) -> HedgedLink:
         """Raises what the first one raises; UsageError where the upper side is to go on by itself."""
         if opening.mode == Mode.CLOUD_ONLY:
             raise UsageError("two upper sides cannot both generate: cloud-only takes one of them")
-        return HedgedLink(self, self.first.open(opening), opening)
+        return HedgedLink(self, self.first.open(opening, cancel), opening)
 
     def call_second(self, opening: Open) -> Future[Link]:
         """Opens it in a thread of its own: the first may answer meanwhile."""
@@ -73,12 +74,12 @@ class Side:
     is_out: bool = False  # for good
 
 
-class HedgedLink:
+class HedgedLink(Link):
     """`Link` over two.  For the engine's thread."""
 
     def __init__(self, upper: HedgedUpper, first: Link, opening: Open) -> None:
         self.upper, self.opening = upper, opening
-        self.traffic, self.max_run = Traffic(), 1
+        self.traffic, self.max_run, self.max_context = Traffic(), 1, first.max_context
         self._first = Side(first)
         self._sides = [self._first]  # and the second one, once it is there
         self._second: Future[Link] | None = None
@@ -130,6 +131,7 @@ class HedgedLink:
         elif self._second is not None and len(self._sides) == 1 and self._second.done():
             try:
                 self._sides.append(Side(self._second.result()))
+                self.max_context = min(side.link.max_context for side in self._sides)
             except NearfarError as error:
                 log.warning("no second upper side: %s", error)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from nearfar.cancel import Cancel
 from nearfar.errors import UsageError
 from nearfar.lower import Lower, open_lower
 from nearfar.upper import LocalLink, LocalUpper, Lost, News
@@ -123,15 +124,15 @@ class Scripted(LocalUpper):
         self.change, self.late_s = change, deadline_s
         self.links: list[ScriptedLink] = []
 
-    def open(self, opening: Open) -> ScriptedLink:
-        self.links.append(ScriptedLink(super().open(opening), self))
+    def open(self, opening: Open, cancel: Cancel | None = None) -> ScriptedLink:
+        self.links.append(ScriptedLink(super().open(opening, cancel), self))
         return self.links[-1]
 
 
 class ScriptedLink:
     def __init__(self, link: LocalLink, upper: Scripted) -> None:
         self.link, self.upper = link, upper
-        self.traffic, self.max_run = link.traffic, link.max_run
+        self.traffic, self.max_run, self.max_context = link.traffic, link.max_run, link.max_context
         self.heard: list[Up] = []
         self.is_closed = False
 

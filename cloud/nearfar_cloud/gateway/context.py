@@ -150,7 +150,6 @@ class Context:
             self._service.outside.append(self._seq, ids=ids)
         else:
             self._service.outside.append(self._seq, rows=PackedRows(self._codec, rows))
-        self._service.wake()
 
     def _forget(self, keep: int) -> None:
         self._asked = None
@@ -158,7 +157,6 @@ class Context:
             self.release()
         elif self._seq is not None:
             self._service.outside.cut(self._seq, keep)
-            self._service.wake()
 
     def _decide(self, ask: Ask, draft: tuple[int, ...]) -> None:
         assert self._seq is not None  # the machine asks about positions that came

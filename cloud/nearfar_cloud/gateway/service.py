@@ -127,7 +127,7 @@ class Service:
 
     @property
     def outside(self) -> Engine:
-        """Whom to tell about sequences whose positions come from outside; `wake` it then."""
+        """Whom to tell about sequences whose positions come from outside; to be heard at its next step."""
         assert isinstance(self.engine, Engine)  # a fleet refuses devices at the start
         return self.engine
 
@@ -136,11 +136,10 @@ class Service:
         self._check()
         seq = self.outside.submit(req)
         self._mailboxes[seq] = reader
-        self.wake()
         return seq
 
     def wake(self) -> None:
-        """There is something to do."""
+        """There is something to compute."""
         self._wake.set()
 
     def _check(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from nearfar.wire import fingerprint, rpc
 from nearfar.wire.messages import ClientHello, Close, CodecSpec, Down, Open, Opened, Up
 from nearfar.wire.pack import pack_up
 from nearfar.wire.rpc import Stream
+from nearfar.wire.tls import Credentials
 from nearfar.wire.unpack import unpack_down
 from nearfar_cloud.engine import Engine
 from nearfar_cloud.gateway.app import Gateway
@@ -82,12 +83,13 @@ def hello(path: Path | None = None, codecs: tuple[CodecSpec, ...] = (BY_ROWS, BY
 @contextmanager
 def asking(model: Served | None = None, **options: Any) -> Iterator[Asked]:
     """A gateway with a port for devices; at the end nothing may be left of them."""
-    with serving(model or served(), **{"endpoint": Endpoint()} | options) as (client, gateway, server):
+    with serving(model or served(), **{"endpoint": Endpoint()} | options) as (client, gateway, _):
         assert gateway.collab is not None
-        found = Asked(client, gateway, gateway.collab.contexts, gateway.collab.url.replace("127.0.0.1", "localhost"))
-        yield found
-        if not server.should_exit and server.signal is None:
-            found.check_quiet()
+        url = gateway.collab.url.replace("127.0.0.1", "localhost")
+        with ExitStack() as stack:
+            found = Asked(client, gateway, gateway.collab.contexts, url, stack)
+            yield found
+        found.check_quiet()
 
 
 class Asked(NamedTuple):
@@ -97,15 +99,20 @@ class Asked(NamedTuple):
     gateway: Gateway
     contexts: Contexts
     url: str
+    stack: ExitStack  # what ends before the server does
 
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
+    def dial(self, files: ClientHello | None = None, credentials: Credentials | None = None) -> RemoteUpper:
+        """An upper side for devices, closed before the server is."""
+        upper = RemoteUpper(self.url, hello=files or hello(), credentials=credentials)
+        return self.stack.enter_context(closing(upper))
+
     def device(self, codec: CodecSpec, name: str = "s", *, upper: RemoteUpper | None = None, **fields: Any) -> Device:
         """A device that knows the truth for half of its drafts, on a link of its own."""
-        upper = upper or RemoteUpper(self.url, hello=hello())
-        link = upper.open(replace(opening(codec, name.encode().ljust(16, b".")), **fields))
+        link = (upper or self.dial()).open(replace(opening(codec, name.encode().ljust(16, b".")), **fields))
         return Device(link, new_lower(), codec, truth(codec, fields.get("sampling", GREEDY)))
 
     def answer(self, codec: CodecSpec, name: str = "s", n: int = 24, **fields: Any) -> list[int]:
@@ -192,6 +199,10 @@ class Line:
                 await asyncio.sleep(0.001)
         return self.heard.pop(0)
 
+    async def end(self) -> None:
+        self.stream.end()
+        await self._reader
+
     async def silence(self) -> None:
         """Nothing comes while everything that is under way settles."""
         await asyncio.sleep(0.05)
@@ -209,12 +220,14 @@ class World:
         self.service = Service(self.engine)
         self.limits = Limits(clock=lambda: self.now)
         self.contexts = Contexts(self.service, self.engine.facts, self.limits, budget, clock=lambda: self.now)
+        self.lines: list[Line] = []
 
     def connect(
         self, name: str = "s", codec: CodecSpec = BY_IDS, key: Key = EVERYBODY, **fields: Any
     ) -> tuple[Connection, Line]:
         """A connection of the session of that name, whose Opened is still to be read."""
         line = Line()
+        self.lines.append(line)
         return self.contexts.open(key, self.opening(name, codec, **fields), line.stream), line
 
     def opening(self, name: str = "s", codec: CodecSpec = BY_IDS, **fields: Any) -> Open:
@@ -248,6 +261,8 @@ def in_world(**options: Any) -> Callable[[Callable[[World], Awaitable[None]]], C
             finally:
                 world.contexts.close()
                 world.service.stop()
+                for line in world.lines:
+                    await line.end()
 
         def wrapped() -> None:
             asyncio.run(run())

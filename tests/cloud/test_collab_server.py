@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -123,7 +124,7 @@ def test_upper_layers_alone_serve_devices_and_no_text() -> None:
         assert found.client.get("/v1/models").status == 200
         assert found.client.get("/metrics").status == 200
         with pytest.raises(MismatchError, match="upper layers alone"):
-            RemoteUpper(found.url, hello=hello(codecs=(BY_IDS,))).open(opening(BY_IDS))
+            found.dial(hello(codecs=(BY_IDS,))).open(opening(BY_IDS))
 
 
 # ---------------------------------------------------------------- hello
@@ -135,7 +136,7 @@ def test_the_half_of_another_model_is_refused_with_both_fingerprints(at: str, tm
     model = open_served(str(whole() if at == "whole" else halves().upper), kv_bytes=64 * A_BLOCK)
     with asking(model) as found:
         with pytest.raises(MismatchError, match=r"upper \(theirs [0-9a-f]{12}…, ours [0-9a-f]{12}…\)"):
-            RemoteUpper(found.url, hello=hello(other.device, (BY_ROWS,))).open(opening(BY_ROWS))
+            found.dial(hello(other.device, (BY_ROWS,))).open(opening(BY_ROWS))
         assert found.answer(BY_ROWS) == truth(BY_ROWS)
 
 
@@ -189,19 +190,17 @@ def key_file(tmp_path: Path, **limits: int) -> Keys:
 def test_a_key_of_this_server_lets_in_and_another_one_does_not(tmp_path: Path) -> None:
     with asking(keys=key_file(tmp_path)) as found:
         for token in ("", "mallory"):
-            upper = RemoteUpper(found.url, hello=hello(), credentials=Credentials(token=token))
+            upper = found.dial(credentials=Credentials(token=token))
             with pytest.raises(UpperError, match="PERMISSION_DENIED"):
                 upper.open(opening(BY_IDS))
-            upper.close()
             raw = RawStream(found.port, token)
             raw.say(opening(BY_IDS))
             assert raw.next(Err).code == Code.DENIED
             raw.leave()
             with grpc.insecure_channel(f"127.0.0.1:{found.port}") as channel, pytest.raises(grpc.RpcError):
                 next(channel.unary_stream(rpc.HEALTH)(b"", timeout=30))
-        upper = RemoteUpper(found.url, hello=hello(), credentials=Credentials(token="alice"))
+        upper = found.dial(credentials=Credentials(token="alice"))
         assert found.answer(BY_IDS, upper=upper) == truth(BY_IDS)
-        upper.close()
 
 
 def test_quotas_of_one_key_are_not_felt_by_another(tmp_path: Path) -> None:
@@ -242,7 +241,7 @@ def test_certificates_say_who_a_device_is_and_out_of_date_ones_say_nothing(tmp_p
 
     def dial(found: Asked, name: str) -> RemoteUpper:
         files = (folder / f"{name}.pem", folder / f"{name}-key.pem") if name else (None, None)
-        return RemoteUpper(found.url, hello=hello(), credentials=Credentials.read(folder / "ca.pem", "", *files))
+        return found.dial(credentials=Credentials.read(folder / "ca.pem", "", *files))
 
     with asking(endpoint=endpoint) as found:
         assert found.url.startswith("grpcs://localhost:")
@@ -250,13 +249,11 @@ def test_certificates_say_who_a_device_is_and_out_of_date_ones_say_nothing(tmp_p
             upper = dial(found, name)
             with pytest.raises(UpperError, match="could be reached"):
                 upper.open(opening(BY_IDS))
-            upper.close()
         upper = dial(found, "phone")
         device = found.device(BY_IDS, upper=upper)
         assert device.answer(N) == truth(BY_IDS)
         assert [c.key.tenant for c in found.contexts] == ["phone"]
         finish(device)
-        upper.close()
 
 
 # ---------------------------------------------------------------- links and frames
@@ -381,16 +378,17 @@ def test_evicted_rows_are_sent_again_and_the_answer_is_the_same(codec: CodecSpec
 
 @BOTH
 def test_a_server_that_was_started_again_gets_everything_again(codec: CodecSpec) -> None:
-    with asking() as found:
-        device, port = found.device(codec), found.port
-        device.answer(6)
-        epoch = found.contexts.epoch
-        on_loop(found, found.contexts.close)
-    with asking(endpoint=Endpoint(port=port)) as again:
-        assert device.answer(N) == truth(codec)
-        assert again.contexts.epoch != epoch
-        assert device.n_lost > 0
-        finish(device)
+    with ExitStack() as stack:
+        with asking() as found:
+            upper = stack.enter_context(closing(RemoteUpper(found.url, hello=hello())))
+            device = found.device(codec, upper=upper)
+            device.answer(6)
+            on_loop(found, found.contexts.close)
+        with asking(endpoint=Endpoint(port=found.port)) as again:
+            assert device.answer(N) == truth(codec)
+            assert again.contexts.epoch != found.contexts.epoch
+            assert device.n_lost > 0
+            finish(device)
 
 
 def test_two_connections_for_one_session_are_one_device() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from random import Random
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -14,12 +16,14 @@ pytest.importorskip("nearfar_native", reason="the compiled extension is not buil
 
 from nearfar.sampling import Sampling
 from nearfar.upper import LocalUpper
+from nearfar.wire.codec import Codec
 from nearfar.wire.messages import (
     Ask,
     Close,
     Code,
     CodecId,
     CodecSpec,
+    Commit,
     Credit,
     Cut,
     Err,
@@ -29,9 +33,13 @@ from nearfar.wire.messages import (
     Opened,
     Ping,
     Pong,
+    Rows,
+    Up,
     Verdict,
 )
 from nearfar.wire.rpc import Refused
+from nearfar.wire.session import UpperSession
+from nearfar_cloud.gateway.contexts import Connection
 from nearfar_cloud.gateway.endpoint import Budget
 from nearfar_cloud.gateway.limits import Key
 from tests.cloud.collab import EVERYBODY, MAX_LEN, Line, World, in_world, new_lower, truth
@@ -505,6 +513,78 @@ async def test_a_server_that_stops_tells_everybody_and_keeps_nothing(world: Worl
     world.contexts.close()
     assert (await line.next(Err)).retryable
     await world.quiet()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_words_in_any_order_harm_nobody_and_leave_nothing(seed: int) -> None:
+    """Sessions of two keys that come, go, fill the memory and talk nonsense."""
+
+    @in_world(budget=Budget(max_sessions=6, max_bytes=2500), n_blocks=6)
+    async def check(world: World) -> None:
+        chance, lines, tokens = Random(seed), list[tuple[Connection, Line]](), [b""]
+        for _ in range(800):
+            await asyncio.sleep(0 if chance.random() < 0.7 else 0.002)
+            world.now += chance.choice((0, 0, 0.5, 2))
+            lines = [pair for pair in lines if not pair[1].stream.is_over]
+            if not lines or chance.random() < 0.05:
+                codec, name = chance.choice((BY_IDS, BY_ROWS)), chance.choice("abcd")
+                try:
+                    connection, line = world.connect(
+                        name, codec, Key(chance.choice("xy"), session_positions=60), resume_token=chance.choice(tokens)
+                    )
+                except Refused:
+                    continue
+                tokens.append(connection.context.machine.resume_token)
+                lines.append((connection, line))
+            connection, line = chance.choice(lines)
+            try:
+                connection.on(words(chance, connection.context.machine))
+            except Refused as refused:
+                line.stream.end(refused.err)
+                connection.left()
+            if chance.random() < 0.02:
+                line.stream.end()
+                connection.left()
+            world.contexts.sweep()
+        held = [c.machine for c in world.contexts]
+        assert world.contexts.total.n_positions == sum(machine.n_rows for machine in held)
+        assert world.contexts.total.n_bytes == sum(machine.n_bytes for machine in held) <= 2500
+        counts = world.contexts.counts
+        assert min(counts.asks, counts.opened, counts.needs) > 5  # it was no idle talk
+        assert counts.tokens > 0
+        world.now += 1000
+        world.contexts.sweep()
+        await world.quiet()
+        connection, line, _ = await world.opened("neighbour")
+        connection.on(ids())
+        connection.on(ASK)
+        assert (await line.next(Verdict)).ids == (TOKENS[0],)
+
+    check()
+
+
+def words(chance: Random, machine: UpperSession) -> Up:
+    """What a device could say now; one time in thirty it could not."""
+    gen, n, by_ids = machine.gen, machine.n_rows, machine.by_ids
+    if chance.random() < 0.03:
+        gen, n, by_ids = gen + chance.choice((-1, 0, 1)), n + chance.choice((-1, 0, 1, 9)), chance.random() < 0.5
+    n = max(0, n)
+    match chance.randrange(10):
+        case 0 | 1 | 2 if by_ids:
+            return Ids(max(0, gen), n, tuple(chance.choices(range(320), k=chance.choice((1, 4, 8)))))
+        case 0 | 1 | 2:
+            rows = tuple(bytes(Codec.of(BY_ROWS, 256).row_bytes) for _ in range(chance.choice((1, 4))))
+            return Rows(max(0, gen), n, rows, tuple(crc32(row) for row in rows))
+        case 3 | 4 | 5 | 6:
+            pos = max(0, n - 1)
+            verify = max(0, pos - chance.choice((0, 0, 1, 3)))
+            draft = () if by_ids else tuple(chance.choices(range(320), k=pos - verify))
+            run = chance.choice((1, 1, 4)) if by_ids and verify == pos else 1
+            return Ask(chance.randrange(1000), max(0, gen), pos, verify, draft, run)
+        case 7:
+            return Cut(gen + 1, chance.randrange(n + 1))
+        case _:
+            return chance.choice((Commit(n), Ping(n), Ping(n), Commit(n), Close(), Close(keep_s=5)))
 
 
 def test_another_process_has_another_epoch() -> None:

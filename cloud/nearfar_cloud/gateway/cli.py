@@ -208,6 +208,8 @@ def _opened(args: argparse.Namespace) -> Iterator[Served]:
     from nearfar_cloud.gateway.workers import open_fleet
 
     described = describe(args.model, args.name, args.weights)
+    if described.tokenizer is None:
+        raise UsageError(f"{args.model} has upper layers alone, for devices, who ask one engine: leave --workers out")
     options = {"form": args.weights, "kv": args.kv, "kv_bytes": kv_bytes, "threads": threads, "ray": args.ray}
     with open_fleet(args.model, args.workers, **options) as fleet:
         yield described.served_by(fleet)

@@ -91,7 +91,7 @@ def test_people_get_two_lines_of_text() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        ([], 2, "expected proxy or schedule"),
+        ([], 2, "expected proxy, schedule or suite"),
         (["proxy"], 2, "--to"),
         (["proxy", "--to", "here"], 2, "expected HOST:PORT"),
         (["proxy", "--to", "here:70000"], 2, "expected HOST:PORT"),

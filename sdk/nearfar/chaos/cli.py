@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nearfar.arguments import real, whole
 from nearfar.chaos.profiles import PROFILES, Profile, profile
 from nearfar.chaos.schedule import KINDS, Schedule, blackouts, draw, merged, read
+from nearfar.chaos.suite_cli import add_suite
 from nearfar.cli.verbs import VerbParser, Verbs, new_inner_parser, new_parser
 from nearfar.errors import UsageError
 
@@ -29,15 +30,17 @@ def add_verb(verbs: Verbs) -> None:
         "a bad link between two programs, with faults that a seed repeats",
         "nearfar chaos proxy --to 127.0.0.1:7070 --listen 127.0.0.1:7071 --profile 4g-bad --seed 7",
         "nearfar chaos schedule --profile tunnel --seed 7 --until 600",
+        "nearfar chaos suite --tokens 2000",
         "nearfar chaos proxy --help",
     )
     parser.set_defaults(run=run)
     add_proxy(parser)
     add_schedule(parser)
+    add_suite(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    raise UsageError("nearfar chaos: expected proxy or schedule; nearfar chaos --help shows examples")
+    raise UsageError("nearfar chaos: expected proxy, schedule or suite; nearfar chaos --help shows examples")
 
 
 def add_proxy(chaos: VerbParser) -> None:

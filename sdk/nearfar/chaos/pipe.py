@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from random import Random
@@ -165,7 +166,8 @@ class Pipe:
     def _finish(self) -> None:
         assert self.sink is not None
         if not self.sink.is_closing() and self.sink.can_write_eof():
-            self.sink.write_eof()
+            with suppress(OSError):  # its other end is gone already
+                self.sink.write_eof()
         self.ended()
 
     def _read_on(self) -> None:

@@ -30,7 +30,10 @@ UPPER_FAULTS = {
     "evict": "the upper forgets the rows and cache of the answer",
     "swap": "SIGKILL, then for some seconds a process with other weights in its place",
 }
-KINDS = LINK_FAULTS | UPPER_FAULTS
+DEVICE_FAULTS = {
+    "device": "SIGKILL to the device; a new process takes the answer up from its journal",
+}
+KINDS = LINK_FAULTS | UPPER_FAULTS | DEVICE_FAULTS
 _LASTING = {"stall", "blackout", "kill", "stop", "swap"}
 WAYS = ("up", "down")
 UNITS = ("s", "token")  # seconds since the link came up, or tokens of the run

@@ -1,0 +1,91 @@
+"""One device on its own link, an answer at a time, with what goes wrong meanwhile.
+
+device.py ──> proxy: reset, cut, stall, half-open, blackout ──> server: kill, stop, evict
+   device: SIGKILL, and the same answer again from its journal
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nearfar.chaos.handset import Handset
+from nearfar.chaos.plan import Task
+from nearfar.chaos.pressure import QUIET_S, Pressure
+from nearfar.chaos.proxy import RunningLink
+from nearfar.chaos.schedule import LINK_FAULTS, Fault, Schedule
+from nearfar.chaos.told import Told
+from nearfar.chaos.upper_process import UpperProcess
+from nearfar.errors import NearfarError
+
+SILENT_S = 180.0  # a device that says nothing for so long hangs: longer than its own patience
+
+
+@dataclass(slots=True)
+class Lane:
+    """`n_lanes`: that share the server, so as many sessions fill what devices may hold together."""
+
+    device: Handset
+    link: RunningLink
+    upper: UpperProcess
+    pressure: Pressure
+    journal: Path
+    n_lanes: int = 1
+    faults: Counter[str] = field(default_factory=Counter)  # that happened, by kind
+
+    def answer(self, task: Task, schedule: Schedule | None = None) -> Told:
+        """Ask, and let the faults happen when as many tokens have been told.  A later token waits for no fault."""
+        told, due = Told(), deque((schedule or task.faults).faults)
+        self.journal.unlink(missing_ok=True)
+        try:
+            self.device.ask(self._words(task))
+            while not told.is_over:
+                while due and due[0].at <= len(told.ids) and not told.is_over:
+                    self._inject(due.popleft(), task, told)
+                if not told.is_over:
+                    told.hear(self.device.next(SILENT_S))
+        except NearfarError as error:
+            told.wrong.append(str(error))
+        if told.wrong:  # whatever it is at: the next answer begins with a new process
+            self.device.kill()
+        return told
+
+    def _words(self, task: Task) -> dict[str, Any]:
+        return {
+            "prompt": task.prompt,
+            "max_tokens": task.max_tokens,
+            "temperature": task.temperature,
+            "seed": task.seed,
+            "journal": str(self.journal),
+        }
+
+    def _inject(self, fault: Fault, task: Task, told: Told) -> None:
+        if fault.kind in LINK_FAULTS:
+            self.link.inject(fault)
+        elif fault.kind == "device":
+            self._kill_device(task, told)
+        elif fault.kind == "evict":
+            if not self._evict():
+                return
+        else:
+            self.upper.inject(fault)
+        self.faults[fault.kind] += 1
+
+    def _kill_device(self, task: Task, told: Told) -> None:
+        """What it had said before counts as told."""
+        for line in self.device.kill():
+            told.hear(line)
+        if not told.is_over:
+            self.device.ask(self._words(task))
+
+    def _evict(self) -> bool:
+        """The device sleeps for a moment, and others need the room; whether somebody had to make it."""
+        self.device.pause()
+        try:
+            time.sleep(QUIET_S)
+            return self.pressure.evict(self.n_lanes + 1)
+        finally:
+            self.device.wake()

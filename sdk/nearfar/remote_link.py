@@ -174,7 +174,7 @@ class RemoteLink:
             try:
                 await self._talk(greeted)
             except (Unreachable, UpperError, WireError) as error:
-                fault = error
+                fault = error.with_traceback(None)  # its frames know the call, and with it the socket
             finally:
                 was_open, self._is_open, self._outbox = self._is_open, False, None
                 await self._dialler.release(greeted, fault, was_open=was_open)
@@ -210,15 +210,13 @@ class RemoteLink:
         self._number += 1
         self._asked.clear()
         self._outbox.push(replace(self.opening, resume_token=self._tokens.get(greeted.name, b"")))
-        reader = asyncio.create_task(self._read(greeted, call, self._outbox))
-        work = [
-            reader,
-            asyncio.create_task(self._write(greeted, call, self._outbox)),
-            asyncio.create_task(self._watch()),
-        ]
+        parts = (self._read(greeted, call, self._outbox), self._write(greeted, call, self._outbox), self._watch())
+        work = [asyncio.create_task(part) for part in parts]
         try:
-            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
-            (reader if reader in done else done.pop()).result()
+            await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+            for task in work:  # the reader first: it knows why
+                if task.done():
+                    task.result()
         except _Over:
             return
         finally:
@@ -226,6 +224,9 @@ class RemoteLink:
                 task.cancel()
             call.cancel()
             await asyncio.gather(*work, return_exceptions=True)
+            # A task has the error, the error this frame, the frame the task: in such a circle a socket would stay open.
+            work.clear()
+            del task
 
     def _greet(self, server: ServerHello) -> None:
         self.max_run, self.max_context = server.limits.max_run, server.limits.max_context or self.max_context

@@ -31,7 +31,7 @@ from nearfar.chaos.proxy import running
 from nearfar.chaos.schedule import Schedule
 from nearfar.chaos.shrink import shrink
 from nearfar.chaos.told import Told
-from nearfar.chaos.upper_process import UpperProcess, serving
+from nearfar.chaos.upper_process import KEEP_S, UpperProcess, serving
 from nearfar.halves import split
 from nearfar.llm import LLM
 from nearfar.sampling import Sampling
@@ -41,8 +41,7 @@ from nearfar.wire.fingerprint import model_fp, parts
 from nearfar.wire.messages import ClientHello, CodecSpec
 
 CODECS = ("fp16", "int8", "int4", "ids")
-IDLE_S = 60.0  # after which a server gives up what a device has left behind
-SLACK_S = 15.0
+SLACK_S = 15.0  # beyond the time after which a server gives up what a device has left behind
 MAX_FAILURES = 3  # then there is enough to look at
 MAX_RERUNS = 24  # of an answer that fails, to find out which faults matter
 
@@ -152,7 +151,7 @@ class _Run:
                 self._lanes(upper, pressure, take, right)
             upper.wait()
             if not self.seen.failures:
-                self.seen.kept = upper.settled(baseline, IDLE_S + SLACK_S)
+                self.seen.kept = upper.settled(baseline, KEEP_S + SLACK_S)
         self.seen.seconds = time.monotonic() - self._began
         return self.seen
 

@@ -32,6 +32,8 @@ _HELD = (
     "tasks",
 )
 
+KEEP_S = 15  # what a device has left behind is given up after so long
+
 
 @dataclass(frozen=True, slots=True)
 class UpperProcess:
@@ -93,6 +95,7 @@ def serving(model: Path, folder: Path, n_positions: int) -> Iterator[UpperProces
     port, http = _free_ports(2)
     command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", str(model), "--key-file", str(keys)]
     command += ["--port", str(http), "--collab-port", str(port), "--threads", "1", "--kv-memory", "64"]
+    command += ["--session-keep", str(KEEP_S)]
     with (
         log.open("ab") as said,
         Victim(command, lambda: _answers(port), stdout=said, stderr=said, start_new_session=True) as victim,

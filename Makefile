@@ -10,6 +10,7 @@ MODEL ?= nano
 BUDGET ?= 2h
 FUZZ_SECONDS ?= 600
 MINUTES ?= 20
+TOKENS ?= 10000
 
 PY := $(VENV)/bin/python
 NEARFAR := $(VENV)/bin/nearfar
@@ -22,7 +23,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(TORCH_INDEX)
 endif
 
-.PHONY: help run setup check test proto native sanitize sanitize-thread emulate fuzz soak bench bench-roofline bench-peers bench-busy train eval pack-study clean
+.PHONY: help run setup check test proto native sanitize sanitize-thread emulate fuzz soak chaos bench bench-roofline bench-peers bench-busy train eval pack-study clean
 
 help:
 	@echo "make run        set up and let the shipped model handle a request (TEXT='...' for your own)"
@@ -36,6 +37,7 @@ help:
 	@echo "make emulate    the C++ tests on CPUs that this machine is not, under qemu (needs a cross compiler)"
 	@echo "make fuzz       FUZZ_SECONDS=600 of fuzzing the GGUF reader, as long the panel files, as long the messages of the wire"
 	@echo "make soak       MINUTES=20 of a server under everything that clients do, and what is left of it"
+	@echo "make chaos      TOKENS=10000 of MODEL=nano from two machines, compared with the oracle, while everything fails"
 	@echo "make bench      the figures of docs/benchmarks.md"
 	@echo "make bench-roofline, bench-peers, bench-busy   the machine's limits and docs/roofline.svg; llama.cpp; a busy machine"
 	@echo "make train      BUDGET=2h: train nano from DATA=folder"
@@ -87,6 +89,9 @@ fuzz: $(VENV)/dev
 
 soak: $(VENV)/dev
 	$(PY) bench/soak.py --minutes $(MINUTES)
+
+chaos: $(VENV)/dev
+	$(NEARFAR) chaos suite $(MODEL) --tokens $(TOKENS)
 
 bench: $(VENV)/dev
 	$(NEARFAR) bench $(MODEL)

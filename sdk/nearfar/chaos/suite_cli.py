@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from nearfar.chaos.suite import run as run_suite
 
     setting = _setting(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers and devices end with us
     legs = run_suite(setting, None if args.json else _show)
     if not args.json:
         print(file=sys.stderr)

@@ -52,6 +52,7 @@ REDUCED = {
         "waits for devices: in the background, until the commands behind it have run",
     ),
     "nearfar cloud serve": ("nearfar cloud serve --help", "needs another model and a certificate"),
+    "nearfar chaos suite": ("nearfar chaos suite --help", "a server and minutes; tests/cli covers it"),
     "nearfar chaos proxy": ("nearfar chaos proxy {} --for 0.1", "carries bytes until Ctrl-C: for a moment"),
     "nearfar chat": ("nearfar chat {} < /dev/null", "waits for a person"),
     "bash bench/": ("set -- {}; bash -n {root}/bench/$1", "downloads other servers: the script is read"),

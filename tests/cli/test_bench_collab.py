@@ -15,6 +15,11 @@ for package in ("torch", "fastapi", "grpc"):
 SMALL = ("--profiles", "lan", "--answers", "1", "--tokens", "12", "--prompts", "home")
 
 
+def mixed(here: float, there: float, rows: dict[str, dict[str, float]]) -> float:
+    share = min(1.0, rows["lossy .8"]["upper_s"] / rows["cloud-only"]["upper_s"])
+    return (1 - share) * here + share * there
+
+
 def test_the_table_compares_what_was_asked_for_and_exact_ways_are_exact(nearfar: Nearfar, tmp_path: Path) -> None:
     names = "device only,split,resend,lossy .8,lossless int8,lossless ids"
     picture = tmp_path / "p.png"
@@ -22,7 +27,10 @@ def test_the_table_compares_what_was_asked_for_and_exact_ways_are_exact(nearfar:
     done = nearfar("bench", "collab", *SMALL, *rates, "--systems", names, "--plot", str(picture), "--json")
     result = json.loads(done.out)
     rows = {row["system"]: row for row in result["rows"]}
-    assert set(rows) == {*names.split(","), "cloud-only"}
+    assert set(rows) == {*names.split(","), "cloud-only", "routing"}
+    assert rows["routing"]["total_s"] == pytest.approx(
+        mixed(rows["device only"]["total_s"], rows["cloud-only"]["total_s"], rows), rel=1e-6
+    )
     for name in ("split", "resend", "lossless int8", "lossless ids", "cloud-only"):
         assert rows[name]["agrees_with_oracle"] == 1, name
     assert rows["split"]["asks_per_token"] == 1

@@ -75,7 +75,22 @@ def compare(
                     for system in chosen:
                         facts = summary(runs[system.name], right[system.codec.id, kind], right[CodecId.IDS, kind])
                         rows.append({"link": link.name, "prompts": kind, "system": system.name, **facts})
+                    rows += _routing(rows[-len(chosen) :])
     return rows
+
+
+def _routing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What sending whole questions to one side or the other comes to, at the upper side's cost of `lossy .8`.
+
+    Computed from the rows of both sides alone: the best that a router without an opinion could do.
+    """
+    found = {row["system"]: row for row in rows}
+    if not {"device only", "cloud-only", "lossy .8"} <= set(found):
+        return []
+    here, there = found["device only"], found["cloud-only"]
+    share = min(1.0, found["lossy .8"]["upper_s"] / there["upper_s"]) if there["upper_s"] else 0.0
+    mixed = {key: (1 - share) * here[key] + share * there[key] for key in here if isinstance(here[key], (int, float))}
+    return [{**here, **mixed, "system": "routing"}]
 
 
 def _take_turns(chosen: Sequence[System], kind: str, n_answers: int, max_tokens: int) -> dict[str, Run]:

@@ -1,11 +1,12 @@
 """Many devices on one server: how long an ask takes where 1, 8 or 32 ask, and whether the tokens stay the same.
 
 python bench/collab_clients.py                    # nano, rows as int8
-python bench/collab_clients.py --codec ids --think-ms 250
+python bench/collab_clients.py --codec ids --at-least 37,0.05
 
-The server is `nearfar cloud serve` in a process of its own.  Devices are tasks of this one: what their lower layers
-would take is waited (`--think-ms` for each ask), their rows were made before.  Each ask brings `--drafts` drafts, of
-which each is right with probability `--accept`.  A token that is not the one device's alone ends the run.
+The server is `nearfar cloud serve`, as fast as it can or as slow as a larger model would be (`--at-least`).  Devices
+are tasks of this process: what their lower layers would take is waited (`--think-ms` for each ask), their rows were
+made before.  Each ask brings `--drafts` drafts, of which each is right with probability `--accept`.  A token that is
+not the one device's alone ends the run.
 """
 
 from __future__ import annotations
@@ -192,10 +193,11 @@ def counts(url: str) -> tuple[float, float, float]:
 
 
 @contextmanager
-def server(model: Path, threads: int) -> Iterator[dict[str, str]]:
-    command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", str(model), "--json", "--port", "0"]
-    options = ["--collab-port", "0", "--threads", str(threads)]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=plain_env()) as process:
+def server(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", str(args.model), "--json", "--port", "0"]
+    command += ["--collab-port", "0", "--threads", str(args.threads)]
+    command += [] if args.at_least is None else ["--at-least", args.at_least]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain_env()) as process:
         assert process.stdout is not None
         try:
             yield json.loads(process.stdout.readline())
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="of an answer (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=15, help="of each number of devices (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the server (default %(default)s)")
+    parser.add_argument("--at-least", metavar="STEP,ROW", help="milliseconds of a step of n rows: STEP + n ROW")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each number of devices")
     args = parser.parse_args()
     lower = open_lower(Weights.open(args.model), "native", EngineOptions(threads=1))
@@ -223,7 +226,7 @@ def main() -> None:
     opening = Open(b"." * 16, 0, Mode.LOSSLESS, codec, row_layer)
     texts = [write_text(lower, opening, first, args.prompt, args.tokens) for first in range(300, 300 + N_TEXTS)]
     say(f"{args.model.name}, {args.codec}, rows of layer {row_layer}, {machine()}")
-    with server(args.model, args.threads) as facts:
+    with server(args) as facts:
         asyncio.run(run(1, texts, opening, facts, argparse.Namespace(**vars(args) | {"seconds": 2})))  # warms up
         alone = None
         for n in map(int, args.devices.split(",")):

@@ -94,6 +94,7 @@ def handshake(port: int, folder: Path, version: ssl.TLSVersion) -> str | None:
         (["--client-ca", "ca.pem"], 2, "--tls-cert has to give"),
         (["--tls-cert", "server.pem", "--tls-key", "server-key.pem", "--client-ca", "none.pem"], 3, "none.pem"),
         (["--workers", "2"], 2, "do not go together"),
+        (["--region", "x" * 65], 2, "at most 64 characters"),
         (["--collab-host", "no.such.host.invalid"], 2, "--collab-host"),
         (["--max-sessions", "0"], 2, "1..1048576"),
     ],

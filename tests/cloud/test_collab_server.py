@@ -23,13 +23,14 @@ pytest.importorskip("nearfar_native", reason="the compiled extension is not buil
 
 import grpc
 
-from nearfar.errors import MismatchError, UpperError
+from nearfar.errors import EgressDenied, MismatchError, UpperError
 from nearfar.halves import split
 from nearfar.sampling import Sampling
 from nearfar.upper_remote import RemoteUpper
 from nearfar.weights import Weights
 from nearfar.wire import rpc
 from nearfar.wire.codec import Codec
+from nearfar.wire.egress import Policy
 from nearfar.wire.messages import Ask, ClientHello, Close, Code, CodecSpec, Err, Ids, Need, Opened, Rows, Verdict
 from nearfar.wire.pack import pack_client_hello
 from nearfar.wire.tls import Credentials
@@ -38,9 +39,9 @@ from nearfar_cloud.gateway.certificates import make_authority, make_client, make
 from nearfar_cloud.gateway.endpoint import Budget, Endpoint
 from nearfar_cloud.gateway.limits import Keys
 from nearfar_cloud.gateway.served import open_served
-from tests.cloud.collab import A_BLOCK, Asked, RawStream, asking, finish, halves, hello, served, truth, whole
+from tests.cloud.collab import A_BLOCK, Asked, RawStream, asking, finish, halves, hello, new_lower, served, truth, whole
 from tests.cloud.gateway import wait_until
-from tests.sdk.small_device import BY_IDS, BY_ROWS, PROMPT, opening
+from tests.sdk.small_device import BY_IDS, BY_ROWS, PROMPT, Device, opening
 from tests.tiny import write_tiny
 
 N = 24
@@ -160,6 +161,20 @@ def test_any_model_with_the_same_tokenizer_may_draft_by_ids(tmp_path: Path) -> N
 def say_hello(found: Asked, what: ClientHello) -> object:
     with grpc.insecure_channel(f"127.0.0.1:{found.port}") as channel:
         return unpack_server_hello(channel.unary_unary(rpc.HELLO)(pack_client_hello(what), timeout=30))
+
+
+def test_a_server_says_where_it_is() -> None:
+    with asking(endpoint=Endpoint(region="eu")) as found:
+        for region, is_let_in in (("eu", True), ("us", False)):
+            upper = RemoteUpper(found.url, hello=hello(), policy=Policy(region=region))
+            if is_let_in:
+                device = Device(upper.open(opening(BY_IDS)), new_lower(), BY_IDS)
+                device.answer(1)
+                finish(device)
+            else:
+                with pytest.raises(EgressDenied, match="in 'eu'"):
+                    upper.open(opening(BY_IDS))
+            upper.close()
 
 
 def test_a_codec_that_nobody_knows_ends_one_call() -> None:

@@ -301,6 +301,30 @@ def test_where_nobody_listens_that_is_said(server: WireServer) -> None:
     upper.close()
 
 
+def test_a_server_that_has_to_read_its_file_first_is_waited_for(
+    server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialler, "CONNECT_S", 0.5)
+    server.door.hello_s = 1.0
+    upper = RemoteUpper(server.url, hello=HELLO)
+    assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+    upper.close()
+
+
+def test_who_takes_a_connection_and_says_nothing_is_not_waited_for(
+    server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialler, "CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        upper = RemoteUpper([f"grpc://127.0.0.1:{silent.getsockname()[1]}", server.url], hello=HELLO)
+        assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+        upper.close()
+        upper = RemoteUpper(f"grpc://127.0.0.1:{silent.getsockname()[1]}", hello=HELLO)
+        with pytest.raises(UpperError, match="no connection within"):
+            upper.open(opening(BY_IDS))
+        upper.close()
+
+
 def test_a_busy_upper_side_is_asked_again_when_it_wants_to_be(server: WireServer) -> None:
     server.door.refuses = [Err(Code.OVERLOADED, "come back", True, 300)]
     upper = RemoteUpper(server.url, hello=HELLO)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nearfar_cloud.gateway.served import Served
 
 PORT, COLLAB_PORT = 8080, 9090
+MAX_REGION = 64  # characters, as the protocol has it
 T = TypeVar("T")
 
 
@@ -57,6 +58,7 @@ def add_serve(verbs: Any) -> None:
     )
     parser.add_argument("--collab-host", default="127.0.0.1", help="address for devices (default: this machine alone)")
     parser.add_argument("--client-ca", metavar="FILE", help="only devices with a certificate that this one signed, PEM")
+    parser.add_argument("--region", default="", metavar="NAME", help="where this server is, for devices that mind")
     parser.add_argument(
         "--max-sessions", type=whole(1, 1 << 20), default=256, metavar="N", help="answers of devices (default: 256)"
     )
@@ -169,6 +171,8 @@ def _endpoint(args: argparse.Namespace, port: int, certificate: Path | None, pri
     from nearfar_cloud.gateway import server
     from nearfar_cloud.gateway.endpoint import Endpoint
 
+    if len(args.region) > MAX_REGION or not args.region.isprintable():
+        raise UsageError(f"--region {args.region[:80]!r}: expected at most {MAX_REGION} characters, like eu-west")
     if find_spec("grpc") is None:
         raise MissingExtraError("grpcio", "cloud", "nearfar cloud serve --collab-port")
     if args.workers:
@@ -187,7 +191,7 @@ def _endpoint(args: argparse.Namespace, port: int, certificate: Path | None, pri
                     "which devices may ask"
                 )
     client_ca = None if args.client_ca is None else Path(args.client_ca)
-    return Endpoint(args.collab_host, port, certificate, private_key, client_ca)
+    return Endpoint(args.collab_host, port, certificate, private_key, client_ca, args.region)
 
 
 @contextmanager

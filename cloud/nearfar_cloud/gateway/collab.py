@@ -140,7 +140,7 @@ def open_collab(
     )
     return Collab(
         contexts,
-        Pairing(weights, told, contexts.epoch),
+        Pairing(weights, told, contexts.epoch, endpoint.region),
         keys,
         endpoint,
         free_bytes=lambda: engine.pool.n_free * block_bytes,

@@ -8,13 +8,17 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`client_ca`: whose certificates of devices are believed; then every device needs one."""
+    """`client_ca`: whose certificates of devices are believed; then every device needs one.
+
+    `region`: where this server is, for devices that mind.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     certificate: Path | None = None
     private_key: Path | None = None
     client_ca: Path | None = None
+    region: str = ""
 
     @property
     def authority(self) -> str:

@@ -28,8 +28,8 @@ from nearfar.wire.messages import PROTOCOL, ClientHello, CodecId, CodecSpec, Lim
 class Pairing:
     """Owns what is known of this server's file.  For the event loop; digests are taken in threads."""
 
-    def __init__(self, weights: Weights, limits: Limits, epoch: int) -> None:
-        self.weights, self.limits, self.epoch = weights, limits, epoch
+    def __init__(self, weights: Weights, limits: Limits, epoch: int, region: str = "") -> None:
+        self.weights, self.limits, self.epoch, self.region = weights, limits, epoch, region
         self._parts: dict[int, asyncio.Task[dict[str, bytes]]] = {}  # by the layer where the model is cut
         self._known: dict[str, bytes] = {}  # digests of tensors
         self._reading = asyncio.Lock()
@@ -48,7 +48,7 @@ class Pairing:
         whys = []
         for codec in hello.codecs:
             if not (why := self._why_not(codec, hello.parts, ours)):
-                return ServerHello(True, model_fp(ours), "", codec, self.epoch, self.limits)
+                return ServerHello(True, model_fp(ours), "", codec, self.epoch, self.limits, region=self.region)
             whys.append(f"{codec.id.name}: {why}")
         return self._no(model_fp(ours), "; ".join(whys)[:4000] or "it offers no codec")
 
@@ -74,7 +74,7 @@ class Pairing:
         return ""
 
     def _no(self, fingerprint: bytes, why: str) -> ServerHello:
-        return ServerHello(False, fingerprint, why, None, self.epoch, self.limits)
+        return ServerHello(False, fingerprint, why, None, self.epoch, self.limits, region=self.region)
 
     def _of(self, at: int) -> asyncio.Task[dict[str, bytes]]:
         """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""

@@ -56,12 +56,19 @@ class Connection:
         tls = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate)
         return cls(address, grpc.aio.secure_channel(address.authority, tls, rpc.CHANNEL_OPTIONS), metadata)
 
-    async def hello(self, hello: bytes, timeout_s: float) -> ServerHello:
+    async def hello(self, hello: bytes, connect_s: float, reply_s: float) -> ServerHello:
         """Raises Unreachable; UpperError where the other side refuses, WireError where it makes no sense."""
+        call = self.channel.unary_unary(rpc.HELLO)(hello, timeout=reply_s, metadata=self.metadata)
         try:
-            answer = await self.channel.unary_unary(rpc.HELLO)(hello, timeout=timeout_s, metadata=self.metadata)
+            reply = asyncio.ensure_future(call)
+            await asyncio.wait([reply], timeout=connect_s)
+            if not reply.done() and self.channel.get_state() != grpc.ChannelConnectivity.READY:
+                raise Unreachable(f"{self.address}: no connection within {connect_s:.1f} s")
+            answer = await reply
         except grpc.aio.AioRpcError as error:
             _raise(self.address, error)
+        finally:
+            call.cancel()
         return unpack.unpack_server_hello(answer)
 
     def session(self) -> Call:

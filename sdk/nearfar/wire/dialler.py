@@ -22,7 +22,8 @@ from nearfar.wire.messages import ClientHello, ServerHello
 from nearfar.wire.rtt import RoundTrips
 from nearfar.wire.tls import Credentials
 
-CONNECT_S = 5.0  # connect, TLS and hello, where nothing is known of the way
+CONNECT_S = 5.0  # to connect, where nothing is known of the way
+REPLY_S = 60.0  # to the first hello: a server that has just been started reads its whole file before it can answer
 LEAST_CONNECT_S = 2.0  # ... and where something is: a lost SYN is sent again after one second
 FRESH_S = 30.0  # a connection that nobody has used for longer may be dead without a sign: routers forget it
 
@@ -105,7 +106,9 @@ class Dialler:
         egress.dial(connection.address.host)
         egress.out(str(connection.address), self.hello, len(data))
         known = self.round_trips.p50_s
-        server = await connection.hello(data, max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S)
+        connect_s = max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S
+        reply_s = connect_s if connection.address in self._met else REPLY_S
+        server = await connection.hello(data, connect_s, reply_s)
         check_hello(self.hello, server, str(connection.address))
         egress.settle(server.region)
         self._met.add(connection.address)

@@ -86,9 +86,12 @@ class UpperProcess:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, n_positions: int) -> Iterator[UpperProcess]:
-    """A server for `model`, whose devices may hold so many positions together.  Raises NearfarError."""
-    token = secrets.token_hex(16)
+def serving(model: Path, folder: Path, n_positions: int, token: str = "") -> Iterator[UpperProcess]:
+    """A server for `model`, whose devices may hold so many positions together.  Raises NearfarError.
+
+    `token`: the key that they show; empty: one of chance.
+    """
+    token = token or secrets.token_hex(16)
     keys, log = folder / f"{model.stem}-keys.json", folder / f"{model.stem}-server.log"
     entry = {"tenant": "suite", "sha256": hashlib.sha256(token.encode()).hexdigest(), "metrics": True}
     keys.write_text(json.dumps({"keys": [entry | {"session_positions": n_positions}]}))

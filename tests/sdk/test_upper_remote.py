@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -505,3 +507,26 @@ def test_closing_one_upper_does_not_disturb_another(
     assert device.answer(N) == truth
     busy.close()
     assert [r.getMessage() for r in caplog.records if r.name in ("asyncio", "grpc._cython.cygrpc")] == []
+
+
+def n_connections(port: int) -> int:
+    """Ends of TCP connections to that port of this machine that are established."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return sum(fields[2].endswith(f":{port:04X}") and fields[3] == "01" for fields in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="needs /proc/net")
+def test_an_upper_side_that_is_closed_leaves_no_connection_to_the_garbage_collector(server: WireServer) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        upper = RemoteUpper(server.url, hello=HELLO)
+        link = upper.open(opening(BY_IDS))
+        assert isinstance(first_news(link), Opened)
+        assert n_connections(server.port) == 1
+        link.send(Close())
+        wait_for(lambda: link.is_over)  # the server has ended the stream
+        upper.close()
+        wait_for(lambda: n_connections(server.port) == 0)
+    finally:
+        gc.enable()

@@ -34,6 +34,7 @@ REDUCED = {
         "set -- {}; nearfar bench roofline --quick --parts machine,kernels --kinds i2 --rows 1 --threads 1 > /dev/null",
         "minutes: one kernel, roughly",
     ),
+    "nearfar bench collab": ("nearfar bench collab --help", "two servers and minutes; tests/cli covers it"),
     "nearfar bench": ("nearfar bench {} --rounds 1 --prompt 16 --tokens 8", "minutes: a few tokens of one round"),
     "nearfar eval": ("nearfar eval --help", "needs corpora and an hour; tests/sdk covers it"),
     "nearfar calibrate": ("nearfar calibrate --help", "needs corpora and many minutes; tests/sdk covers it"),

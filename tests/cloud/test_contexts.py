@@ -373,11 +373,10 @@ async def test_while_everybody_is_busy_rows_have_to_wait(world: World) -> None:
 
 
 @in_world(budget=Budget(max_bytes=4 * 40))
-async def test_rows_that_were_cut_count_until_the_engine_has_dropped_them(world: World) -> None:
+async def test_rows_that_were_cut_need_their_memory_until_the_engine_has_dropped_them(world: World) -> None:
     connection, line, _ = await world.opened()
     connection.on(Ids(0, 0, tuple(PROMPT * 7)))
     connection.on(Cut(1, 0))
-    assert world.contexts.total.n_bytes == 4 * 35
     connection.on(Ids(1, 0, tuple(PROMPT * 7)))
     await line.next(Credit)
     world.contexts.sweep()
@@ -385,6 +384,19 @@ async def test_rows_that_were_cut_count_until_the_engine_has_dropped_them(world:
     assert world.contexts.total.n_bytes == 4 * 35
     connection.on(Close())
     await world.quiet()
+
+
+@in_world()
+async def test_rows_that_come_again_are_no_more_than_they_were(world: World) -> None:
+    """A device that was started again sends everything in a new generation: its key's bounds are as before."""
+    key = Key("alice", session_positions=40, session_bytes=4 * 40)
+    connection, line, _ = await world.opened(key=key)
+    for gen in range(5):
+        connection.on(Ids(gen, 0, (*PROMPT, *[1] * 30)))
+        connection.on(Cut(gen + 1, 0))
+    connection.on(Ids(5, 0, tuple(PROMPT)))
+    connection.on(replace(ASK, gen=5))
+    assert (await line.next(Verdict)).ids == (TOKENS[0],)
 
 
 @in_world(budget=Budget(max_sessions=2))
@@ -498,6 +510,25 @@ async def test_a_sequence_that_fails_is_tried_again_and_not_for_ever(world: Worl
         assert (await line.next(Err)).retryable is left
         connection.left()
     await world.quiet()
+
+
+@in_world()
+async def test_when_the_engine_has_stopped_devices_are_sent_elsewhere(world: World) -> None:
+    connection, line, opened = await world.opened()
+    connection.on(ids())
+
+    def step() -> None:
+        raise RuntimeError("a fault of ours")
+
+    world.engine.step = step  # type: ignore[assignment,method-assign]
+    connection.on(ASK)
+    err = await line.next(Err)
+    assert (err.code, err.retryable) == (Code.INTERNAL, True)
+    connection.left()
+    again, _, _ = await world.opened("other", resume_token=opened.resume_token)
+    with pytest.raises(Refused) as refused:
+        again.on(ids())
+    assert (refused.value.err.code, refused.value.err.retryable) == (Code.OVERLOADED, True)
 
 
 @in_world()

@@ -80,7 +80,7 @@ class Contexts:
         self.of: dict[str, Usage] = {}  # by subject, those who hold something
         self._secret = secrets.token_bytes(32)
         self._contexts: dict[tuple[str, bytes], Context] = {}
-        self._void: dict[Context, int] = {}  # bytes that were cut and that the engine may still hold
+        self._n_void = 0  # bytes that were cut lately, which the engine may not have dropped yet
         self._wait_s, self._waited_at = 0.0, float("-inf")
 
     def __iter__(self) -> Iterator[Context]:
@@ -207,8 +207,7 @@ class Contexts:
             context.hear(message)
         except Refusal as refusal:
             raise refused(refusal) from None
-        if (n_void := before - context.machine.n_bytes) > 0 and not context.is_over:
-            self._void[context] = self._void.get(context, 0) + n_void
+        self._n_void += max(0, before - context.machine.n_bytes)
         self._account(context)
 
     def _has_room(self, context: Context, message: Rows | Ids) -> bool:
@@ -225,7 +224,7 @@ class Contexts:
             if not self._evict(c for c in self if c.key.tenant == key.tenant and c is not context):
                 text = f"this key has {key.session_positions} positions and {key.session_bytes} bytes of rows at a time"
                 raise Refused(Err(Code.QUOTA, text, mine.n_sessions > 1, RETRY_MS))
-        while _over(self.total.n_bytes + n_bytes, self.budget.max_bytes):
+        while self.total.n_bytes + self._n_void + n_bytes > self.budget.max_bytes:
             if not self._evict(c for c in self if c is not context):
                 return False
         return True
@@ -246,11 +245,9 @@ class Contexts:
         return True
 
     def _account(self, context: Context) -> None:
-        """What it holds counts, and what it has cut lately, which the engine may not have heard of yet."""
-        if context.is_over:
-            return
-        void = self._void.get(context, 0)
-        self._book(context, (1, context.machine.n_rows, context.machine.n_bytes + void))
+        """What it holds counts."""
+        if not context.is_over:
+            self._book(context, (1, context.machine.n_rows, context.machine.n_bytes))
 
     def _book(self, context: Context, holds: tuple[int, int, int]) -> None:
         """Sessions, positions, bytes: in place of what was booked before."""
@@ -295,7 +292,6 @@ class Contexts:
         context.release()
         tenant = context.key.tenant
         del self._contexts[tenant, context.machine.opening.session]
-        self._void.pop(context, None)
         self._book(context, (0, 0, 0))
         if not self.of[tenant].n_sessions:
             del self.of[tenant]
@@ -319,9 +315,7 @@ class Contexts:
             elif context.stream is not None and now - context.last_heard >= self.budget.idle_s:
                 self.counts.expired += 1
                 self._drop(context, Err(Code.QUOTA, f"silent for {self.budget.idle_s:g} s", True, RETRY_MS))
-        void, self._void = self._void, {}
-        for context in void:
-            self._account(context)
+        self._n_void = 0
 
     def close(self) -> None:
         """The server stops: every device is told, and may go on elsewhere."""
@@ -350,8 +344,8 @@ class Connection:
 def refused(refusal: Refusal) -> Refused:
     """How a device hears what the gateway says."""
     code = {401: Code.DENIED, 429: Code.QUOTA, 503: Code.OVERLOADED}.get(refusal.status, Code.INTERNAL)
-    again = refusal.retry_after_s
-    return Refused(Err(code, refusal.message, again is not None, 0 if again is None else int(1000 * again)))
+    again = 1.0 if refusal.status == 503 else refusal.retry_after_s  # 503: another server may do better
+    return Refused(Err(code, refusal.message, again is not None, int(1000 * (again or 0))))
 
 
 def _over(n: int, most: int | None) -> bool:

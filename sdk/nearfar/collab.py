@@ -478,7 +478,7 @@ class Collaboration:
         if s.lost_at is not None and now - s.lost_at > self.how.patience_s:
             why = f" ({s.reason})" if s.reason else ""
             raise UpperError(f"no upper side for {self.how.patience_s:g} s{why}; the text so far is final")
-        if not s.ledger.open and len(s.ids) > self._n_positions(s):
+        if s.ledger.final > self._n_positions(s):
             raise ContextError(f"the upper side holds {s.link.max_context} positions, and the text has as many")
         s.asked_at = {req: at for req, at in s.asked_at.items() if req in s.ledger.open}
         oldest = min(s.asked_at.values(), default=now)

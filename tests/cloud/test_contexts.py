@@ -200,7 +200,7 @@ async def test_a_verdict_for_a_device_that_is_away_waits_for_it(world: World) ->
     first.on(ids())
     first.on(ASK)
     first.left()
-    while not world.engine.counts.generated_tokens or world.engine.has_work:
+    while not world.contexts.counts.tokens:  # the event loop has heard of it
         await asyncio.sleep(0.001)
     second, line, again = await world.opened(resume_token=opened.resume_token)
     assert again.absorbed == len(PROMPT)

@@ -425,3 +425,20 @@ def test_one_late_answer_does_not_make_all_others_late(pair: Pair) -> None:
     link.receive = real  # type: ignore[method-assign]
     link.deadline_s = lambda: 5.0  # type: ignore[method-assign]
     assert [c.step(s).source for _ in range(6)] == ["upper"] * 6
+
+
+def test_a_context_that_is_full_of_drafts_before_anybody_answers_is_no_error(pair: Pair) -> None:
+    n_ctx = 20
+    upper = Flaky(LocalUpper(pair.upper, n_ctx))
+    c = Collaboration(Engine(pair.device, n_ctx), upper, Collab(Mode.LOSSLESS, CODECS[0], 0.0, window=16))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    c._begin(s, None)
+    upper.links[0].is_up = False
+    while c._wants_draft(s):
+        c._draft(s, None)
+    assert len(s.ids) > n_ctx
+    c._wait(s)  # nothing is there to hear yet
+    upper.links[0].is_up = True
+    n = n_ctx - len(PROMPT) + 1
+    assert [c.step(s).id for _ in range(n)] == pair.oracle(CODECS[0], GREEDY, n)

@@ -43,12 +43,12 @@ REDUCED = {
     "nearfar cloud profile": ("nearfar cloud profile {} --quick --threads 1", "minutes: few shapes"),
     "nearfar pack": ("nearfar pack --help", "needs a master, an hour of training; tests/cli covers it"),
     "nearfar cloud serve nano": (
-        "nearfar cloud serve nano --threads 1 > /dev/null & trap 'kill $!; wait $!' EXIT\n"
+        "nearfar cloud serve nano --threads 1 > /dev/null & trap 'kill $(jobs -p); wait' EXIT\n"
         "until curl -sf localhost:8080/ready > /dev/null; do kill -0 $!; sleep 0.2; done",
         "waits for requests: in the background, until the commands behind it have run",
     ),
     "nearfar cloud serve halves/": (
-        "nearfar cloud serve halves/{} --port 0 --threads 1 > /dev/null & trap 'kill $!; wait $!' EXIT\n"
+        "nearfar cloud serve halves/{} --port 0 --threads 1 > /dev/null & trap 'kill $(jobs -p); wait' EXIT\n"
         "until (exec 3<> /dev/tcp/127.0.0.1/9090) 2> /dev/null; do kill -0 $!; sleep 0.2; done",
         "waits for devices: in the background, until the commands behind it have run",
     ),

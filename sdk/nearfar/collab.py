@@ -28,7 +28,7 @@ from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewin
 from nearfar.lower import Array
 from nearfar.pace import MAX_WINDOW, Pace
 from nearfar.sampling import Sampling
-from nearfar.sequence import Sequence, SharedStats
+from nearfar.sequence import Notice, Sequence, SharedStats
 from nearfar.upper import Link, Lost, NoLink, Traffic, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
@@ -63,7 +63,6 @@ class Collab:
     slow: Then = "wait"
     lost: Then = "wait"
     patience_s: float = 60.0
-    want_hidden: bool = False
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 <= self.tau <= 1:
@@ -84,25 +83,13 @@ class Collab:
         return self.codec.id == CodecId.IDS
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """What is worth telling beside tokens.
-
-    "waiting" (ms so far), "degraded" (the link is gone), "back", "rebuilding" (rows sent again), "retract" (from the
-    position on).
-    """
-
-    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract"]
-    n: int = 0
-
-
 @dataclass(slots=True)
 class Shares:
     """Where the time of an answer went, in seconds."""
 
     device_s: float = 0.0
     waited_s: float = 0.0
-    upper_s: float = 0.0  # as the other side counts it; a part of it lies within device_s
+    upper_s: float = 0.0  # as the other side counts it; it may pass while the device drafts
     opened: int = 0  # connections of this answer
 
 
@@ -116,7 +103,6 @@ class Shared(Sequence):
     journal_path: Path | None = None  # where this answer is kept until it is over; a file that is there is taken up
     journal: Journal | None = None
     ready: deque[Token] = field(default_factory=deque)  # final and not told yet
-    notices: deque[Notice] = field(default_factory=deque)
     shares: Shares = field(default_factory=Shares)
     candidate: tuple[int, Draft] | None = None  # lossy: what the device would say, while the upper side is asked
     unsure: bool = False  # lossless: the newest draft is not sure, so it is time to ask
@@ -193,7 +179,11 @@ class Collaboration:
         return Shared(kv, sampling=sampling, use_exits=use_exits)
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
-        """The next final token.  Raises UpperError, MismatchError, Diverged, WireError, EgressDenied, Cancelled."""
+        """The next final token.
+
+        Raises UpperError, MismatchError, Diverged, WireError, EgressDenied, ContextError (of the upper side), FileError
+        (of the journal), Cancelled.
+        """
         assert isinstance(s, Shared)
         if constraint is not None:
             raise UsageError("a schema with an upper side: the upper layers cannot follow it; open the model alone")
@@ -224,7 +214,7 @@ class Collaboration:
         """Open a link; the rows of the prompt leave while the next ones are computed."""
         how, now = self.how, time.perf_counter()
         session, ends = secrets.token_bytes(16), tuple(sorted(s.ends))
-        opening = Open(session, 0, how.mode, how.codec, self.row_layer, s.sampling, ends, want_hidden=how.want_hidden)
+        opening = Open(session, 0, how.mode, how.codec, self.row_layer, s.sampling, ends)
         check_sampling(opening)
         ledger = Ledger(s.ids, by_ids=how.by_ids)
         s.ready.clear()  # of an earlier text that ended before all of it was told
@@ -235,7 +225,6 @@ class Collaboration:
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
         s.candidate, s.unsure, s.ended, s.lost_at, s.is_gone = None, False, False, now, False
         s.run, s.run_req, s.tried = MIN_RUN, 0, True
-        s.notices.clear()
         s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
         if s.owed:  # early exits of the earlier text
@@ -311,7 +300,6 @@ class Collaboration:
         """One token of the device: final where it may decide, provisional where the upper side will look at it."""
         started, ledger, alone = time.perf_counter(), s.ledger, self._is_alone(s)
         look = self.engine.look(s, self.stages, cancel=cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
-        s.n_run = len(s.ids)
         spent = time.perf_counter() - started
         s.shares.device_s += spent
         self.pace.drafted(spent)
@@ -441,7 +429,7 @@ class Collaboration:
         if opened.settings_hash and opened.settings_hash != settings_hash(s.opening):
             raise MismatchError("the upper side has other settings for this session than the device")
         if s.shares.opened:
-            s.notices.append(Notice("back"))
+            s.tell(Notice("back"))
         s.shares.opened += 1
         s.lost_at, s.is_gone, s.reason = None, False, ""
         assert s.link is not None
@@ -453,7 +441,7 @@ class Collaboration:
             raise UpperError(f"the upper side is out of reach: {reason}")
         if s.lost_at is None:
             s.lost_at = time.perf_counter()
-            s.notices.append(Notice("degraded"))
+            s.tell(Notice("degraded"))
         s.is_gone, s.reason = True, reason
         s.asked_at.clear()
 
@@ -484,7 +472,7 @@ class Collaboration:
         oldest = min(s.asked_at.values(), default=now)
         if now - max(oldest, s.reminded) > s.link.deadline_s():
             s.reminded = now
-            s.notices.append(Notice("waiting", int(1000 * (now - oldest))))
+            s.tell(Notice("waiting", int(1000 * (now - oldest))))
             if s.candidate is not None and self.how.slow == "finish":
                 self._decide(s)
             else:
@@ -509,9 +497,9 @@ class Collaboration:
                 case Final():
                     self._tell(s, effect)
                 case Retract(index):
-                    s.notices.append(Notice("retract", index))
+                    s.tell(Notice("retract", index))
                 case Rebuild(n):
-                    s.notices.append(Notice("rebuilding", n))
+                    s.tell(Notice("rebuilding", n))
 
     def _tell(self, s: Shared, f: Final) -> None:
         """A token is final: `step` returns it."""

@@ -8,7 +8,7 @@ Everything here is bookkeeping around `engine.step`: which ids to feed, when to 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from nearfar.lower import open_lower
 from nearfar.options import EngineOptions, Head, Lut
 from nearfar.panel_store import vouches_for
 from nearfar.sampling import Sampling
-from nearfar.sequence import Sequence, SharedStats
+from nearfar.sequence import Notice, Sequence, SharedStats
 from nearfar.speculate import MAX_DRAFTS, Speculative
 from nearfar.stop import StopMatcher
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
@@ -264,6 +264,7 @@ class LLM:
         speculate: bool | int = False,
         cancel: Cancel | None = None,
         journal: str | Path | None = None,
+        on_notice: Callable[[Notice], None] | None = None,
     ) -> Stream:
         """Tokens as they are made.
 
@@ -275,6 +276,7 @@ class LLM:
         lowest exit drafts them; True, or how many drafts a pass at most (1..7).  The exits then decide nothing.
         `journal`: with an upper side, a file in which every token stands before you see it; it goes with the answer.
         If the process was killed, the same call with the same file tells those tokens again and goes on behind them.
+        `on_notice`: with an upper side, told of waits, of a link that is lost or back, and of rows that are sent again.
         Raises UsageError (nothing to compute), ContextError (prompt longer than the context), SchemaError.
         """
         if max_tokens < 1:
@@ -301,6 +303,7 @@ class LLM:
             speculate=speculate,
             cancel=cancel,
             journal=None if journal is None else Path(journal),
+            on_notice=on_notice,
         )
 
     def chat(self, messages: Seq[Mapping[str, str]], *, template: str | None = None, **options: Any) -> Completion:
@@ -387,6 +390,7 @@ class Stream(Iterator[TokenEvent]):
         speculate: bool | int,
         cancel: Cancel | None,
         journal: Path | None,
+        on_notice: Callable[[Notice], None] | None,
     ) -> None:
         self._speculate = speculate
         self._llm, self._stops, self._stop_ids, self._constraint = llm, stops, stop_ids, constraint
@@ -400,7 +404,7 @@ class Stream(Iterator[TokenEvent]):
         self._n_drafted = 0
         self._shared: SharedStats | None = None
         self._sequence: Sequence | None = llm._take_sequence(sampling, exits)
-        self._sequence.ends = stop_ids
+        self._sequence.ends, self._sequence.on_notice = stop_ids, on_notice
         if journal is not None:
             self._sequence.keep_in(journal)
         self._n_cached = self._sequence.continue_with(ids)

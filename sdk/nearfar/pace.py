@@ -44,7 +44,6 @@ class Pace:
         Drafting goes on while a verdict is under way, so a window that takes as long as the reply hides all of it; the
         round then costs what is left of the reply.
         """
-
         return max(range(1, most + 1), key=lambda n: (self.rate(n), -n))
 
     def rate(self, n: int) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +61,18 @@ class SharedStats:
     near_ties: int  # decisions whose two largest logits were closer than 1e-4
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What is worth telling beside the tokens of an answer that two machines make.
+
+    "waiting" (n: ms so far), "degraded" (the link is gone), "back", "rebuilding" (n: rows sent again), "retract" (n:
+    the first position whose draft did not hold; it had not been told).
+    """
+
+    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract"]
+    n: int = 0
+
+
 @dataclass(slots=True)
 class Sequence:
     """Owns the state of one generation.  `n_run` ids have passed the first layers; the rest is pending."""
@@ -68,6 +82,7 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     use_exits: bool = True
     ends: frozenset[int] = frozenset()  # ids that end the text
+    on_notice: Callable[[Notice], None] | None = None
     n_run: int = 0
     owed: dict[int, Array] = field(default_factory=dict)  # first layer of a stage -> rows [n, D] it has not run
     ahead: deque[Ahead] = field(default_factory=deque)  # nearfar.speculate: good while the drafts are right
@@ -113,6 +128,11 @@ class Sequence:
     def keep_in(self, journal: Path) -> None:
         """Let final tokens stand in a file before they are told.  Raises UsageError where nothing could be lost."""
         raise UsageError("a journal belongs to answers with an upper side (LLM.open, upper=...)")
+
+    def tell(self, notice: Notice) -> None:
+        """To whoever wants to hear of it."""
+        if self.on_notice is not None:
+            self.on_notice(notice)
 
     def shared_stats(self) -> SharedStats | None:
         """What the other machine did; None where there is none."""

@@ -23,7 +23,7 @@ from nearfar.errors import UsageError
 from nearfar.lower import KV, Lower
 from nearfar.sampling import sample
 from nearfar.wire.codec import Codec
-from nearfar.wire.messages import CodecId, Down, Ids, Open, Rows, Up
+from nearfar.wire.messages import CodecId, Down, Open, Up
 from nearfar.wire.session import Append, Decide, Effect, End, Forget, Reply, UpperSession
 
 Array = NDArray[np.float32]
@@ -42,7 +42,7 @@ News: TypeAlias = Down | Lost
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes on the link of one answer, framing included as far as it is known."""
+    """Bytes on the link of one answer, framing included as far as it is known; none within a process."""
 
     up: int = 0
     down: int = 0
@@ -197,10 +197,6 @@ class LocalLink:
         self.send(session.opening)
 
     def send(self, message: Up) -> None:
-        if isinstance(message, Rows):
-            self.traffic.up += message.n_bytes
-        elif isinstance(message, Ids):
-            self.traffic.up += 4 * len(message.ids)
         self._do(self.session.on(message))
 
     def deadline_s(self) -> float:
@@ -220,7 +216,6 @@ class LocalLink:
             match effect:
                 case Reply(message):
                     self._news.append(message)
-                    self.traffic.down += 16
                 case Append(_, rows, ids):
                     self.decider.append(rows, ids)
                 case Forget(keep):

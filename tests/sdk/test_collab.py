@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.cancel import Cancel
-from nearfar.collab import Collab, Collaboration, Notice, Shared
+from nearfar.collab import Collab, Collaboration, Shared
 from nearfar.engine import Engine, Token
 from nearfar.errors import ContextError, FileError, MismatchError, UpperError, UsageError
 from nearfar.halves import split
@@ -17,6 +17,7 @@ from nearfar.journal import Journal
 from nearfar.lower import Lower, open_lower
 from nearfar.lower_composed import Composed
 from nearfar.sampling import Sampling
+from nearfar.sequence import Notice
 from nearfar.upper import LocalUpper, Lost, News
 from nearfar.weights import Weights
 from nearfar.wire.codec import Codec
@@ -228,13 +229,15 @@ def test_a_link_that_breaks_and_returns_changes_no_token(pair: Pair, codec: Code
 def test_a_device_that_may_goes_on_alone_and_is_checked_again_when_the_link_is_back(pair: Pair) -> None:
     c, upper = flaky(pair, Collab(Mode.LOSSLESS, CODECS[0], 0.01, lost="finish"))
     s = c.new_sequence(GREEDY, use_exits=True)
+    told: list[Notice] = []
+    s.on_notice = told.append
     s.continue_with(PROMPT)
     before = [c.step(s) for _ in range(10)]
     assert ids(before) == pair.oracle(CODECS[0], GREEDY, 10)
     upper.links[0].cut()
     alone = [c.step(s) for _ in range(10)]
     assert {t.source.split(".")[0] for t in alone[-5:]} == {"exit"}
-    assert Notice("degraded") in s.notices
+    assert Notice("degraded") in told
     upper.links[0].mend()
     after = [c.step(s) for _ in range(10)]
     text = PROMPT + ids(before) + ids(alone)
@@ -262,6 +265,8 @@ def test_a_late_answer_is_told_and_lossy_may_decide_without_it(pair: Pair) -> No
     for slow, source in (("wait", "upper"), ("finish", "exit.2")):
         c, upper = flaky(pair, Collab(Mode.LOSSY, CODECS[0], 1.0, slow=slow))  # type: ignore[arg-type]
         s = c.new_sequence(GREEDY, use_exits=True)
+        told: list[Notice] = []
+        s.on_notice = told.append
         s.continue_with(PROMPT)
         c.step(s)
         link = upper.links[0]
@@ -271,7 +276,7 @@ def test_a_late_answer_is_told_and_lossy_may_decide_without_it(pair: Pair) -> No
         else:
             for _ in range(20):
                 c._draft(s, None) if c._wants_draft(s) else c._ask(s, None) if c._wants_ask(s) else c._wait(s)
-        assert any(n.kind == "waiting" for n in s.notices)
+        assert any(n.kind == "waiting" for n in told)
         link.receive = real  # type: ignore[method-assign]
         assert c.step(s).source == "upper"
 

@@ -20,6 +20,7 @@ from nearfar.llm import LLM
 from nearfar.lower import Lower, open_lower
 from nearfar.lower_composed import Composed
 from nearfar.sampling import Sampling
+from nearfar.sequence import Notice
 from nearfar.weights import Weights
 from nearfar.wire.codec import Codec
 from nearfar.wire.egress import Policy
@@ -107,7 +108,8 @@ def test_resets_in_the_middle_of_an_answer_change_no_token(place: Place, codec: 
 def test_a_server_that_is_killed_and_started_again_gets_everything_again(place: Place) -> None:
     server = place.servers[CodecId.INT8_OS]
     with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSLESS, INT8, 0.01)) as llm:
-        stream = llm.stream(PROMPT, max_tokens=N, sampling=WARM)
+        told: list[Notice] = []
+        stream = llm.stream(PROMPT, max_tokens=N, sampling=WARM, on_notice=told.append)
         ids = [next(stream).id for _ in range(6)]
         server.stop()
         server.start()
@@ -116,6 +118,7 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_again(place: 
     shared = stream.completion.stats.shared
     assert shared is not None
     assert shared.reopened >= 1
+    assert {"degraded", "back"} <= {notice.kind for notice in told}
 
 
 def test_a_device_that_may_finishes_without_any_server(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from nearfar.cli.interrupt import ctrl_c_cancels
 from nearfar.cli.terminal import Paint, colours_wanted, print_marks, printable, shares, speed
 from nearfar.errors import Cancelled
 from nearfar.llm import LLM, Completion, Prompt, TokenEvent
+from nearfar.sequence import Notice
 
 
 def paint_for(llm: LLM) -> Paint:
@@ -21,7 +23,7 @@ def paint_for(llm: LLM) -> Paint:
 def stream_answer(llm: LLM, prompt: Prompt, paint: Paint | None, **options: Any) -> Completion:
     """Stream an answer to stdout (`paint=None`: print nothing).  Ctrl-C raises Cancelled after the line is ended."""
     with ctrl_c_cancels() as cancel:
-        stream = llm.stream(prompt, cancel=cancel, **options)
+        stream = llm.stream(prompt, cancel=cancel, on_notice=notices(paint), **options)
         for event in stream:
             if paint is not None:
                 sys.stdout.write(paint.token(event))
@@ -31,6 +33,24 @@ def stream_answer(llm: LLM, prompt: Prompt, paint: Paint | None, **options: Any)
     if cancel.is_set():
         raise Cancelled("stopped")
     return stream.completion
+
+
+def notices(paint: Paint | None) -> Callable[[Notice], None] | None:
+    """Tells a person on stderr why no token comes; programs (`paint=None`) get the counts at the end."""
+    if paint is None:
+        return None
+    words = {
+        "waiting": "the upper side is late: {} ms",
+        "degraded": "the link is lost",
+        "back": "the link is back",
+        "rebuilding": "{} rows are sent again",
+    }
+
+    def say(notice: Notice) -> None:
+        if notice.kind in words:
+            print(paint.dim(f"[{words[notice.kind].format(notice.n)}]"), end="", file=sys.stderr, flush=True)
+
+    return say
 
 
 def print_summary(completion: Completion, paint: Paint) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from nearfar.cli.answer import answer_facts, paint_for, print_summary
+from nearfar.cli.answer import answer_facts, notices, paint_for, print_summary
 from nearfar.cli.interrupt import ctrl_c_cancels
 from nearfar.cli.terminal import Paint
 from nearfar.cli.verbs import (
@@ -92,6 +92,7 @@ def answer_turn(llm: LLM, args: argparse.Namespace, messages: list[Message], pai
             max_tokens=args.max_tokens,
             sampling=sampling_of(args),
             cancel=cancel,
+            on_notice=notices(paint),
         )
         for event in stream:
             if paint is not None:

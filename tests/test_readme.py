@@ -15,11 +15,9 @@ import pytest
 
 from nearfar import env
 from nearfar.cli.main import EXIT_CODES, VERBS
-from tests.paths import ROOT, SHARED
+from tests.paths import ROOT, SHARED, needs_nano
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-NANO = ROOT / "sdk" / "nearfar" / "models" / "nano.gguf"
-needs_nano = pytest.mark.skipif(not NANO.is_file(), reason=f"{NANO.name} is not trained yet")
 
 # What a line starts with -> what is run instead ({} is the rest of the line), and why.
 REDUCED = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,18 @@ CHATML = (
 SIZES = {"n_layers": 4, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 128, "n_ctx": 1024}
 A_BLOCK = 2 * 4 * 2 * 16 * 64 * 4  # bytes of a block of this model
 TINY = "tiny"
+
+
+@contextmanager
+def nano_process(*options: str) -> Iterator[subprocess.Popen[str]]:
+    """`nearfar cloud serve nano` in a process of its own; its first line is JSON and says where it listens."""
+    command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", "nano", "--port", "0", "--json"]
+    started = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
 
 
 @cache

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,13 +27,11 @@ from nearfar_cloud.gateway.served import describe, open_served
 from nearfar_cloud.gateway.workers import open_fleet
 from nearfar_cloud.types import Request
 from tests.cloud.fleet import Answer, collect
-from tests.cloud.gateway import Client, serving, text_of, tiny_path, wait_until
-from tests.paths import ROOT
+from tests.cloud.gateway import Client, nano_process, serving, text_of, tiny_path, wait_until
+from tests.paths import needs_nano
 from tests.processes import parents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NANO = ROOT / "sdk" / "nearfar" / "models" / "nano.gguf"
-needs_nano = pytest.mark.skipif(not NANO.is_file(), reason=f"{NANO.name} is not trained yet")
 SECRET = "the parrot knows the number of the safe"
 
 
@@ -45,13 +42,8 @@ def workers_of(pid: int) -> list[int]:
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", "nano", "--port", "0", "--json"]
-    started = subprocess.Popen(
-        [*command, "--threads", "2", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    yield started
-    started.kill()
-    started.wait()
+    with nano_process("--threads", "2", "--workers", "2") as started:
+        yield started
 
 
 @needs_nano

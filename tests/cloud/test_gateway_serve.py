@@ -20,24 +20,17 @@ pytest.importorskip("fastapi", reason="fastapi is not installed (extra [cloud])"
 from nearfar.cli.main import main
 from nearfar.gguf_reader import ValueType
 from nearfar_cloud.model.packed import can_pack
-from tests.cloud.gateway import Client, text_of, tiny_path
+from tests.cloud.gateway import Client, nano_process, text_of, tiny_path
 from tests.gguf_bytes import kv, string, u32
-from tests.paths import ROOT
+from tests.paths import needs_nano
 
-NANO = ROOT / "sdk" / "nearfar" / "models" / "nano.gguf"
-needs_nano = pytest.mark.skipif(not NANO.is_file(), reason=f"{NANO.name} is not trained yet")
 SECRET = "the parrot knows the number of the safe"
 
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", "nano", "--port", "0", "--json"]
-    started = subprocess.Popen(
-        [*command, "--threads", "1", "--grace", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    yield started
-    started.kill()
-    started.wait()
+    with nano_process("--threads", "1", "--grace", "60") as started:
+        yield started
 
 
 @needs_nano

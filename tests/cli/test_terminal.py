@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 
-from nearfar.cli.terminal import Paint, colours_wanted, marks, print_marks, printable, speed
+from nearfar.cli.answer import notices
+from nearfar.cli.terminal import Paint, colours_wanted, marks, print_marks, printable, shares, speed
 from nearfar.llm import Stats, TokenEvent
+from nearfar.sequence import Notice, SharedStats
 
 SOURCES = ("exit.2", "full", "exit.4")
 
@@ -81,3 +84,28 @@ def test_colours_are_for_people_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     assert not colours_wanted(Screen())
+
+
+def test_each_side_of_a_shared_answer_has_its_colour_and_its_mark() -> None:
+    sources = ("exit.2", "verified.2", "verified.full", "upper")
+    shared = [TokenEvent(i, i, "ab", source, 0.9, 1) for i, source in enumerate(sources)]
+    painted = [Paint([2], 6, on=True).token(event) for event in shared]
+    assert len({p.split("ab")[0] for p in painted}) == 4
+    assert marks(shared) == ("abababab", "2·2·f·u·")
+    counts = Stats(9, 0, 4, 2.0, 100.0, {"verified.2": 3, "upper": 1})
+    assert Paint([2], 6, on=False).decided(counts) == "verified 2: 3 · upper: 1 of 4 tokens"
+
+
+def test_a_shared_answer_says_what_it_took() -> None:
+    took = SharedStats(3, 9, 12_345, 678, 40.0, 35.0, 120.4, 9, 7, 2, 0, 0, 0)
+    assert shares(took, 10) == ("0.30 asks/token · 12.3 kB up, 0.7 kB down · device 40 ms, link 120 ms, upper 35 ms")
+    assert shares(replace(took, reopened=2, replayed=5), 10).endswith("link lost 2 times, 5 rows sent again")
+
+
+def test_a_person_hears_why_no_token_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    say = notices(Paint([], 6, on=False))
+    assert say is not None
+    for notice in (Notice("waiting", 812), Notice("degraded"), Notice("retract", 4), Notice("back")):
+        say(notice)
+    assert capsys.readouterr().err == "[the upper side is late: 812 ms][the link is lost][the link is back]"
+    assert notices(None) is None

@@ -72,6 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--peers", type=lambda text: tuple(text.split(",")), default=PEERS, metavar="NAME:FORM,..")
     add("--trace", type=Path, help="whose arrivals and lengths are replayed (without: a generated burst, CV 4)")
     add("--loads", type=lambda text: [float(x) for x in text.split(",")], default=[0.3, 0.6, 0.9], metavar="X,..")
+    add("--capacity", type=float, metavar="X", help="requests/s that loads are shares of, where they are known")
     add("--requests", type=int, default=60, metavar="N", help="of the workload (default %(default)s)")
     add("--divide", type=int, default=8, metavar="N", help="lengths of the trace by N (default 8)")
     add("--rounds", type=int, default=3, metavar="N", help="behind the warm-up (default %(default)s)")
@@ -98,24 +99,31 @@ def compare(args: argparse.Namespace, servers: list[Server], config: ModelConfig
     workload = workload.fitting(config.n_ctx)
     slo, n_vocab = Slo(args.ttft, args.tbt), config.n_vocab
 
-    reached = {}
+    reached: dict[str, float] = {}
     for server in servers:
         run(server, workload.first(4).at_once(), n_vocab, 0, args.cpu_time)
-        done = run(server, workload.at_once(), n_vocab, 1, args.cpu_time)
-        reached[server.peer] = len(workload) / done.seconds
-        say(f"{server.peer}: {reached[server.peer]:.2f} requests/s, all at once")
-    rows = []
+        if args.capacity is None:
+            done = run(server, workload.at_once(), n_vocab, 1, args.cpu_time)
+            reached[server.peer] = len(workload) / done.seconds
+            say(f"{server.peer}: {reached[server.peer]:.2f} requests/s, all at once")
+    capacity, rows = args.capacity or reached[servers[0].peer], []
     for load in args.loads:
-        at = workload.at_rate(load * reached[servers[0].peer])
+        at = workload.at_rate(load * capacity)
         found: dict[str, list[Summary]] = {s.peer: [] for s in servers}
         for turn in range(args.rounds):
-            for server in servers:
-                found[server.peer].append(summarise(run(server, at, n_vocab, 2 + turn, args.cpu_time), slo))
-            say(f"{load:.0%}: round {turn + 1} of {args.rounds}")
+            for server in tuple(servers):
+                try:
+                    done = run(server, at, n_vocab, 2 + turn, args.cpu_time)
+                except (RuntimeError, OSError) as error:
+                    say(f"{load:.0%}: on without {error}")
+                    servers.remove(server)
+                    continue
+                found[server.peer].append(summarise(done, slo))
+                figures = json.dumps(medians(found[server.peer][-1:]))
+                say(f"{load:.0%}, round {turn + 1} of {args.rounds}, {server.peer}: {figures}")
         for server in servers:
             row = {"peer": server.peer, "facts": server.facts["facts"], "load": load, "rate": at.rate}
-            rows.append(row | {"at_once": reached[server.peer]} | medians(found[server.peer]))
-            say(json.dumps(rows[-1]))
+            rows.append(row | {"at_once": reached.get(server.peer)} | medians(found[server.peer]))
     return rows
 
 
@@ -154,7 +162,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [
             f"{r['load']:.0%}, {r['rate']:.2f}/s",
             r["facts"],
-            f"{r['at_once']:.2f}",
+            f"{r['at_once']:.2f}" if r["at_once"] else "-",
             f"{r['ttft_p50_s']:.2f}, {r['ttft_p99_s']:.2f}",
             f"{1e3 * r['tbt_p50_s']:.0f}, {1e3 * r['tbt_p99_s']:.0f}, {1e3 * r['tbt_max_s']:.0f}",
             f"{r['goodput']:.2f} ({r['attained']:.0%})",

@@ -170,14 +170,7 @@ class RemoteLink:
         """One after the other."""
         lost_at, n_failed = time.monotonic(), 0
         while True:
-            greeted, fault = await self._dialler.take(), None
-            try:
-                await self._talk(greeted)
-            except (Unreachable, UpperError, WireError) as error:
-                fault = error.with_traceback(None)  # its frames know the call, and with it the socket
-            finally:
-                was_open, self._is_open, self._outbox = self._is_open, False, None
-                await self._dialler.release(greeted, fault, was_open=was_open)
+            fault, was_open = await self._connection()
             if fault is None or self._is_closing:
                 return
             if was_open:
@@ -192,6 +185,22 @@ class RemoteLink:
             await asyncio.sleep(
                 self._pause_s(lost_at, is_in_vain or (was_open and lost_at - self._opened_at < BRIEF_S))
             )
+
+    async def _connection(self) -> tuple[Exception | None, bool]:
+        """One, from its beginning to its end: what ended it, and whether it had opened."""
+        fault: Exception | None = None
+        try:
+            greeted = await self._dialler.take()
+        except Unreachable as error:
+            return error.with_traceback(None), False
+        try:
+            await self._talk(greeted)
+        except (Unreachable, UpperError, WireError) as error:
+            fault = error.with_traceback(None)  # its frames know the call, and with it the socket
+        finally:
+            was_open, self._is_open, self._outbox = self._is_open, False, None
+            await self._dialler.release(greeted, fault, was_open=was_open)
+        return fault, was_open
 
     def _pause_s(self, lost_at: float, is_in_vain: bool) -> float:
         """Before the next attempt: none until every address was tried, then a twentieth of the outage so far."""
@@ -315,7 +324,10 @@ class RemoteLink:
             now = time.monotonic()
             if now - self._heard > SILENT_S:
                 raise Silent(f"nothing came for {SILENT_S:g} s")
-            if self._is_open and self._outbox is not None and not self._pinged and now - self._heard > PING_AFTER_S:
+            if not self._is_open or self._outbox is None:
+                continue
+            self._dialler.prepare()
+            if not self._pinged and now - self._heard > PING_AFTER_S:
                 self._pinged = now
                 self._outbox.push(Ping(1))
                 self._wake.set()

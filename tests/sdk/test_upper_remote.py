@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +242,121 @@ def test_an_upper_side_that_falls_silent_is_left(
         assert other.door.n_opened >= 1
         assert any(isinstance(m, Ping) for m in server.door.seen)
         upper.close()
+
+
+def test_the_next_upper_side_stands_by_and_takes_over_without_another_hello(
+    lower: Lower, server: WireServer, codec: CodecSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_link, "PING_AFTER_S", 0.02)
+    truth = oracle(lower, codec, N)
+    with WireServer(Door(lower)) as other:
+
+        def hurt(n: int) -> None:
+            if n == 8:
+                wait_for(lambda: other.door.hellos)
+                assert other.door.n_opened == 0
+                server.stop()
+
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        device = Device(upper.open(opening(codec)), lower, codec, truth, hurt)
+        assert device.answer(N) == truth
+        assert (len(other.door.hellos), other.door.n_opened) == (1, 1)
+        upper.close()
+
+
+def test_a_standby_with_other_weights_is_not_used(
+    lower: Lower, server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_link, "PING_AFTER_S", 0.02)
+    with WireServer(Door(lower, fingerprint=b"g" * 32)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        news = OneByOne(upper.open(opening(BY_IDS)))
+        assert isinstance(news.next(), Opened)
+        wait_for(lambda: other.door.hellos)
+        server.stop()
+        server.start()
+        assert isinstance(news.next(), Lost)
+        assert isinstance(news.next(), Opened)
+        assert (server.door.n_opened, other.door.n_opened) == (2, 0)
+        upper.close()
+
+
+def test_the_preferred_upper_side_is_up_again_with_the_next_answer(
+    lower: Lower, server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_link, "PING_AFTER_S", 0.02)
+    monkeypatch.setattr(dialler, "GREET_S", 0.05)
+    with WireServer(Door(lower)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        link = upper.open(opening(BY_IDS))
+        news = OneByOne(link)
+        assert isinstance(news.next(), Opened)
+        wait_for(lambda: other.door.hellos)
+        n_hellos = len(server.door.hellos)
+        server.stop()
+        server.start()
+        while not isinstance(news.next(), Opened):
+            pass
+        assert other.door.n_opened == 1
+        wait_for(lambda: len(server.door.hellos) > n_hellos + 1)  # the second one follows the first's reply
+        link.send(Close())
+        link.close()
+        wait_for(lambda: link.is_over)
+        assert isinstance(first_news(upper.open(opening(BY_IDS, session=b"2" * 16))), Opened)
+        assert (server.door.n_opened, other.door.n_opened) == (2, 1)
+        upper.close()
+
+
+def test_a_connection_that_hangs_does_not_hold_up_the_next_attempt(
+    server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialler, "ATTEMPT_S", 0.1)
+    monkeypatch.setattr(dialler, "CONNECT_S", 20.0)
+    with FirstHangs(server.port) as way:
+        upper = RemoteUpper(f"grpc://127.0.0.1:{way.port}", hello=HELLO)
+        assert isinstance(first_news(upper.open(opening(BY_IDS))), Opened)
+        assert way.n_taken >= 2
+        upper.close()
+
+
+class FirstHangs:
+    """A way to a server on which nothing happens with the first connection, as when a packet of it is lost."""
+
+    def __init__(self, to: int) -> None:
+        self.to, self.n_taken, self._sockets = to, 0, list[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._take, daemon=True).start()
+
+    def __enter__(self) -> FirstHangs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s in [self._listener, *self._sockets]:
+            with suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+            s.close()
+
+    def _take(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self.n_taken += 1
+            self._sockets.append(near)
+            if self.n_taken > 1:
+                far = socket.create_connection(("127.0.0.1", self.to))
+                self._sockets.append(far)
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=carry, args=(source, sink), daemon=True).start()
+
+
+def carry(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
 
 
 def test_the_first_address_that_answers_is_taken(lower: Lower, server: WireServer) -> None:

@@ -56,15 +56,22 @@ class Connection:
         tls = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate)
         return cls(address, grpc.aio.secure_channel(address.authority, tls, rpc.CHANNEL_OPTIONS), metadata)
 
-    async def hello(self, hello: bytes, connect_s: float, reply_s: float) -> ServerHello:
+    @property
+    def stands(self) -> bool:
+        return bool(self.channel.get_state() == grpc.ChannelConnectivity.READY)
+
+    async def settled(self) -> None:
+        """Connect; returns when it stands or was refused."""
+        state = self.channel.get_state(try_to_connect=True)
+        while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+            await self.channel.wait_for_state_change(state)
+            state = self.channel.get_state(try_to_connect=True)
+
+    async def hello(self, hello: bytes, reply_s: float) -> ServerHello:
         """Raises Unreachable; UpperError where the other side refuses, WireError where it makes no sense."""
         call = self.channel.unary_unary(rpc.HELLO)(hello, timeout=reply_s, metadata=self.metadata)
         try:
-            reply = asyncio.ensure_future(call)
-            await asyncio.wait([reply], timeout=connect_s)
-            if not reply.done() and self.channel.get_state() != grpc.ChannelConnectivity.READY:
-                raise Unreachable(f"{self.address}: no connection within {connect_s:.1f} s")
-            answer = await reply
+            answer = await call
         except grpc.aio.AioRpcError as error:
             _raise(self.address, error)
         finally:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from nearfar.bench.collab.measure import Answer, Run, System, ask, summary
+from nearfar.bench.collab.energy import Meter
+from nearfar.bench.collab.measure import Answer, System, ask
 from nearfar.bench.collab.paced import Rate
 from nearfar.bench.collab.prompts import prompts
+from nearfar.bench.collab.routing import routing
+from nearfar.bench.collab.summary import Figures, add_relative_cost, summary
 from nearfar.bench.collab.systems import Files, Serving, oracle, serving, systems
 from nearfar.chaos.profiles import Profile
 from nearfar.chaos.proxy import running
@@ -24,10 +27,12 @@ NAMES = (
     "lossy .8",
     "lossy .9",
     "lossy ids .8",
+    "drafts ids",
     "lossless int8",
     "lossless fp16",
     "lossless ids",
 )
+ROUTED_AT = ("lossy .8", "lossy .9", "lossless int8", "lossless ids")  # whose cost a router may spend
 
 
 def names_of(text: str | None) -> tuple[str, ...]:
@@ -52,10 +57,15 @@ def compare(
     max_tokens: int,
     device_rate: Rate | None,
     upper_rate: Rate | None,
+    meter: Meter,
+    dollars_per_hour: float | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each link, kind of prompt and system: its name, and what `summary` says."""
+    """A row for each link, kind of prompt and system: its name, what `summary` says, and its cost beside cloud-only's.
+
+    `meter`: of energy; `dollars_per_hour`: of the upper machine, None where nobody says.
+    """
     rows: list[dict[str, Any]] = []
     codecs = [CodecSpec(i) for i in (CodecId.FP16, CodecId.INT8_OS, CodecId.IDS)]
     right = _oracles(files, k, codecs, kinds, n_answers, max_tokens)
@@ -71,35 +81,42 @@ def compare(
                 for kind in kinds:
                     if progress is not None:
                         progress(f"{link.name}, {kind}: {len(chosen)} systems, {n_answers} answers each")
-                    runs = _take_turns(chosen, kind, n_answers, max_tokens)
-                    for system in chosen:
-                        facts = summary(runs[system.name], right[system.codec.id, kind], right[CodecId.IDS, kind])
-                        rows.append({"link": link.name, "prompts": kind, "system": system.name, **facts})
-                    rows += _routing(rows[-len(chosen) :])
+                    runs = _take_turns(chosen, kind, n_answers, max_tokens, meter)
+                    found = _figures(runs, chosen, right, kind, dollars_per_hour)
+                    new = [{"link": link.name, "prompts": kind, "system": name, **facts} for name, facts in found]
+                    add_relative_cost(new)
+                    rows += new
     return rows
 
 
-def _routing(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What sending whole questions to one side or the other comes to, at the upper side's cost of `lossy .8`.
+def _figures(
+    runs: dict[str, list[Answer]],
+    chosen: Sequence[System],
+    right: dict[tuple[CodecId, str], list[Answer]],
+    kind: str,
+    dollars_per_hour: float | None,
+) -> Iterator[tuple[str, Figures]]:
+    """Of each system, then of a router at the cost of some of them."""
+    full = right[CodecId.IDS, kind]
+    for system in chosen:
+        yield system.name, summary(runs[system.name], right[system.codec.id, kind], full, dollars_per_hour)
+    if "device only" in runs:
+        for name in ROUTED_AT:
+            if name in runs:
+                figures = routing(runs["device only"], runs["cloud-only"], runs[name], full, dollars_per_hour)
+                yield f"routing ({name})", figures
 
-    Computed from the rows of both sides alone: the best that a router without an opinion could do.
-    """
-    found = {row["system"]: row for row in rows}
-    if not {"device only", "cloud-only", "lossy .8"} <= set(found):
-        return []
-    here, there = found["device only"], found["cloud-only"]
-    share = min(1.0, found["lossy .8"]["upper_s"] / there["upper_s"]) if there["upper_s"] else 0.0
-    mixed = {key: (1 - share) * here[key] + share * there[key] for key in here if isinstance(here[key], (int, float))}
-    return [{**here, **mixed, "system": "routing"}]
 
-
-def _take_turns(chosen: Sequence[System], kind: str, n_answers: int, max_tokens: int) -> dict[str, Run]:
-    runs = {system.name: Run(system.name) for system in chosen}
+def _take_turns(
+    chosen: Sequence[System], kind: str, n_answers: int, max_tokens: int, meter: Meter
+) -> dict[str, list[Answer]]:
+    """The answers of each system by its name."""
+    runs: dict[str, list[Answer]] = {system.name: [] for system in chosen}
     with ExitStack() as stack:
         opened = {system.name: stack.enter_context(system.open()) for system in chosen}
         for prompt in prompts(kind, n_answers):
             for system in chosen:
-                runs[system.name].answers.append(ask(opened[system.name], system, prompt, max_tokens, Sampling()))
+                runs[system.name].append(ask(opened[system.name], system, prompt, max_tokens, Sampling(), meter))
     return runs
 
 

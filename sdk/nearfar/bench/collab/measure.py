@@ -1,18 +1,29 @@
-"""One way to share an answer, run over prompts; what each answer took."""
+"""One way to share an answer, and what an answer of it took; summary.py makes figures of many."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import mean, median
-from typing import Any
 
+from nearfar.bench.collab.energy import Meter
 from nearfar.llm import LLM, Prompt
 from nearfar.sampling import Sampling
+from nearfar.sequence import SharedStats
 from nearfar.wire.messages import CodecSpec
 
-Options = dict[str, Any]
+COUNTS = (  # of `SharedStats`
+    "asks",
+    "bytes_up",
+    "bytes_down",
+    "device_ms",
+    "upper_ms",
+    "link_ms",
+    "accepted",
+    "retracted",
+    "reopened",
+    "replayed",
+)
 
 
 @dataclass(slots=True)
@@ -21,19 +32,20 @@ class Answer:
 
     ids: list[int]
     at_s: list[float]
-    on_device: int = 0  # tokens that the device decided
+    confs: list[float] = field(default_factory=list)  # of the device, for each token; 0: it had no opinion
+    n_asked: int = 0  # tokens that the upper side decided or checked
     asks: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     device_ms: float = 0.0
-    upper_ms: float = 0.0
+    upper_ms: float = 0.0  # steps of the upper side's engine that this answer had rows in
     link_ms: float = 0.0
-    drafted: int = 0
     accepted: int = 0
     retracted: int = 0
     reopened: int = 0
     replayed: int = 0
     row_layers: int = 0  # rows times layers that the upper side ran
+    energy_j: float | None = None  # of this whole machine meanwhile; None: nobody counts it
 
     @property
     def total_s(self) -> float:
@@ -41,7 +53,13 @@ class Answer:
 
     @property
     def gaps_ms(self) -> list[float]:
+        """Between tokens that a reader sees; the first one is another matter."""
         return [1000 * (b - a) for a, b in zip(self.at_s, self.at_s[1:], strict=False)]
+
+    @property
+    def stall_ms(self) -> float:
+        """The longest time, once text had begun, in which a reader saw nothing new."""
+        return max(self.gaps_ms, default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,100 +73,50 @@ class System:
     resend: bool = False  # the whole context travels for every token
 
 
-@dataclass(slots=True)
-class Run:
-    """All answers of one system on one link."""
-
-    system: str
-    answers: list[Answer] = field(default_factory=list)
-
-
-def ask(llm: LLM, system: System, prompt: Prompt, max_tokens: int, sampling: Sampling) -> Answer:
+def ask(llm: LLM, system: System, prompt: Prompt, max_tokens: int, sampling: Sampling, meter: Meter) -> Answer:
     """One answer, timed from the call."""
-    if system.resend:
-        return _resend(llm, system, prompt, max_tokens, sampling)
-    started = time.perf_counter()
-    ids, at, on_device = [], [], 0
+    before = meter.read()
+    answer = (_resend if system.resend else _stream)(llm, system, prompt, max_tokens, sampling)
+    answer.energy_j = meter.joules(before)
+    return answer
+
+
+def _stream(llm: LLM, system: System, prompt: Prompt, max_tokens: int, sampling: Sampling) -> Answer:
+    """As tokens come."""
+    started, answer = time.perf_counter(), Answer([], [])
     stream = llm.stream(prompt, max_tokens=max_tokens, sampling=sampling)
     for event in stream:
-        ids.append(event.id)
-        at.append(time.perf_counter() - started)
-        on_device += event.where == "device"
-    answer = Answer(ids, at, on_device)
-    _add(answer, stream.completion.stats.shared, system, stream.completion.stats.n_prompt)
+        answer.ids.append(event.id)
+        answer.at_s.append(time.perf_counter() - started)
+        answer.confs.append(event.conf)
+        answer.n_asked += event.where != "device"
+    shared = stream.completion.stats.shared
+    if shared is None:  # the device did all of it
+        answer.device_ms = 1000 * answer.total_s
+    else:
+        _add(answer, shared, system)
     return answer
 
 
 def _resend(llm: LLM, system: System, prompt: Prompt, max_tokens: int, sampling: Sampling) -> Answer:
     """Token by token, each in a session of its own that gets all rows again."""
-    started = time.perf_counter()
+    started, answer = time.perf_counter(), Answer([], [])
     text = llm._ids(prompt)
-    answer = Answer([], [])
     while len(answer.ids) < max_tokens:
         stream = llm.stream([*text, *answer.ids], max_tokens=1, sampling=sampling)
         for event in stream:
             answer.ids.append(event.id)
             answer.at_s.append(time.perf_counter() - started)
-        _add(answer, stream.completion.stats.shared, system, len(text) + len(answer.ids) - 1)
+            answer.confs.append(event.conf)
+            answer.n_asked += event.where != "device"
+        assert stream.completion.stats.shared is not None  # there is an upper side
+        _add(answer, stream.completion.stats.shared, system)
         if stream.completion.finish_reason == "eos":
             break
     return answer
 
 
-def _add(answer: Answer, shared: Any, system: System, n_prompt: int) -> None:
-    if shared is None:
-        return
-    for name in ("asks", "bytes_up", "bytes_down", "device_ms", "upper_ms", "link_ms", "drafted", "accepted"):
-        setattr(answer, name, getattr(answer, name) + getattr(shared, name))
-    for name in ("retracted", "reopened", "replayed"):
+def _add(answer: Answer, shared: SharedStats, system: System) -> None:
+    for name in COUNTS:
         setattr(answer, name, getattr(answer, name) + getattr(shared, name))
     answer.row_layers += shared.rows_asked * system.upper_layers
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The value below which a share `q` lies (nearest rank)."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def agreement(a: Answer, b: Answer) -> float:
-    """Share of positions at which both have the same token, of the longer one."""
-    n = max(len(a.ids), len(b.ids))
-    return sum(x == y for x, y in zip(a.ids, b.ids, strict=False)) / n if n else 1.0
-
-
-def summary(run: Run, oracle: Sequence[Answer], full: Sequence[Answer]) -> dict[str, float]:
-    """What a row of the table says: means of answers, quantiles of gaps."""
-    answers = run.answers
-    n_tokens = sum(len(a.ids) for a in answers)
-    gaps = [gap for a in answers for gap in a.gaps_ms]
-    drafted = sum(a.accepted + a.retracted for a in answers)
-    same = [agreement(a, b) for a, b in zip(answers, oracle, strict=True)]
-    same_full = [agreement(a, b) for a, b in zip(answers, full, strict=True)]
-    return {
-        "total_s": mean(a.total_s for a in answers),
-        "ttft_ms": median(1000 * a.at_s[0] for a in answers),
-        "tbt_p50_ms": quantile(gaps, 0.5),
-        "tbt_p95_ms": quantile(gaps, 0.95),
-        "tbt_p99_ms": quantile(gaps, 0.99),
-        "tokens_per_s": n_tokens / sum(a.total_s for a in answers),
-        "asks_per_token": sum(a.asks for a in answers) / n_tokens,
-        "bytes_up_per_token": sum(a.bytes_up for a in answers) / n_tokens,
-        "bytes_down_per_token": sum(a.bytes_down for a in answers) / n_tokens,
-        "kb_per_answer": mean(a.bytes_up + a.bytes_down for a in answers) / 1000,
-        "device_s": mean(a.device_ms for a in answers) / 1000,
-        "upper_s": mean(a.upper_ms for a in answers) / 1000,
-        "link_s": mean(a.link_ms for a in answers) / 1000,
-        "upper_row_layers_per_token": sum(a.row_layers for a in answers) / n_tokens,
-        "acceptance": sum(a.accepted for a in answers) / drafted if drafted else 0.0,
-        "retracted_per_token": sum(a.retracted for a in answers) / n_tokens,
-        "on_device": sum(a.on_device for a in answers) / n_tokens,
-        "agrees_with_oracle": mean(same),
-        "agrees_with_full": mean(same_full),
-        "exact_answers": mean(float(s == 1) for s in same),
-        "reopened": sum(a.reopened for a in answers),
-        "replayed_rows": sum(a.replayed for a in answers),
-        "tokens": n_tokens,
-    }

@@ -21,7 +21,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("matplotlib", "train", "--plot") from error
     kinds, links = (list(dict.fromkeys(row[key] for row in rows)) for key in ("prompts", "link"))
-    names = [name for name in dict.fromkeys(row["system"] for row in rows) if name != "resend"]
+    names = [name for name in dict.fromkeys(row["system"] for row in rows) if _is_drawn(name)]
     figure, panels = pyplot.subplots(len(kinds), 1, figsize=(11, 3.6 * len(kinds)), squeeze=False)
     width = 0.8 / len(names)
     for panel, kind in zip(panels[:, 0], kinds, strict=True):
@@ -37,3 +37,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _is_drawn(system: str) -> bool:
+    """`resend` takes so long that nothing else could be seen; one router is enough."""
+    return system != "resend" and (system == "routing (lossy .8)" or not system.startswith("routing"))

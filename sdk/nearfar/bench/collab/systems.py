@@ -5,7 +5,8 @@ cloud-only          ids go up, tokens stream down
 resend              the whole context's rows for every token: no cache on the other side
 split               one fp16 row and one round trip for every token, caches on both sides
 lossy tau           a sure exit decides at once (CE-CoLLM, 2411.02829), the others one round trip
-lossless rows, ids  the device drafts, the upper side checks
+drafts ids          the device drafts a fixed number of tokens, the upper side checks them, the device waits for it
+lossless rows, ids  the same with as many drafts as pay off, and drafting goes on meanwhile
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nearfar.wire.codec import Codec
 from nearfar.wire.messages import CodecId, CodecSpec, Mode
 
 FP16, INT8, INT4, IDS = (CodecSpec(i) for i in CodecId)
+N_DRAFTS = 5  # of `drafts ids`: a usual number (2211.17192 has 3 to 7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ def systems(files: Files, at: Serving, rate: Rate | None, k: int, n_layers: int)
         System("lossy .8", shared(at.rows_url, Collab(Mode.LOSSY, INT8, 0.8)), INT8, rows),
         System("lossy .9", shared(at.rows_url, Collab(Mode.LOSSY, INT8, 0.9)), INT8, rows),
         System("lossy ids .8", shared(at.ids_url, Collab(Mode.LOSSY, IDS, 0.8)), IDS, ids),
+        System("drafts ids", shared(at.ids_url, Collab(Mode.LOSSLESS, IDS, window=N_DRAFTS, in_flight=1)), IDS, ids),
         System("lossless int8", shared(at.rows_url, Collab(Mode.LOSSLESS, INT8)), INT8, rows),
         System("lossless fp16", shared(at.rows_url, Collab(Mode.LOSSLESS, FP16)), FP16, rows),
         System("lossless ids", shared(at.ids_url, Collab(Mode.LOSSLESS, IDS)), IDS, ids),

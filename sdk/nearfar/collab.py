@@ -15,6 +15,7 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ from nearfar.wire.messages import Close, Code, CodecId, CodecSpec, Err, Mode, Ne
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
+MAX_KEEP_S = 3600
 MIN_RUN = 8
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
@@ -53,6 +55,7 @@ class Collab:
     `slow`: an ask that takes longer than the link's deadline is waited for, or (lossy) the device's best exit decides.
     `lost`: without a link the device waits, or goes on alone and its tokens are final ("finish").
     `patience_s`: a link that is lost so long ends the answer with UpperError (with "wait").
+    `keep_s`: so long the other side is asked to keep what it has of an answer, for the next turn of a chat.
     """
 
     mode: Mode = Mode.LOSSLESS
@@ -63,6 +66,7 @@ class Collab:
     slow: Then = "wait"
     lost: Then = "wait"
     patience_s: float = 60.0
+    keep_s: int = 0
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 <= self.tau <= 1:
@@ -73,6 +77,8 @@ class Collab:
             raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
         if not self.patience_s > 0:
             raise UsageError(f"patience_s={self.patience_s}: expected more than 0 seconds")
+        if not 0 <= self.keep_s <= MAX_KEEP_S:
+            raise UsageError(f"keep_s={self.keep_s}: expected 0..{MAX_KEEP_S} seconds")
         if self.mode == Mode.CLOUD_ONLY and self.lost == "finish":
             raise UsageError("cloud-only has no device that could finish alone: expected lost='wait'")
         if self.mode == Mode.CLOUD_ONLY and not self.by_ids:
@@ -93,6 +99,15 @@ class Shares:
     opened: int = 0  # connections of this answer
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An answer that is over, of which the other side may still have something."""
+
+    session: bytes
+    settings: bytes
+    until: float
+
+
 @dataclass(slots=True)
 class Shared(Sequence):
     """A sequence whose tokens are decided by two machines."""
@@ -111,6 +126,8 @@ class Shared(Sequence):
     is_gone: bool = False  # it was lost, or could not be had: not only on its way
     reason: str = ""  # what the other side, or the network, said last
     opening: Open | None = None
+    keep_s: int = 0
+    kept: Kept | None = None
     asked_at: dict[int, float] = field(default_factory=dict)
     run: int = MIN_RUN  # tokens that the other side makes by itself, when drafts do not pay
     run_req: int = 0  # the ask for it
@@ -141,11 +158,18 @@ class Shared(Sequence):
         )
 
     def finish(self, done: bool = True) -> None:
-        """The answer is over; a later text begins another session.  The journal stays where something failed."""
+        """The answer is over; a later text begins another session, unless this one is kept.
+
+        The journal stays where something failed.
+        """
         if self.link is not None:
-            self.link.send(Close())
+            keep_s = self.keep_s if done and self.lost_at is None else 0
+            self.link.send(Close(keep_s=keep_s))
             self.link.close()
             self.link = None
+            if keep_s and self.opening is not None:
+                until = time.monotonic() + keep_s
+                self.kept = Kept(self.opening.session, settings_hash(self.opening), until)
         if self.journal is not None:
             self.journal.close(keep=not done)
             self.journal = None
@@ -176,7 +200,7 @@ class Collaboration:
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Shared:
         kv = self.engine.lower.new_kv(self.engine.max_len, self.engine.kv_dtype, self.engine.kv_policy)
-        return Shared(kv, sampling=sampling, use_exits=use_exits)
+        return Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s)
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """The next final token.
@@ -220,7 +244,8 @@ class Collaboration:
         s.ready.clear()  # of an earlier text that ended before all of it was told
         if s.journal_path is not None:
             opening, ledger = self._keep_journal(s, opening, s.journal_path, ledger)
-        ledger.add_rows(0, s.ledger.rows[: s.n_run])  # of an earlier text that began alike: sent again
+        ledger.add_rows(0, s.ledger.rows[: s.n_run])  # of an earlier text that began alike
+        opening = self._goes_on(s, opening, ledger)
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
         s.candidate, s.unsure, s.ended, s.lost_at, s.is_gone = None, False, False, now, False
@@ -233,6 +258,18 @@ class Collaboration:
             self._prefill(s, min(CHUNK, len(s.ids) - s.n_run - 1), cancel)
             self._listen(s, 0.0)
             self._send_rows(s)
+
+    def _goes_on(self, s: Shared, opening: Open, ledger: Ledger) -> Open:
+        """The session of the turn before, if its settings were these: then only the rest is sent."""
+        kept, s.kept = s.kept, None
+        if kept is None or s.journal is not None or time.monotonic() > kept.until:
+            return opening
+        if kept.settings != settings_hash(opening):
+            return opening
+        same = zip(s.ledger.ids, ledger.ids, strict=False)
+        n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
+        ledger.goes_on(s.ledger, n_alike if self.how.by_ids else len(ledger.rows))
+        return replace(opening, session=kept.session)
 
     def _keep_journal(self, s: Shared, opening: Open, path: Path, ledger: Ledger) -> tuple[Open, Ledger]:
         """A new journal; or one that an earlier process left: its tokens are told again, the next one follows."""

@@ -147,6 +147,14 @@ class Ledger:
         """Rows that nobody has asked about."""
         return self.n_rows - self.asked
 
+    def goes_on(self, earlier: Ledger, n: int) -> None:
+        """`earlier` was the text of this session, and its first `n` positions are this one's, too.  Before `Opened`.
+
+        To the other side the rest of it is one more cut, of which it hears when it says what it still has.
+        """
+        self.gen, self.next_req = earlier.gen + 1, earlier.next_req
+        self.cuts = [*earlier.cuts, Cut(self.gen, n)]
+
     # ------------------------------------------------------------ the device makes something
 
     def add_rows(self, pos0: int, rows: Sequence[bytes]) -> None:

@@ -45,13 +45,14 @@ BRIEF_S = 0.2  # a connection that was open for less than that is not followed b
 MAX_NEWS = 1024  # that wait for the engine: more is not an answer to anything
 MOST_WAIT_S = 60.0  # whatever the other side asks for
 
+Tokens: TypeAlias = dict[str, bytes]  # by address: what takes a session up again
 Item: TypeAlias = tuple[int, News] | NearfarError  # number of its connection; an error is the last item
 
 
 class RemoteLink:
     """`Link` over the network."""
 
-    def __init__(self, network: LoopThread, dialler: Dialler, opening: Open) -> None:
+    def __init__(self, network: LoopThread, dialler: Dialler, opening: Open, tokens: Tokens) -> None:
         self.opening, self.traffic, self.max_run, self.max_context = opening, Traffic(), 1, 1 << 31
         self._network, self._dialler = network, dialler
         self._egress = Egress(dialler.policy, dialler.account)
@@ -63,7 +64,7 @@ class RemoteLink:
         # network thread
         self._number = 0  # of connections so far
         self._outbox: Outbox | None = None  # of the connection that is open
-        self._tokens: dict[str, bytes] = {}  # by address: what takes the session up again
+        self._tokens = tokens
         self._asked: dict[int, float] = {}
         self._wake = asyncio.Event()
         self._heard = 0.0

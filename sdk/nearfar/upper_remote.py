@@ -6,13 +6,14 @@ RemoteUpper ── addresses, credentials, policy, one network thread ── Rem
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from nearfar.cancel import Cancel
 from nearfar.errors import UsageError
-from nearfar.remote_link import RemoteLink
+from nearfar.remote_link import RemoteLink, Tokens
 from nearfar.upper import check_sampling
 from nearfar.wire.address import Address
 from nearfar.wire.dialler import Dialler
@@ -21,6 +22,8 @@ from nearfar.wire.loop_thread import LoopThread
 from nearfar.wire.messages import ClientHello, Open
 from nearfar.wire.rtt import RoundTrips
 from nearfar.wire.tls import Credentials
+
+MAX_SESSIONS = 256  # whose tokens are remembered
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +57,24 @@ class RemoteUpper:
         self._dialler = Dialler(addresses, credentials or Credentials(), policy, self.account, hello, RoundTrips())
         self._network: LoopThread | None = None
         self._links: list[RemoteLink] = []
+        self._tokens: OrderedDict[bytes, Tokens] = OrderedDict()  # by session; one may be taken up by a later link
 
     def open(self, opening: Open, cancel: Cancel | None = None) -> RemoteLink:
         """A link that has said hello.  Raises UpperError, MismatchError, WireError, EgressDenied, UsageError."""
         check_sampling(opening)
         if self._network is None:
             self._network = LoopThread("nearfar-upper")
-        link = RemoteLink(self._network, self._dialler, opening)
+        link = RemoteLink(self._network, self._dialler, opening, self._tokens_of(opening.session))
         self._links = [*(other for other in self._links if not other.is_over), link]
         link.start(cancel)
         return link
+
+    def _tokens_of(self, session: bytes) -> Tokens:
+        tokens = self._tokens.setdefault(session, {})
+        self._tokens.move_to_end(session)
+        if len(self._tokens) > MAX_SESSIONS:
+            self._tokens.popitem(last=False)
+        return tokens
 
     def close(self) -> None:
         """End all links and connections; what was sent before still leaves."""

@@ -8,6 +8,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +26,9 @@ import grpc
 
 from nearfar.errors import EgressDenied, MismatchError, UpperError
 from nearfar.halves import split
+from nearfar.llm import LLM
 from nearfar.sampling import Sampling
+from nearfar.share import how_of
 from nearfar.upper_remote import RemoteUpper
 from nearfar.weights import Weights
 from nearfar.wire import rpc
@@ -404,6 +407,23 @@ def test_a_server_that_was_started_again_gets_everything_again(codec: CodecSpec)
             assert again.contexts.epoch != found.contexts.epoch
             assert device.n_lost > 0
             finish(device)
+
+
+@pytest.mark.parametrize("rows", ["ids", "hidden"])
+def test_turns_of_a_chat_are_one_session_and_say_what_new_ones_would(rows: str) -> None:
+    turns = [PROMPT, [*PROMPT, 9, 8, 7, 6, 5], [*PROMPT, 9, 8, 7, 3]]
+    with asking() as found, Weights.open(halves().device) as weights:
+        how = how_of(weights, "lossless", rows, "int8")
+        answers = {}
+        for keep_s in (0, 2):
+            before = found.contexts.counts.opened
+            with LLM.open(halves().device, upper=found.url, collab=replace(how, keep_s=keep_s)) as llm:
+                stats = [llm.generate(turn, max_tokens=N) for turn in turns]
+            answers[keep_s] = [a.ids for a in stats]
+            assert found.contexts.counts.opened - before == (1 if keep_s else len(turns))
+            assert all(a.stats.shared is not None and not a.stats.shared.replayed for a in stats)
+        assert answers[0] == answers[2]
+        assert found.contexts.counts.resumed == 2
 
 
 def test_two_connections_for_one_session_are_one_device() -> None:

@@ -25,7 +25,7 @@ from nearfar.weights import Weights
 from nearfar.wire.codec import Codec
 from nearfar.wire.egress import Policy
 from nearfar.wire.fingerprint import model_fp, parts
-from nearfar.wire.messages import CodecId, CodecSpec, Mode
+from nearfar.wire.messages import CodecId, CodecSpec, Ids, Mode, Open, Rows
 from tests.sdk.wire_server import Door, WireServer
 from tests.tiny import write_tiny
 
@@ -50,7 +50,7 @@ class Place:
                 fingerprint = model_fp(parts(weights))
             self.servers[codec.id] = WireServer(Door(lower, fingerprint=fingerprint))
 
-    def oracle(self, codec: CodecSpec, sampling: Sampling, n: int = N) -> list[int]:
+    def oracle(self, codec: CodecSpec, sampling: Sampling, n: int = N, prompt: str = PROMPT) -> list[int]:
         lower: Lower = self.whole
         with LLM.open(self.device) as llm:
             assert isinstance(llm.stepper, Engine)
@@ -58,7 +58,7 @@ class Place:
                 round_trip = Codec.of(codec, self.whole.config.d_model).round_trip
                 lower = Composed(llm.stepper.lower, self.upper, 2, round_trip)
             alone = LLM(Engine(lower, 256), llm.tokenizer, llm.metadata, max_len=256, backend="composed")
-            return alone.generate(PROMPT, max_tokens=n, sampling=sampling, exits=False).ids
+            return alone.generate(prompt, max_tokens=n, sampling=sampling, exits=False).ids
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,40 @@ def test_a_server_that_is_killed_and_started_again_gets_everything_again(place: 
     assert shared is not None
     assert shared.reopened >= 1
     assert {"degraded", "back"} <= {notice.kind for notice in told}
+
+
+@pytest.mark.parametrize("codec", [INT8, IDS], ids=lambda c: c.id.name)
+@pytest.mark.parametrize("event", ["nothing", "restart", "reset"])
+def test_the_next_turn_sends_only_what_is_new_and_says_what_a_new_session_would(
+    place: Place, codec: CodecSpec, event: str
+) -> None:
+    server = place.servers[codec.id]
+    turns = [PROMPT + " road" * n for n in (0, 8, 16, 12)]  # the last one takes something back
+    with running(("127.0.0.1", server.port), FAST) as link:
+        url = f"grpc://{link.address[0]}:{link.address[1]}"
+        with LLM.open(place.device, upper=url, collab=Collab(Mode.LOSSLESS, codec, 0.01, keep_s=60)) as llm:
+            for turn in turns:
+                server.door.seen.clear()
+                answer = llm.generate(turn, max_tokens=N)
+                assert answer.ids == place.oracle(codec, Sampling(), prompt=turn)
+                first = min(m.pos0 for m in server.door.seen if isinstance(m, Rows | Ids))
+                assert (first > 0) == (event != "restart" and turn != turns[0])
+                assert sum(isinstance(m, Open) for m in server.door.seen) == 1
+                if event == "restart":
+                    server.stop()
+                    server.door.sessions.clear()
+                    server.start()
+                elif event == "reset":
+                    link.inject(Fault(0.0, "reset"))
+
+
+def test_a_turn_with_other_settings_begins_another_session(place: Place) -> None:
+    server = place.servers[CodecId.INT8_OS]
+    with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSLESS, INT8, 0.01, keep_s=60)) as llm:
+        assert llm.generate(PROMPT, max_tokens=N).ids == place.oracle(INT8, Sampling())
+        server.door.seen.clear()
+        assert llm.generate(PROMPT, max_tokens=N, sampling=WARM).ids == place.oracle(INT8, WARM)
+        assert min(m.pos0 for m in server.door.seen if isinstance(m, Rows)) == 0
 
 
 def test_a_device_that_may_finishes_without_any_server(place: Place) -> None:

@@ -115,7 +115,7 @@ class Stream:
             self.stream.say(Pong(message.n))
             return
         self.link.send(message)
-        if isinstance(message, Close):
+        if isinstance(message, Close) and not message.keep_s:
             self.door.sessions.pop(self.link.session.opening.session, None)
         elif self._todo is None or self._todo.done():
             self._todo = asyncio.create_task(self._answer())

@@ -28,6 +28,8 @@ from nearfar.llm import LLM, Completion
 
 Message = dict[str, str]
 
+KEEP_S = 300  # that the upper side is asked to keep a turn for the next one
+
 
 def add_verb(verbs: Verbs) -> None:
     parser = new_parser(
@@ -54,7 +56,7 @@ def add_verb(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     person = sys.stdin.isatty() and not args.json
     opening = [{"role": "system", "content": checked_text(args.system, "--system")}] if args.system else []
-    with open_model(args, args.model, **upper_of(args)) as llm:
+    with open_model(args, args.model, **upper_of(args, KEEP_S)) as llm:
         paint = paint_for(llm)
         messages = list(opening)
         if person:

@@ -138,8 +138,8 @@ def add_upper_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-only", action="store_true", help="nothing leaves this device, whatever else is said")
 
 
-def upper_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Those options as arguments of `LLM.open`; none without `--upper`."""
+def upper_of(args: argparse.Namespace, keep_s: int = 0) -> dict[str, Any]:
+    """Those options as arguments of `LLM.open`; none without `--upper`.  `keep_s`: of `Collab`."""
     if not args.upper:
         return {}
     from dataclasses import replace
@@ -151,7 +151,7 @@ def upper_of(args: argparse.Namespace) -> dict[str, Any]:
 
     token = "" if args.token_file is None else _first_line(args.token_file)
     with Weights.open(model_path(args.model)) as weights:
-        how = replace(how_of(weights, args.mode, args.rows, args.codec), tau=args.tau, lost=args.lost)
+        how = replace(how_of(weights, args.mode, args.rows, args.codec), tau=args.tau, lost=args.lost, keep_s=keep_s)
     return {
         "upper": args.upper,
         "collab": how,

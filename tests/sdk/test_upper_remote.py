@@ -286,6 +286,7 @@ def test_the_preferred_upper_side_is_up_again_with_the_next_answer(
 ) -> None:
     monkeypatch.setattr(remote_link, "PING_AFTER_S", 0.02)
     monkeypatch.setattr(dialler, "GREET_S", 0.05)
+    monkeypatch.setattr(dialler, "RETRY_S", 0.05)
     with WireServer(Door(lower)) as other:
         upper = RemoteUpper([server.url, other.url], hello=HELLO)
         link = upper.open(opening(BY_IDS))

@@ -28,7 +28,7 @@ CONNECT_S, ATTEMPT_S = 5.0, 1.0  # to connect, where nothing is known of the way
 LEAST_CONNECT_S, LEAST_ATTEMPT_S = 2.0, 0.25  # ... and where something is
 REPLY_S = 60.0  # to the first hello: a server that has just been started reads its whole file before it can answer
 FRESH_S = 30.0  # a connection that nobody has used for longer may be dead without a sign: routers forget it
-GREET_S = 10.0  # until a standby is greeted again, or tried again after it failed
+GREET_S, RETRY_S = 10.0, 2.0  # until a standby is greeted again; until another attempt where there is none
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +63,7 @@ class Dialler:
     _standby: Greeted | None = None
     _connecting: asyncio.Task[Greeted] | None = None
     _preparing: asyncio.Task[None] | None = None
-    _prepared_at: float = float("-inf")
+    _prepare_at: float = 0.0  # when something is to be done for the standby
     _met: set[Address] = field(default_factory=set)
     _refused: dict[int, Exception] = field(default_factory=dict)  # addresses that are out for good
 
@@ -105,9 +105,9 @@ class Dialler:
 
     def prepare(self) -> None:
         """Have another address stand by, while an answer is open; called again and again, it does little."""
-        is_due = time.monotonic() - self._prepared_at > GREET_S
-        if len(self.addresses) > 1 and is_due and (self._preparing is None or self._preparing.done()):
-            self._prepared_at = time.monotonic()
+        now = time.monotonic()
+        if len(self.addresses) > 1 and now >= self._prepare_at and (self._preparing is None or self._preparing.done()):
+            self._prepare_at = now + RETRY_S
             self._preparing = asyncio.create_task(self._prepare())
             self._preparing.add_done_callback(_heard)
 
@@ -141,7 +141,7 @@ class Dialler:
         standby = self._standby
         if standby is None or not (standby.is_fresh and standby.connection.stands):
             return None
-        self._current, self._standby, self._at = standby, None, self._index(standby)
+        self._current, self._standby, self._at, self._prepare_at = standby, None, self._index(standby), 0.0
         return standby
 
     async def _connect(self) -> Greeted:
@@ -178,6 +178,7 @@ class Dialler:
                 standby.server = asyncio.create_task(self._say_hello(standby.connection))
             await standby.server
             standby.left_at = time.monotonic()
+            self._prepare_at = standby.left_at + GREET_S
             if standby is not self._current:
                 self._standby = standby
         except (Unreachable, NearfarError, asyncio.CancelledError) as error:

@@ -19,6 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+from nearfar.alarm import Alarm, is_audited
 from nearfar.cancel import Cancel
 from nearfar.constraint import Constraint
 from nearfar.engine import Engine, Stage, Token, stages
@@ -33,13 +34,15 @@ from nearfar.sequence import Notice, Sequence, SharedStats
 from nearfar.upper import Link, Lost, NoLink, Traffic, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import Close, Code, CodecId, CodecSpec, Err, Mode, Need, Open, Opened, Verdict
+from nearfar.wire.messages import Ask, Close, Code, CodecId, CodecSpec, Err, Mode, Need, Open, Opened, Verdict
 
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
 MAX_KEEP_S = 3600
 MIN_RUN = 8
+FRAME = 5  # bytes of gRPC around a message
+MOST_AUDITS = 8  # open at once
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
 Then = Literal["wait", "finish"]
@@ -56,6 +59,7 @@ class Collab:
     `lost`: without a link the device waits, or goes on alone and its tokens are final ("finish").
     `patience_s`: a link that is lost so long ends the answer with UpperError (with "wait").
     `keep_s`: so long the other side is asked to keep what it has of an answer, for the next turn of a chat.
+    `audit`: lossy: the share of the tokens behind which the upper side is asked although an exit is sure; 0: none.
     """
 
     mode: Mode = Mode.LOSSLESS
@@ -67,6 +71,7 @@ class Collab:
     lost: Then = "wait"
     patience_s: float = 60.0
     keep_s: int = 0
+    audit: float = 0.01
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 <= self.tau <= 1:
@@ -75,6 +80,8 @@ class Collab:
             raise UsageError(f"window={self.window}: expected 1..256 drafts")
         if not 1 <= self.in_flight <= 8:
             raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
+        if not 0 <= self.audit <= 1:
+            raise UsageError(f"audit={self.audit}: expected 0..1, a share of the tokens")
         if not self.patience_s > 0:
             raise UsageError(f"patience_s={self.patience_s}: expected more than 0 seconds")
         if not 0 <= self.keep_s <= MAX_KEEP_S:
@@ -134,6 +141,8 @@ class Shared(Sequence):
     tried: bool = True  # drafts have been tried since the last run
     reminded: float = 0.0  # when the user and the upper side last heard of a wait
     told_at: float = 0.0
+    alarm: Alarm | None = None  # of the LLM; None: nothing was promised
+    audit_bytes: int = 0
 
     def keep_in(self, journal: Path) -> None:
         self.journal_path = journal
@@ -155,6 +164,12 @@ class Shared(Sequence):
             reopened,
             c.replayed,
             c.near_ties,
+            c.sure,
+            c.sure_wrong,
+            c.audits,
+            self.audit_bytes,
+            0.0 if self.alarm is None else self.alarm.disagreement,
+            self.alarm is not None and self.alarm.is_raised,
         )
 
     def finish(self, done: bool = True) -> None:
@@ -170,6 +185,9 @@ class Shared(Sequence):
             if keep_s and self.opening is not None:
                 until = time.monotonic() + keep_s
                 self.kept = Kept(self.opening.session, settings_hash(self.opening), until)
+            c = self.ledger.counts
+            if self.alarm is not None and self.use_exits and self.alarm.saw(c.checked, c.sure, c.sure_wrong):
+                self.tell(Notice("alarm"))
         if self.journal is not None:
             self.journal.close(keep=not done)
             self.journal = None
@@ -185,8 +203,13 @@ class Collaboration:
         upper: Upper,
         how: Collab,
         fingerprint: bytes = b"",
+        delta: float | None = None,
     ) -> None:
-        """`fingerprint`: of the model, so that a journal is only taken up with the same one."""
+        """`fingerprint`: of the model, so that a journal is only taken up with the same one.
+
+        `delta`: what was promised for the calibrated thresholds: the mean share of an answer's tokens that an exit is
+        sure of and that the upper side would not say.  Raises UsageError, WeightsError.
+        """
         config = engine.lower.config
         if not how.by_ids and config.role != "device":
             raise UsageError("rows are sent by the device half of a split model (nearfar split); a whole one sends ids")
@@ -197,10 +220,13 @@ class Collaboration:
             config = replace(config, exits=tuple(replace(e, tau=how.tau) for e in config.exits))
         self.stages = stages(config)
         self.pace = Pace()
+        self.alarm = (
+            None if delta is None or how.tau is not None else Alarm(delta)
+        )  # nothing is promised for other taus
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Shared:
         kv = self.engine.lower.new_kv(self.engine.max_len, self.engine.kv_dtype, self.engine.kv_policy)
-        return Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s)
+        return Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s, alarm=self.alarm)
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """The next final token.
@@ -249,7 +275,7 @@ class Collaboration:
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
         s.candidate, s.unsure, s.ended, s.lost_at, s.is_gone = None, False, False, now, False
-        s.run, s.run_req, s.tried = MIN_RUN, 0, True
+        s.run, s.run_req, s.tried, s.audit_bytes = MIN_RUN, 0, True, 0
         s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
         if s.owed:  # early exits of the earlier text
@@ -340,9 +366,12 @@ class Collaboration:
         spent = time.perf_counter() - started
         s.shares.device_s += spent
         self.pace.drafted(spent)
-        draft, is_sure = Draft(look.stage.source, look.conf), s.use_exits and self._is_sure(look.stage, look.conf)
+        is_sure = s.use_exits and self._is_sure(look.stage, look.conf)
+        draft = Draft(look.stage.source, look.conf, is_sure and look.stage.exit is not None)
         if self.how.mode == Mode.LOSSY or alone:
             s.candidate = look.token, draft
+            if not alone:
+                self._audit(s, look.token, draft, cancel)
             if is_sure or alone:
                 self._decide(s)
         else:
@@ -432,6 +461,18 @@ class Collaboration:
         s.asked_at[s.ledger.next_req] = time.perf_counter()
         self._do(s, s.ledger.make_ask(upto=self._n_askable(s) - 1, run=run, deadline_ms=ms))
 
+    def _audit(self, s: Shared, token: int, draft: Draft, cancel: Cancel | None) -> None:
+        """Lossy: some of the tokens are asked about although the device decides; the answer changes counts only."""
+        if self.alarm is None or s.lost_at is not None or not is_audited(s.sampling.seed, len(s.ids), self.how.audit):
+            return
+        if not draft.is_sure:
+            s.ledger.count(draft, holds=True)  # it costs nothing to know: the upper side decides
+        elif len(s.ledger.audits) < MOST_AUDITS:
+            if not self.how.by_ids:
+                self._catch_up(s, cancel)
+            self._do(s, s.ledger.audit(token, draft))
+            s.audit_bytes += _n_bytes(s, s.ledger.audits[s.ledger.next_req - 1].ask)
+
     # ------------------------------------------------------------ news
 
     def _listen(self, s: Shared, timeout_s: float) -> None:
@@ -451,6 +492,8 @@ class Collaboration:
 
     def _on_verdict(self, s: Shared, v: Verdict) -> None:
         refused_before = s.ledger.counts.retracted
+        if v.req in s.ledger.audits:
+            s.audit_bytes += _n_bytes(s, v)
         self._do(s, s.ledger.on_verdict(v))
         s.shares.upper_s += v.upper_us / 1e6
         if v.n_accept:
@@ -547,3 +590,13 @@ class Collaboration:
         where = "device" if f.source == "exit" else self.upper.where
         s.ready.append(Token(f.id, source, conf, 1000 * (now - s.told_at), where=where))
         s.told_at = now
+
+
+def _n_bytes(s: Shared, message: Ask | Verdict) -> int:
+    """What it takes on the network, as far as `Traffic` counts at all."""
+    if not s.traffic.up:
+        return 0
+    from nearfar.wire import pack  # protobuf belongs to links beyond this process
+
+    data = pack.pack_up(message.req, message) if isinstance(message, Ask) else pack.pack_down(message.req, message)
+    return len(data) + FRAME

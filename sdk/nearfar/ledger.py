@@ -32,10 +32,14 @@ MAX_MESSAGE = 16 << 10  # bytes of rows in one message, unless one row is larger
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a head of the device says of the token at `index`; `head` is "exit.2" or the like."""
+    """What a head of the device says of a token; `head` is "exit.2" or the like.
+
+    `is_sure`: by a threshold that was calibrated, so that this can be held against it.
+    """
 
     head: str
     conf: float
+    is_sure: bool = False
 
 
 # ------------------------------------------------------------ effects
@@ -88,6 +92,15 @@ class OpenAsk:
     verdict: Verdict | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """An ask behind which the device has decided already: it said `told`."""
+
+    ask: Ask
+    told: int
+    draft: Draft
+
+
 @dataclass(slots=True)
 class Counts:
     """What the machine has seen, for reports."""
@@ -100,6 +113,10 @@ class Counts:
     stale: int = 0  # messages of an earlier generation, dropped
     replayed: int = 0  # rows sent again
     near_ties: int = 0  # verdicts whose two largest logits are closer than 1e-4
+    checked: int = 0  # tokens of the device that the upper side has decided too; where nobody was sure, or of an audit
+    sure: int = 0  # ... that an exit was sure of
+    sure_wrong: int = 0  # ... and that the upper side would not have said
+    audits: int = 0  # of the asks: for the sake of these counts alone
 
 
 @dataclass(slots=True)
@@ -123,6 +140,7 @@ class Ledger:
     hashes: list[bytes] = field(default_factory=list)  # chain over crcs: what both sides have to agree on
     cuts: list[Cut] = field(default_factory=list)
     open: dict[int, OpenAsk] = field(default_factory=dict)  # by request number, in the order of asking
+    audits: dict[int, Audit] = field(default_factory=dict)  # likewise; given up with their generation
     counts: Counts = field(default_factory=Counts)
     next_req: int = 1
 
@@ -211,6 +229,24 @@ class Ledger:
         self.asked = pos + 1
         return [*sending, *([] if self.is_resumed else [Send(ask)])]
 
+    def audit(self, token: int, draft: Draft) -> list[Effect]:
+        """Ask behind the newest row, though the device is about to decide on `token`: that stays, whatever is said."""
+        pos = len(self.ids) - 1
+        assert pos < self.n_rows, (pos, self.n_rows)
+        ask = Ask(self.next_req, self.gen, pos, pos)
+        self.audits[ask.req] = Audit(ask, token, draft)
+        self.next_req += 1
+        self.counts.rows_asked += pos + 1 - (self.asked if self.counts.asks else 0)
+        self.counts.asks += 1
+        self.counts.audits += 1
+        return [*self.unsent(pos + 1), *([] if self.is_resumed else [Send(ask)])]
+
+    def count(self, draft: Draft, *, holds: bool) -> None:
+        """Somebody else has decided too where the device said `draft`."""
+        self.counts.checked += 1
+        self.counts.sure += draft.is_sure
+        self.counts.sure_wrong += draft.is_sure and not holds
+
     def unsent(self, upto: int | None = None) -> list[Effect]:
         """Messages with the rows below `upto` (default: all) that this generation has not sent."""
         end = self.n_rows if upto is None else upto
@@ -240,7 +276,7 @@ class Ledger:
 
     def on_verdict(self, v: Verdict) -> list[Effect]:
         """Raises WireError for a verdict that cannot be an answer to its ask, Diverged for one about other rows."""
-        waiting = self.open.get(v.req)
+        waiting = self.open.get(v.req) or self.audits.get(v.req)
         if waiting is None or v.gen != self.gen or v.pos0 <= waiting.ask.verify_from:
             self.counts.stale += 1  # or told twice, in an ask that runs on
             return []
@@ -253,6 +289,8 @@ class Ledger:
             )
         if v.state_hash and v.state_hash != self._hash(ask.pos):
             raise Diverged(f"the two sides hold different rows below position {ask.pos + 1}")
+        if isinstance(waiting, Audit):
+            return self._on_audit(waiting, v)
         waiting.verdict = v
         effects: list[Effect] = []
         while self.open:
@@ -261,6 +299,17 @@ class Ledger:
                 break
             effects += self._apply(first, first.verdict)
         return effects
+
+    def _on_audit(self, audit: Audit, v: Verdict) -> list[Effect]:
+        """The token was told and stays; by ids the other side takes it for refused, until it is cut and said again."""
+        del self.audits[v.req]
+        holds = v.ids[0] == audit.told
+        self.count(audit.draft, holds=holds)
+        if holds or not self.by_ids:
+            return []
+        cut = self._new_generation(v.pos0)
+        self.sent = min(self.sent, v.pos0)
+        return [cut, *self.unsent(), *self.repeat()]
 
     def _apply(self, asked: OpenAsk, v: Verdict) -> list[Effect]:
         """The verdict on the oldest open ask: some drafts hold, then comes one token."""
@@ -272,6 +321,8 @@ class Ledger:
         self.counts.near_ties += v.margin < 1e-4
         self.counts.accepted += v.n_accept
         q = v.pos0 + v.n_accept
+        for i in range(self.final, min(q + 1, len(self.ids))):
+            self.count(self.drafts[i], holds=i < q or self.ids[i] == token)
         sources: dict[int, Source] = dict.fromkeys(range(self.final, q), "verified")
         effects: list[Effect] = []
         if q < len(self.ids) and self.ids[q] == token:
@@ -314,6 +365,7 @@ class Ledger:
     def _new_generation(self, keep: int) -> Send:
         """The other side forgets what it was asked, and its rows from `keep` on.  Open asks go along with it."""
         self.gen += 1
+        self.audits.clear()
         self.cuts.append(Cut(self.gen, keep))
         for waiting in self.open.values():
             waiting.ask = replace(waiting.ask, gen=self.gen)
@@ -328,7 +380,8 @@ class Ledger:
             effects.append(Final(i, self.ids[i], source, draft))
             self.drafts.pop(i, None)
         self.final = max(self.final, upto)
-        return [*effects, Send(Commit(self.final))]
+        wanted = min((audit.ask.pos + 1 for audit in self.audits.values()), default=self.final)
+        return [*effects, Send(Commit(min(self.final, wanted)))]
 
     # ------------------------------------------------------------ the link comes back, or wants something
 
@@ -365,7 +418,9 @@ class Ledger:
 
     def repeat(self) -> list[Effect]:
         """The asks without a verdict, once more under their numbers."""
-        return [Send(waiting.ask) for waiting in self.open.values() if waiting.verdict is None]
+        waiting = [audit.ask for audit in self.audits.values()]
+        waiting += [asked.ask for asked in self.open.values() if asked.verdict is None]
+        return [Send(ask) for ask in waiting]
 
 
 def _rest(ask: Ask) -> Ask:

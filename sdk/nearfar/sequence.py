@@ -43,7 +43,9 @@ class Pause:
 class SharedStats:
     """What an answer took that two machines made (nearfar.collab).  `link_ms`: waited for, beyond the upper side's own.
 
-    `asks` are round trips; of the `drafted` tokens `accepted` held and `retracted` did not.
+    `asks` are round trips; of the `drafted` tokens `accepted` held and `retracted` did not.  Of the tokens that an exit
+    was sure of the upper side decided `sure` too (lossless: all of them, lossy: those of `audits`), and `sure_wrong` of
+    them otherwise; `disagreement` is their share in all answers of the LLM, `alarm`: that is more than calibrated.
     """
 
     asks: int
@@ -59,6 +61,12 @@ class SharedStats:
     reopened: int  # times that the link came back
     replayed: int  # rows that were sent again
     near_ties: int  # decisions whose two largest logits were closer than 1e-4
+    sure: int = 0
+    sure_wrong: int = 0
+    audits: int = 0  # of the asks: behind tokens that had been told
+    audit_bytes: int = 0  # of the bytes: those asks and their answers
+    disagreement: float = 0.0
+    alarm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +74,11 @@ class Notice:
     """What is worth telling beside the tokens of an answer that two machines make.
 
     "waiting" (n: ms so far), "degraded" (the link is gone), "back", "rebuilding" (n: rows sent again), "retract" (n:
-    the first position whose draft did not hold; it had not been told).
+    the first position whose draft did not hold; it had not been told), "alarm" (once in an LLM, behind an answer: sure
+    tokens hold less often than calibrated).
     """
 
-    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract"]
+    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract", "alarm"]
     n: int = 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from nearfar.collab import Collab, Collaboration
 from nearfar.engine import Engine
-from nearfar.errors import MissingExtraError, UsageError
+from nearfar.errors import MissingExtraError, UsageError, WeightsError
 from nearfar.upper import Upper
 from nearfar.weights import Weights
 from nearfar.wire.egress import Policy
@@ -56,10 +56,13 @@ def share(
     credentials: Credentials | None = None,
 ) -> Collaboration:
     """A stepper over `engine` and whoever answers at `upper`.  Raises UsageError, EgressDenied, MissingExtraError."""
+    delta = weights.file.metadata.get("nearfar.calibration.delta")
+    if delta is not None and not isinstance(delta, float):
+        raise WeightsError(f"nearfar.calibration.delta={str(delta)[:40]}: expected a number between 0 and 1")
     if not isinstance(upper, (str, Sequence)):
         if policy is not None or credentials is not None:
             raise UsageError("policy and credentials belong to an address; an Upper object has its own")
-        return Collaboration(engine, upper, how)
+        return Collaboration(engine, upper, how, delta=delta)
     try:
         from nearfar.upper_remote import RemoteUpper
     except ImportError as error:
@@ -67,7 +70,7 @@ def share(
     found = parts(weights)
     hello = ClientHello(model_fp(found), found, (how.codec,))
     remote = RemoteUpper(upper, hello=hello, credentials=credentials, policy=policy)
-    return Collaboration(engine, remote, how, hello.model_fp)
+    return Collaboration(engine, remote, how, hello.model_fp, delta)
 
 
 def self_test(llm: LLM) -> int:

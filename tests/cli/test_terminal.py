@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nearfar.cli.answer import notices
-from nearfar.cli.terminal import Paint, colours_wanted, marks, print_marks, printable, shares, speed
+from nearfar.cli.terminal import Paint, alarm, colours_wanted, marks, print_marks, printable, shares, speed
 from nearfar.llm import Stats, TokenEvent
 from nearfar.sequence import Notice, SharedStats
 
@@ -100,6 +100,13 @@ def test_a_shared_answer_says_what_it_took() -> None:
     took = SharedStats(3, 9, 12_345, 678, 40.0, 35.0, 120.4, 9, 7, 2, 0, 0, 0)
     assert shares(took, 10) == ("0.30 asks/token · 12.3 kB up, 0.7 kB down · device 40 ms, link 120 ms, upper 35 ms")
     assert shares(replace(took, reopened=2, replayed=5), 10).endswith("link lost 2 times, 5 rows sent again")
+
+
+def test_an_alarm_says_what_to_do_and_audits_what_they_took() -> None:
+    took = SharedStats(3, 9, 12_345, 678, 40.0, 35.0, 120.4, 9, 7, 2, 0, 0, 0, audits=2, audit_bytes=140)
+    assert shares(took, 10).endswith("upper 35 ms · 2 audits, 0.1 kB")
+    assert "nearfar calibrate --upper" in alarm(replace(took, alarm=True, disagreement=0.125))
+    assert "12.5 %" in alarm(replace(took, alarm=True, disagreement=0.125))
 
 
 def test_a_person_hears_why_no_token_comes(capsys: pytest.CaptureFixture[str]) -> None:

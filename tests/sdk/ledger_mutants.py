@@ -18,6 +18,7 @@ ALONE = {"mode": Mode.LOSSLESS, "finishes": True, "repeats": False, "faults": ("
 IN_ORDER = {"mode": Mode.LOSSLESS, "is_late": False, "n_asks": 16, "faults": ("reset",)}
 RUNS = {"mode": Mode.CLOUD_ONLY, "by_ids": True, "run": 100, "repeats": False, "faults": ("reset",)}
 KILLS = {"mode": Mode.LOSSLESS, "finishes": False, "is_eager": True, "faults": ("reset", "kill")}
+AUDITS = {"mode": Mode.LOSSY, "by_ids": True, "audit": 1.0, "finishes": False, "right": 0.3, "sure": 0.9}
 EVICTS = {"repeats": False, "faults": ("evict",)}
 
 
@@ -107,6 +108,13 @@ def asked_to_the_end(original: Any, self: Ledger) -> Any:
     return effects
 
 
+def without_audits(original: Any, self: Ledger) -> Any:
+    audits, self.audits = self.audits, {}
+    effects = original(self)
+    self.audits = audits
+    return effects
+
+
 # ------------------------------------------------------------ of the upper side
 
 
@@ -157,6 +165,8 @@ MUTANTS = {
     "asks stay in the old generation": Mutant(Ledger, "_new_generation", asks_left_behind),
     "asks are withdrawn in silence": Mutant(Ledger, "_withdraw", withdrawn_in_silence, ALONE),
     "settled rows are not asked again": Mutant(Ledger, "settle", asked_to_the_end, ALONE),
+    "a failed audit is not cut": Mutant(Ledger, "_on_audit", lambda f, *args: f(*args)[:0], AUDITS),
+    "audits are not repeated": Mutant(Ledger, "repeat", without_audits, AUDITS | {"faults": ("reset",)}),
     "a cut keeps a row": Mutant(UpperSession, "_cut", one_row_too_many),
     "a cut keeps verdicts": Mutant(UpperSession, "_truncate", verdicts_that_stay),
     "cuts of any generation": Mutant(UpperSession, "_cut", cuts_of_any_generation, LATE),

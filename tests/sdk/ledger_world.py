@@ -42,7 +42,7 @@ class World:
         self.network, self.server = Network(), Server(self)
         self.device = Device(self, Ledger(list(self.prompt), by_ids=s.by_ids))
         self.counts: Counter[str] = Counter()
-        self.n_asks = self.n_retracts = self.n_steps = self.n_late = 0
+        self.n_asks = self.n_retracts = self.n_steps = self.n_late = self.n_audits = 0
         self.most_steps = 200 * (s.n_tokens + 20)
         self.ambush: tuple[str, int] | None = None  # a break that strikes as soon as so many messages are under way
         self.storm = 0  # steps in which faults strike far more often

@@ -39,7 +39,8 @@ class Place:
     """Two servers, of the upper half and of the whole model, and the files of a device."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = write_tiny(folder / "m.gguf", "llama", "F32", exits=(1, 2), tau=0.02, n_ctx=256)
+        promise: dict[str, object] = {"nearfar.calibration.delta": 0.02}
+        self.path = write_tiny(folder / "m.gguf", "llama", "F32", exits=(1, 2), tau=0.02, n_ctx=256, extra=promise)
         whole = Weights.open(self.path)
         halves = split(whole, 2, folder)
         self.device, self.upper_file = halves.device, halves.upper
@@ -81,6 +82,35 @@ def test_an_answer_over_a_socket_is_the_oracles(place: Place, mode: Mode, codec:
     assert shared.asks > 0
     assert shared.bytes_up > (0 if codec is IDS else 250 * N)
     assert {e.where for e in answers[0].events} == {"cloud"}
+
+
+def test_a_calibrated_half_is_held_to_its_promise(place: Place) -> None:
+    notices: list[Notice] = []
+    with LLM.open(place.device, upper=place.servers[CodecId.INT8_OS].url, collab=Collab(Mode.LOSSLESS, INT8)) as llm:
+        for seed in range(8):
+            stream = llm.stream(
+                PROMPT, max_tokens=8, sampling=Sampling(temperature=1.0, seed=seed), on_notice=notices.append
+            )
+            assert len(list(stream)) == 8
+    shared = stream.completion.stats.shared
+    assert shared is not None
+    assert shared.alarm
+    assert notices.count(Notice("alarm")) == 1
+
+
+def test_audits_are_counted_as_what_they_are(place: Place) -> None:
+    url = place.servers[CodecId.INT8_OS].url
+    answers = {}
+    for audit in (0.0, 1.0):
+        with LLM.open(place.device, upper=url, collab=Collab(Mode.LOSSY, INT8, audit=audit)) as llm:
+            answers[audit] = llm.generate(PROMPT, max_tokens=N)
+    assert answers[1.0].ids == answers[0.0].ids
+    plain, audited = (answers[a].stats.shared for a in (0.0, 1.0))
+    assert plain is not None
+    assert audited is not None
+    assert (plain.audits, plain.audit_bytes) == (0, 0)
+    assert 0 < audited.audits <= audited.asks
+    assert 0 < audited.audit_bytes < audited.bytes_up + audited.bytes_down
 
 
 def test_the_plain_words_of_open_say_the_same(place: Place) -> None:

@@ -57,6 +57,7 @@ SETTINGS = st.builds(
     is_eager=st.booleans(),
     repeats=st.booleans(),
     finishes=st.booleans(),
+    audit=st.sampled_from((0.0, 0.3, 1.0)),
 )
 
 
@@ -80,6 +81,7 @@ def test_a_hundred_thousand_tokens_with_a_fault_in_twenty_are_the_oracles() -> N
 def test_the_world_is_not_tame() -> None:
     """Each fault, and what it leads to, happens often enough to be noticed."""
     seen = {"retracted": 0, "stale": 0, "replayed": 0, "late": 0}
+    n_audits = 0
     kinds = dict.fromkeys(Setting().faults, 0)
     for seed in range(2 * QUICK):
         world = play(seed)
@@ -88,10 +90,12 @@ def test_the_world_is_not_tame() -> None:
         seen["stale"] += counts.stale
         seen["replayed"] += counts.replayed
         seen["late"] += world.n_late
+        n_audits += world.n_audits
         for kind in kinds:
             kinds[kind] += world.counts[kind]
     assert min(seen.values()) > QUICK, seen
     assert min(kinds.values()) > QUICK // 5, kinds
+    assert n_audits > QUICK // 5
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -226,6 +230,40 @@ def test_a_token_that_the_device_decides_withdraws_what_was_asked() -> None:
     assert effects == [Send(Cut(1, 2)), Final(2, 8, "exit", HEAD), Send(Commit(3))]
     assert ledger.on_verdict(Verdict(1, 0, 2, 0, (5,))) == []
     assert sent(ledger.make_ask()) == [Ids(1, 2, (8,)), Ask(2, 1, 2, 2)]
+
+
+def test_an_audit_changes_counts_and_neither_the_text_nor_other_asks() -> None:
+    sure = Draft("exit.2", 0.9, is_sure=True)
+    for says, n_wrong in ((8, 0), (5, 1)):
+        ledger = Ledger([1, 2])
+        ledger.add_rows(0, of_rows(1, 2))
+        assert sent(ledger.audit(8, sure))[-1] == Ask(1, 0, 1, 1)
+        assert sent(ledger.decide(8, sure)) == [Commit(2)]  # its verdict is still wanted
+        ledger.add_rows(2, of_rows(8))
+        ledger.make_ask()
+        assert ledger.on_verdict(Verdict(1, 0, 2, 0, (says,))) == []
+        assert (ledger.ids, list(ledger.open)) == ([1, 2, 8], [2])
+        counts = ledger.counts
+        assert (counts.checked, counts.sure, counts.sure_wrong, counts.asks, counts.audits) == (1, 1, n_wrong, 2, 1)
+
+
+def test_with_ids_an_audit_that_fails_is_followed_by_what_was_told() -> None:
+    """The other side holds the told token for a refused draft and would decide nothing behind it."""
+    ledger = Ledger([1, 2], by_ids=True)
+    ledger.audit(8, HEAD)
+    ledger.decide(8, HEAD)
+    ledger.make_ask()
+    messages = sent(ledger.on_verdict(Verdict(1, 0, 2, 0, (5,))))
+    assert messages == [Cut(1, 2), Ids(1, 2, (8,)), Ask(2, 1, 2, 2)]
+
+
+def test_of_checked_drafts_those_that_were_sure_are_counted_apart() -> None:
+    ledger = Ledger([1, 2], by_ids=True)
+    for token, is_sure in ((5, True), (6, False), (7, True), (8, True)):
+        ledger.add_draft(token, Draft("exit.2", 0.9, is_sure))
+    ledger.make_ask()
+    ledger.on_verdict(Verdict(1, 0, 2, 2, (9,)))
+    assert (ledger.counts.checked, ledger.counts.sure, ledger.counts.sure_wrong) == (3, 2, 1)  # nobody judged the 8
 
 
 def test_drafts_that_are_settled_can_be_asked_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nearfar.ledger import Draft, Effect, Final, Ledger, Retract, Rewind, Send
@@ -78,8 +79,13 @@ class Device:
         if self.ended or len(self.cache) < len(self.ledger.ids) or self.s.mode == Mode.CLOUD_ONLY:
             return False
         if self.s.mode == Mode.LOSSY:
-            return self.unsure is False or self.is_alone() or (self.s.finishes and bool(self.ledger.open))
+            waits = self.unsure or bool(self.ledger.open)
+            return not waits or self.is_alone() or (self.s.finishes and bool(self.ledger.open))
         return self.is_alone() and not self.ledger.n_provisional
+
+    def can_audit(self) -> bool:
+        is_there = self.s.by_ids or len(self.ledger.rows) == len(self.ledger.ids)
+        return self.s.mode == Mode.LOSSY and self.is_open and is_there and len(self.ledger.audits) < 8
 
     def is_alone(self) -> bool:
         return self.s.finishes and self.world.network.stream is None
@@ -105,7 +111,10 @@ class Device:
         self.ledger.add_draft(self._guess(), self._head())
 
     def decide(self) -> None:
-        self.do(self.ledger.decide(self._guess(), self._head()))
+        token, head = self._guess(), self._head()
+        if self.can_audit() and self.rng.random() < self.s.audit:
+            self.do(self.ledger.audit(token, replace(head, is_sure=True)))
+        self.do(self.ledger.decide(token, head))
         self.unsure = self.rng.random() >= self.s.sure
 
     def settle(self) -> None:
@@ -147,7 +156,7 @@ class Device:
     def on(self, message: Down) -> None:
         match message:
             case Verdict():
-                self.do(self.ledger.on_verdict(message))
+                self.verdict(message)
             case Need():
                 self.do(self.ledger.on_need(message))
             case Opened():
@@ -157,6 +166,17 @@ class Device:
                 if not message.retryable:
                     raise Unsound(f"the upper side says {message.code.name}: {message.text}")
                 self.repeat()
+
+    def verdict(self, v: Verdict) -> None:
+        counts, audit = self.ledger.counts, self.ledger.audits.get(v.req)
+        n_sure, n_wrong = counts.sure, counts.sure_wrong
+        self.do(self.ledger.on_verdict(v))
+        if audit is None or counts.sure == n_sure:
+            return
+        is_wrong = audit.told != token_of(rows_of(self.ledger.ids[: audit.ask.pos + 1])[-1], self.s.n_vocab)
+        if (counts.sure, counts.sure_wrong) != (n_sure + 1, n_wrong + is_wrong):
+            raise Unsound(f"the audit of position {v.pos0} was counted as another one")
+        self.world.n_audits += 1
 
     def do(self, effects: list[Effect]) -> None:
         """Journal first, then the rest in order."""

@@ -39,6 +39,7 @@ class Setting:
     is_eager: bool = False  # the device sends before `Opened` has come
     repeats: bool = False  # asks are repeated after a while; without it, nothing may depend on that
     finishes: bool = False  # lossy: the device decides while it waits; lossless: it goes on without a link
+    audit: float = 0.0  # lossy: chance that the upper side is asked behind a token that the device decides
 
 
 def setting(rng: random.Random, n_tokens: int = 30, p_fault: float = 0.02) -> Setting:
@@ -62,6 +63,7 @@ def setting(rng: random.Random, n_tokens: int = 30, p_fault: float = 0.02) -> Se
         is_eager=rng.random() < 0.3,
         repeats=rng.random() < 0.3,
         finishes=rng.random() < 0.4,
+        audit=rng.choice((0.0, 0.1, 1.0)),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nearfar.chat import render
 from nearfar.cli.interrupt import ctrl_c_cancels
-from nearfar.cli.terminal import Paint, colours_wanted, print_marks, printable, shares, speed
+from nearfar.cli.terminal import Paint, alarm, colours_wanted, print_marks, printable, shares, speed
 from nearfar.errors import Cancelled
 from nearfar.llm import LLM, Completion, Prompt, TokenEvent
 from nearfar.sequence import Notice
@@ -61,6 +61,8 @@ def print_summary(completion: Completion, paint: Paint) -> None:
     print(f"{paint.decided(stats)} · {speed(stats)}")
     if stats.shared is not None:
         print(f"{stats.total_ms:,.0f} ms in all · {shares(stats.shared, stats.n_generated)}")
+        if stats.shared.alarm:
+            print(paint.dim(alarm(stats.shared)))
 
 
 def in_chat_form(llm: LLM, text: str) -> Prompt:

@@ -66,7 +66,17 @@ def shares(shared: SharedStats, n_tokens: int) -> str:
     ]
     if shared.reopened:
         parts.append(f"link lost {shared.reopened} times, {shared.replayed} rows sent again")
+    if shared.audits:
+        parts.append(f"{shared.audits} audits, {shared.audit_bytes / 1000:,.1f} kB")
     return " · ".join(parts)
+
+
+def alarm(shared: SharedStats) -> str:
+    """What to do about exits that are sure of what the upper side would not say."""
+    return (
+        f"the exits are sure too often: {100 * shared.disagreement:.1f} % of what they were sure of is not the upper "
+        "side's, more than calibrated; `nearfar calibrate --upper` chooses thresholds for this pair"
+    )
 
 
 def marks(events: Iterable[TokenEvent]) -> tuple[str, str]:

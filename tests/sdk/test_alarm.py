@@ -1,0 +1,140 @@
+"""What was calibrated is watched: a promise that holds is left alone, a broken one is noticed, and the text stays."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from nearfar.alarm import RATE, Alarm, is_audited
+from nearfar.collab import Collab, Collaboration
+from nearfar.errors import UsageError, WeightsError
+from nearfar.sampling import Sampling
+from nearfar.sequence import Notice, SharedStats
+from nearfar.wire.messages import CodecSpec, Mode
+from tests.sdk.test_collab import CODECS, GREEDY, IDS, PROMPT, WARM, Pair, answer, ids
+
+DELTA = 0.02
+
+
+def watched(losses: list[float], delta: float = DELTA, n: int = 100) -> int:
+    """After how many answers of `n` tokens the alarm comes; 0: never."""
+    alarm = Alarm(delta)
+    for i, loss in enumerate(losses, 1):
+        if alarm.saw(n, n, round(n * loss)):
+            return i
+    return 0
+
+
+@pytest.mark.parametrize("worst", [1.0, 0.2, 0.04])
+def test_a_promise_that_just_holds_is_seldom_called_broken(worst: float) -> None:
+    """Mean losses of exactly delta, in the coarsest way and in finer ones."""
+    chance, n_runs = Random(1), 400
+    runs = [[worst * (chance.random() < DELTA / worst) for _ in range(300)] for _ in range(n_runs)]
+    n_alarms = sum(watched(run) > 0 for run in runs)
+    assert n_alarms <= n_runs * RATE + 3 * (n_runs * RATE) ** 0.5
+
+
+@pytest.mark.parametrize(("loss", "within"), [(1.0, 3), (0.5, 5), (0.1, 40)])
+def test_a_broken_promise_is_noticed_soon(loss: float, within: int) -> None:
+    assert 0 < watched([loss] * within) <= within
+
+
+def test_good_answers_before_do_not_hide_a_change_for_long() -> None:
+    assert 0 < watched([0.0] * 100 + [0.3] * 20) <= 120
+
+
+def test_the_alarm_is_raised_once_and_counts_go_on() -> None:
+    alarm = Alarm(DELTA)
+    assert [alarm.saw(10, 10, 5) for _ in range(20)].count(True) == 1
+    assert alarm.is_raised
+    assert (alarm.n_answers, alarm.disagreement) == (20, 0.5)
+    assert not alarm.saw(0, 0, 0)  # an answer of which nothing was checked
+    assert alarm.n_answers == 20
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, float("nan")])
+def test_a_promise_that_makes_no_sense_is_refused(delta: float) -> None:
+    with pytest.raises(WeightsError, match=r"calibration\.delta"):
+        Alarm(delta)
+
+
+def test_which_tokens_are_audited_follows_from_seed_and_position() -> None:
+    chosen = [i for i in range(20_000) if is_audited(7, i, 0.01)]
+    assert chosen == [i for i in range(20_000) if is_audited(7, i, 0.01)]
+    assert chosen != [i for i in range(20_000) if is_audited(8, i, 0.01)]
+    assert 140 < len(chosen) < 260
+    assert not any(is_audited(7, i, 0.0) for i in range(100))
+    assert all(is_audited(7, i, 1.0) for i in range(100))
+    with pytest.raises(UsageError, match="audit"):
+        Collab(audit=1.5)
+
+
+# ------------------------------------------------------------ in answers
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Exits of a random model, sure of everything and right by chance, and a file that promises otherwise."""
+    return Pair(tmp_path_factory.mktemp("pair"))
+
+
+def calibrated(pair: Pair, how: Collab, delta: float | None = DELTA) -> Collaboration:
+    c = pair.together(how)
+    return Collaboration(c.engine, c.upper, how, delta=delta)
+
+
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_lossless_answers_tell_that_sure_drafts_fail_and_stay_the_oracles(pair: Pair, codec: CodecSpec) -> None:
+    c = calibrated(pair, Collab(Mode.LOSSLESS, codec))
+    told: list[Notice] = []
+    stats: list[SharedStats] = []
+    for seed in range(8):
+        s = c.new_sequence(Sampling(temperature=1.0, seed=seed), use_exits=True)
+        s.on_notice = told.append
+        s.continue_with(PROMPT)
+        assert [c.step(s).id for _ in range(12)] == pair.oracle(codec, s.sampling, 12)
+        s.finish()
+        stats.append(s.shared_stats())
+    assert told.count(Notice("alarm")) == 1
+    assert [x.alarm for x in stats] == sorted(x.alarm for x in stats)  # once it is raised it stays
+    assert stats[-1].alarm
+    assert stats[-1].disagreement == sum(x.sure_wrong for x in stats) / sum(x.sure for x in stats)
+    assert stats[0].audits == 0
+
+
+@pytest.mark.parametrize("audit", [1.0, 0.3])
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_lossy_answers_are_audited_and_stay_what_they_were(pair: Pair, codec: CodecSpec, audit: float) -> None:
+    plain, _ = answer(calibrated(pair, Collab(Mode.LOSSY, codec, audit=0)), WARM, 20)
+    tokens, s = answer(calibrated(pair, Collab(Mode.LOSSY, codec, audit=audit)), WARM, 20)
+    assert ids(tokens) == ids(plain)
+    text = PROMPT + ids(tokens)
+    chosen = [i for i in range(len(PROMPT), len(text)) if is_audited(WARM.seed, i, audit)]
+    sure = [i for i in chosen if tokens[i - len(PROMPT)].source.startswith("exit")]
+    stats = s.shared_stats()
+    assert stats.audits == len(sure) > 3
+    # Of the last ones the answers may not have come; with rows the upper side computes while the device waits for it.
+    n = stats.sure
+    assert 0 < n <= len(sure)
+    wrong = [i for i in sure[:n] if pair.oracle(codec, WARM, 1, text[:i]) != [text[i]]]
+    assert stats.sure_wrong == len(wrong)
+
+
+def test_without_a_promise_nothing_is_audited_and_nothing_is_an_alarm(pair: Pair) -> None:
+    for how, delta in ((Collab(Mode.LOSSY, CODECS[1], audit=1.0), None), (Collab(Mode.LOSSY, CODECS[1], 0.0), DELTA)):
+        c = calibrated(pair, how, delta)
+        _, s = answer(c, GREEDY, 12)
+        assert c.alarm is None
+        assert (s.shared_stats().audits, s.shared_stats().alarm) == (0, False)
+
+
+def test_an_answer_without_exits_says_nothing_about_them(pair: Pair) -> None:
+    c = calibrated(pair, Collab(Mode.LOSSLESS, CODECS[1]))
+    s = c.new_sequence(GREEDY, use_exits=False)
+    s.continue_with(PROMPT)
+    for _ in range(6):
+        c.step(s)
+    s.finish()
+    assert c.alarm is not None
+    assert c.alarm.n_answers == 0

@@ -91,7 +91,7 @@ def test_a_calibrated_half_is_held_to_its_promise(place: Place) -> None:
             stream = llm.stream(
                 PROMPT, max_tokens=8, sampling=Sampling(temperature=1.0, seed=seed), on_notice=notices.append
             )
-            assert len(list(stream)) == 8
+            list(stream)
     shared = stream.completion.stats.shared
     assert shared is not None
     assert shared.alarm

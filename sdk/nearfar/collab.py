@@ -195,7 +195,10 @@ class Shared(Sequence):
 
 
 class Collaboration:
-    """`Stepper` over a device's engine and an `Upper`: a step returns the next token that is final."""
+    """`Stepper` over a device's engine and an `Upper`: a step returns the next token that is final.
+
+    With `Sequence.tells_drafts` it also returns each draft when it is made; those that are void are told as a notice.
+    """
 
     def __init__(
         self,
@@ -375,6 +378,8 @@ class Collaboration:
             if is_sure or alone:
                 self._decide(s)
         else:
+            if s.tells_drafts:
+                s.ready.append(Token(look.token, draft.head, look.conf, 1000 * spent, is_final=False, gen=ledger.gen))
             ledger.add_draft(look.token, draft)
             s.unsure, s.ended = not is_sure, look.token in s.ends
         self._send_rows(s)
@@ -577,7 +582,7 @@ class Collaboration:
                 case Final():
                     self._tell(s, effect)
                 case Retract(index):
-                    s.tell(Notice("retract", index))
+                    s.tell(Notice("retract", index - s.ledger.n_prompt))
                 case Rebuild(n):
                     s.tell(Notice("rebuilding", n))
 
@@ -588,7 +593,7 @@ class Collaboration:
         source = f.source if f.draft is None else f"{f.source}.{f.draft.head.removeprefix('exit.')}"
         conf = 0.0 if f.draft is None else f.draft.conf
         where = "device" if f.source == "exit" else self.upper.where
-        s.ready.append(Token(f.id, source, conf, 1000 * (now - s.told_at), where=where))
+        s.ready.append(Token(f.id, source, conf, 1000 * (now - s.told_at), where=where, gen=s.ledger.gen))
         s.told_at = now
 
 

@@ -46,6 +46,13 @@ class Detokenizer:
                 data = data.removeprefix(b" ")
         return self._decoder.decode(data)
 
+    def fork(self) -> Detokenizer:
+        """A copy that goes on by itself."""
+        other = Detokenizer(self._tokenizer, skip_special=self._skip_special)
+        other._strip = self._strip
+        other._decoder.setstate(self._decoder.getstate())
+        return other
+
     def flush(self) -> str:
         """U+FFFD if the ids ended in the middle of a character, else nothing."""
         return self._decoder.decode(b"", final=True)

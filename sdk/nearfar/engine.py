@@ -33,6 +33,7 @@ class Token:
     """One decision: which token, which head made it ("full" or "exit.{layer}"), how sure, in how many ms.
 
     `n_drafted`: tokens that were drafted in this step (nearfar.speculate).  `where`: "device", "edge" or "cloud".
+    `is_final`: False for a draft that is told at once (`Sequence.tells_drafts`); `gen`: how often rows were void.
     """
 
     id: int
@@ -41,6 +42,8 @@ class Token:
     ms: float
     n_drafted: int = 0
     where: str = "device"
+    is_final: bool = True
+    gen: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,14 @@ from nearfar.cancel import Cancel
 from nearfar.config import ModelConfig
 from nearfar.constraint import Constraint, Vocabulary
 from nearfar.detokenize import Detokenizer
-from nearfar.engine import Engine, Stepper
+from nearfar.engine import Engine, Stepper, Token
 from nearfar.errors import Cancelled, ContextError, TokenizerError, UnsupportedError, UsageError
 from nearfar.forms import Part
 from nearfar.kv_cache import FULL, KVDtype, Lambda, Policy, check_dtype
 from nearfar.lower import open_lower
 from nearfar.options import EngineOptions, Head, Lut
 from nearfar.panel_store import vouches_for
+from nearfar.provisional import Provisional
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice, Sequence, SharedStats
 from nearfar.speculate import MAX_DRAFTS, Speculative
@@ -59,6 +60,8 @@ class TokenEvent:
     tokens too.  `source` is the head that decided ("exit.2", "full"; "draft.2": full depth, as exit 2 had
     foreseen; with an upper side "upper", and "verified.2" where exit 2 had foreseen its token), `conf` how sure the
     device was (0..1), `ms` the time, `where` the machine: "device", "edge" or "cloud".
+    `state`: "provisional" for a draft that an upper side has not decided yet (`stream(..., provisional=True)`); the
+    final token of that index comes later.  `gen` counts how often rows were taken back.
     """
 
     index: int
@@ -68,6 +71,8 @@ class TokenEvent:
     conf: float
     ms: float
     where: str = "device"
+    state: Literal["final", "provisional"] = "final"
+    gen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +270,7 @@ class LLM:
         cancel: Cancel | None = None,
         journal: str | Path | None = None,
         on_notice: Callable[[Notice], None] | None = None,
+        provisional: bool = False,
     ) -> Stream:
         """Tokens as they are made.
 
@@ -277,6 +283,9 @@ class LLM:
         `journal`: with an upper side, a file in which every token stands before you see it; it goes with the answer.
         If the process was killed, the same call with the same file tells those tokens again and goes on behind them.
         `on_notice`: with an upper side, told of waits, of a link that is lost or back, and of rows that are sent again.
+        `provisional`: with an upper side, drafts are told when they are made, in state "provisional".  Each stands at
+        the end of what was told so far, until the notice "retract" says from which index on that is void, or the final
+        token of its index comes and takes its place.  Final ones come in order, each once, as without it.
         Raises UsageError (nothing to compute), ContextError (prompt longer than the context), SchemaError.
         """
         if max_tokens < 1:
@@ -304,6 +313,7 @@ class LLM:
             cancel=cancel,
             journal=None if journal is None else Path(journal),
             on_notice=on_notice,
+            provisional=provisional,
         )
 
     def chat(self, messages: Seq[Mapping[str, str]], *, template: str | None = None, **options: Any) -> Completion:
@@ -391,6 +401,7 @@ class Stream(Iterator[TokenEvent]):
         cancel: Cancel | None,
         journal: Path | None,
         on_notice: Callable[[Notice], None] | None,
+        provisional: bool,
     ) -> None:
         self._speculate = speculate
         self._llm, self._stops, self._stop_ids, self._constraint = llm, stops, stop_ids, constraint
@@ -404,7 +415,13 @@ class Stream(Iterator[TokenEvent]):
         self._n_drafted = 0
         self._shared: SharedStats | None = None
         self._sequence: Sequence | None = llm._take_sequence(sampling, exits)
+        self._drafts: Provisional | None = None
+        if provisional:
+            most = min(max_tokens, llm.max_len + 1 - len(ids))
+            self._drafts = Provisional(self._detokenizer, stops, stop_ids, most)
+            on_notice = partial(_notice, self._drafts, on_notice)
         self._sequence.ends, self._sequence.on_notice = stop_ids, on_notice
+        self._sequence.tells_drafts = provisional
         if journal is not None:
             self._sequence.keep_in(journal)
         self._n_cached = self._sequence.continue_with(ids)
@@ -415,7 +432,9 @@ class Stream(Iterator[TokenEvent]):
             raise StopIteration
         try:
             stepper = self._llm._stepper(self._speculate, self._stop_ids)
-            token = stepper.step(s, self._constraint, self._cancel)
+            while not (token := stepper.step(s, self._constraint, self._cancel)).is_final:
+                if (draft := self._draft(token)) is not None:
+                    return draft
         except Cancelled:
             self._end("cancelled")
             self._tail = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
@@ -428,13 +447,25 @@ class Stream(Iterator[TokenEvent]):
         self._n_drafted += token.n_drafted
 
         text = "" if token.id in self._stop_ids else self._stops.push(self._detokenizer.push(token.id))
+        if self._drafts is not None:
+            self._drafts.final(token.id)
         finish = self._finish_reason(token.id)
         if finish is not None:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
             self._end(finish)
-        event = TokenEvent(len(self._events), token.id, text, token.source, token.conf, token.ms, token.where)
+        index = len(self._events)
+        event = TokenEvent(index, token.id, text, token.source, token.conf, token.ms, token.where, gen=token.gen)
         self._events.append(event)
         return event
+
+    def _draft(self, token: Token) -> TokenEvent | None:
+        """The event of a draft; None behind the end of the answer."""
+        assert self._drafts is not None
+        index, text = self._drafts.n, self._drafts.push(token.id)
+        if text is None:
+            return None
+        where, gen = token.where, token.gen
+        return TokenEvent(index, token.id, text, token.source, token.conf, token.ms, where, "provisional", gen)
 
     def __del__(self) -> None:
         """A stream that nobody reads to its end must not hold a link open."""
@@ -482,9 +513,19 @@ class Stream(Iterator[TokenEvent]):
     def _end(self, finish: FinishReason, done: bool = True) -> None:
         self._finish = finish
         if self._sequence is not None:
+            if self._drafts is not None and self._drafts.n > self._drafts.n_final:
+                self._sequence.tell(Notice("retract", self._drafts.n_final))
             self._sequence.finish(done)
             self._shared = self._sequence.shared_stats()
         self._llm._warm, self._sequence = self._sequence, None
+
+
+def _notice(drafts: Provisional, tell: Callable[[Notice], None] | None, notice: Notice) -> None:
+    """No method: a sequence that knew its stream would keep it alive."""
+    if notice.kind == "retract":
+        drafts.retract(notice.n)
+    if tell is not None:
+        tell(notice)
 
 
 class _Closed:

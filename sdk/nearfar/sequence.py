@@ -74,8 +74,8 @@ class Notice:
     """What is worth telling beside the tokens of an answer that two machines make.
 
     "waiting" (n: ms so far), "degraded" (the link is gone), "back", "rebuilding" (n: rows sent again), "retract" (n:
-    the first position whose draft did not hold; it had not been told), "alarm" (once in an LLM, behind an answer: sure
-    tokens hold less often than calibrated).
+    the first token of the answer whose draft did not hold: provisional text is void from there on), "alarm" (once in an
+    LLM, behind an answer: sure tokens hold less often than calibrated).
     """
 
     kind: Literal["waiting", "degraded", "back", "rebuilding", "retract", "alarm"]
@@ -91,6 +91,7 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     use_exits: bool = True
     ends: frozenset[int] = frozenset()  # ids that end the text
+    tells_drafts: bool = False  # a step may return a draft, which is not final; with an upper side
     on_notice: Callable[[Notice], None] | None = None
     n_run: int = 0
     owed: dict[int, Array] = field(default_factory=dict)  # first layer of a stage -> rows [n, D] it has not run

@@ -30,6 +30,12 @@ class StopMatcher:
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
+    def fork(self) -> StopMatcher:
+        """A copy that goes on by itself."""
+        other = StopMatcher(self._stops)
+        other._held, other.stopped = self._held, self.stopped
+        return other
+
     def flush(self) -> str:
         """What was held back, when no more text comes."""
         held, self._held = self._held, ""

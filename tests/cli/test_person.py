@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from nearfar.halves import split
+from nearfar.lower import open_lower
+from nearfar.weights import Weights
+from nearfar.wire.fingerprint import model_fp, parts
+from tests.tiny import write_tiny
+
 
 class Terminal:
     """`nearfar ARGS...` on a terminal of its own."""
@@ -82,6 +88,28 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(model: Path) -> None:
     terminal.wait_for("you> ")
     terminal.type("/quit\n")
     assert terminal.exit_code() == 0
+
+
+def test_a_chat_with_an_upper_side_shows_what_is_not_final_yet(tmp_path: Path) -> None:
+    pytest.importorskip("grpc", reason="grpcio is not installed (extra [collab])")
+    from tests.sdk.wire_server import Door, WireServer
+
+    with Weights.open(write_tiny(tmp_path / "m.gguf", exits=(1, 2), tau=0.01, n_ctx=256)) as whole:
+        halves = split(whole, 2, tmp_path)
+    with Weights.open(halves.device) as device:
+        fingerprint = model_fp(parts(device))
+    door = Door(open_lower(Weights.open(halves.upper)), fingerprint=fingerprint)
+    with WireServer(door) as server:
+        upper = ("--upper", server.url, "--template", "chatml", "--max-tokens", "24")
+        terminal = Terminal("chat", str(halves.device), *upper)
+        terminal.wait_for("you> ")
+        terminal.type("the inn and\n")
+        shown = terminal.wait_for("asks/token")
+        assert "\x1b[2m" in shown  # dimmed
+        assert "\x1b[K" in shown  # and replaced
+        terminal.wait_for("you> ")
+        terminal.type("/quit\n")
+        assert terminal.exit_code() == 0
 
 
 def test_a_chat_that_outgrows_the_context_goes_on(story_model: Path) -> None:

@@ -39,18 +39,23 @@ def notices(paint: Paint | None) -> Callable[[Notice], None] | None:
     """Tells a person on stderr why no token comes; programs (`paint=None`) get the counts at the end."""
     if paint is None:
         return None
-    words = {
-        "waiting": "the upper side is late: {} ms",
-        "degraded": "the link is lost",
-        "back": "the link is back",
-        "rebuilding": "{} rows are sent again",
-    }
 
     def say(notice: Notice) -> None:
-        if notice.kind in words:
-            print(paint.dim(f"[{words[notice.kind].format(notice.n)}]"), end="", file=sys.stderr, flush=True)
+        if words := in_words(notice):
+            print(paint.dim(words), end="", file=sys.stderr, flush=True)
 
     return say
+
+
+def in_words(notice: Notice) -> str:
+    """What a person wants to know of it, or ""."""
+    words = {
+        "waiting": "[the upper side is late: {} ms]",
+        "degraded": "[the link is lost]",
+        "back": "[the link is back]",
+        "rebuilding": "[{} rows are sent again]",
+    }
+    return words.get(notice.kind, "").format(notice.n)
 
 
 def print_summary(completion: Completion, paint: Paint) -> None:

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 
-from nearfar.cli.answer import answer_facts, notices, paint_for, print_summary
+from nearfar.cli.answer import answer_facts, in_words, notices, paint_for, print_summary
 from nearfar.cli.interrupt import ctrl_c_cancels
+from nearfar.cli.live import LiveText
 from nearfar.cli.terminal import Paint
 from nearfar.cli.verbs import (
     SHIPPED,
@@ -25,6 +26,7 @@ from nearfar.cli.verbs import (
 from nearfar.cli.words import checked_text, lines
 from nearfar.errors import ContextError
 from nearfar.llm import LLM, Completion
+from nearfar.sequence import Notice
 
 Message = dict[str, str]
 
@@ -85,21 +87,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def answer_turn(llm: LLM, args: argparse.Namespace, messages: list[Message], paint: Paint | None) -> Completion:
-    """Stream the answer to `messages`; Ctrl-C ends it and keeps what there is."""
-    with ctrl_c_cancels() as cancel:
-        stream = llm.stream_chat(
-            messages,
-            template=args.template,
-            **depth_of(args),
-            max_tokens=args.max_tokens,
-            sampling=sampling_of(args),
-            cancel=cancel,
-            on_notice=notices(paint),
-        )
-        for event in stream:
-            if paint is not None:
-                sys.stdout.write(paint.token(event))
-                sys.stdout.flush()
+    """Stream the answer to `messages`; Ctrl-C ends it and keeps what there is.
+
+    With an upper side a terminal also shows what is not final yet.
+    """
+    live = LiveText(paint, sys.stdout) if paint is not None and paint.on and args.upper else None
+
+    def on_notice(notice: Notice) -> None:
+        assert live is not None
+        if notice.kind == "retract":
+            live.retract(notice.n)
+        elif words := in_words(notice):
+            live.say(words)
+
+    try:
+        with ctrl_c_cancels() as cancel:
+            stream = llm.stream_chat(
+                messages,
+                template=args.template,
+                **depth_of(args),
+                max_tokens=args.max_tokens,
+                sampling=sampling_of(args),
+                cancel=cancel,
+                on_notice=notices(paint) if live is None else on_notice,
+                provisional=live is not None,
+            )
+            for event in stream:
+                if live is not None:
+                    live.on(event)
+                elif paint is not None:
+                    sys.stdout.write(paint.token(event))
+                    sys.stdout.flush()
+    finally:
+        if live is not None:
+            live.close()
     if paint is not None:
         print()
     return stream.completion

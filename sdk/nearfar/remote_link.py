@@ -28,10 +28,24 @@ from nearfar.upper import Lost, News, Traffic
 from nearfar.wire import pack
 from nearfar.wire.describe import describe
 from nearfar.wire.dial import Call, Silent, StreamEnded, Unreachable
-from nearfar.wire.dialler import Dialler, Greeted
+from nearfar.wire.dialler import Dialler, Greeted, check_same_model
 from nearfar.wire.egress import Egress
 from nearfar.wire.loop_thread import LoopThread
-from nearfar.wire.messages import Ask, Close, Credit, Down, Err, Open, Opened, Ping, Pong, ServerHello, Up, Verdict
+from nearfar.wire.messages import (
+    Ask,
+    Close,
+    CodecId,
+    Credit,
+    Down,
+    Err,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    ServerHello,
+    Up,
+    Verdict,
+)
 from nearfar.wire.outbox import Outbox
 from nearfar.wire.rpc import CREDIT
 
@@ -65,6 +79,7 @@ class RemoteLink:
         self._number = 0  # of connections so far
         self._outbox: Outbox | None = None  # of the connection that is open
         self._tokens = tokens
+        self._model_fp = b""  # by ids: of the model that the answer began with
         self._asked: dict[int, float] = {}
         self._wake = asyncio.Event()
         self._heard = 0.0
@@ -215,7 +230,7 @@ class RemoteLink:
         """One connection, from `Open` to its end.  Raises Unreachable, UpperError, WireError, EgressDenied."""
         self._heard = time.monotonic()
         if not greeted.was_met:
-            self._greet(await asyncio.shield(greeted.server))
+            self._greet(await asyncio.shield(greeted.server), greeted.name)
         call, self._outbox = greeted.connection.session(), Outbox(CREDIT)
         self._number += 1
         self._asked.clear()
@@ -238,7 +253,10 @@ class RemoteLink:
             work.clear()
             del task
 
-    def _greet(self, server: ServerHello) -> None:
+    def _greet(self, server: ServerHello, name: str) -> None:
+        if self.opening.codec.id == CodecId.IDS:  # any model with our tokenizer may answer, but one all of it
+            self._model_fp = self._model_fp or server.model_fp
+            check_same_model(name, self._model_fp, server.model_fp)
         self.max_run, self.max_context = server.limits.max_run, server.limits.max_context or self.max_context
         if not self._first.done():
             self._first.set_result(None)
@@ -271,7 +289,7 @@ class RemoteLink:
     async def _read(self, greeted: Greeted, call: Call, outbox: Outbox) -> None:
         """Everything that comes; hello first."""
         server = await asyncio.shield(greeted.server)
-        self._greet(server)
+        self._greet(server, greeted.name)
         outbox.credit = server.limits.credit_bytes or CREDIT
         while True:
             try:

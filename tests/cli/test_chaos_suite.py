@@ -59,6 +59,18 @@ def test_a_killed_device_and_a_killed_server_go_on_with_the_next_index(
     assert [leg["failures"] for leg in result["codecs"]] == [[]]
 
 
+def test_other_weights_are_refused_and_the_answer_goes_on_when_the_right_ones_are_back(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seed draws a swap early in the one answer of each codec."""
+    some = ("--codecs", "int8,ids", "--tokens", "80", "--answer-tokens", "40", "--fault-every", "40")
+    assert main(words(model, *some, "--faults", "swap", "--devices", "1", "--seed", "202", "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["tokens"], result["answers"], result["faults"]) == (80, 2, {"swap": 2})
+    for leg in result["codecs"]:
+        assert (leg["refused"], leg["failures"], leg["strangers_got"], leg["not_given_back"]) == (1, [], {}, {})
+
+
 def test_a_wrong_token_is_told_with_the_seed_and_the_fewest_faults(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +98,10 @@ def test_what_is_not_given_back_fails_the_run(model: Path) -> None:
     assert leg.is_good
     leg.kept["device_sessions.away"] = (1.0, 0.0)
     assert not leg.is_good
+
+
+def test_a_server_with_other_weights_that_was_trusted_fails_the_run() -> None:
+    assert not Leg("ids", strangers_got={"device_positions": 3.0}).is_good
 
 
 @pytest.mark.parametrize(

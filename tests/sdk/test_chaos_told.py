@@ -30,6 +30,20 @@ def test_an_answer_that_is_taken_up_from_its_journal_is_one_answer() -> None:
     assert (told.ids, told.wrong, told.end, told.n_begun) == ([11, 12, 13, 14], [], COUNTS, 2)
 
 
+def refused(why: str = "no (ours 0a0b0c0d0e0f…, theirs ba98765432f0…)", kept: int = 99) -> dict[str, Any]:
+    return {"refused": why, "kept": kept}
+
+
+def test_who_refuses_other_weights_and_goes_on_later_has_kept_its_word() -> None:
+    again = [{"begin": 1}, token(0, 11, "journal"), token(1, 12), {"end": COUNTS, "journal": [11, 12]}]
+    told = tell({"begin": 0}, token(0, 11), refused())
+    assert not told.is_over
+    for line in again:
+        told.hear(line)
+    told.compare([11, 12])
+    assert (told.ids, told.wrong, told.n_refused) == ([11, 12], [], 1)
+
+
 @pytest.mark.parametrize(
     ("lines", "wrong"),
     [
@@ -41,6 +55,9 @@ def test_an_answer_that_is_taken_up_from_its_journal_is_one_answer() -> None:
         ([token(0, 11), {"begin": 1}, token(0, 11, "upper")], "not out of the journal"),
         ([token(0, 11), {"begin": 1}, {"end": COUNTS, "journal": [11]}], "ended at index 0, 1 were told before"),
         ([token(0, 11), {"end": COUNTS, "journal": [12]}], "the journal holds other tokens"),
+        ([token(0, 11), refused(kept=0)], "1 tokens were told and 0 stand in the journal"),
+        ([refused("no (ours 0a0b0c0d0e0f…, theirs unknown)")], "without the fingerprints of both models"),
+        ([refused("no (ours 0a0b0c0d0e0f…, theirs 0a0b0c0d0e0f…)")], "without the fingerprints of both models"),
         ([token(0, 11), {"failed": "Diverged: rows differ"}], "Diverged: rows differ"),
     ],
 )

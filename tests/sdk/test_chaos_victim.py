@@ -82,6 +82,24 @@ def test_for_a_while_another_process_is_in_its_place(upper: Victim, port: int) -
     assert ask(port) == f"other {upper.pid}"
 
 
+def test_who_has_to_leave_again_is_looked_at_before(upper: Victim, port: int) -> None:
+    seen: list[str] = []
+    upper.on_leaving = lambda: seen.append(ask(port).split()[0])
+    assert (upper.n_swaps, upper.n_swapped_back) == (0, 0)
+    upper.inject(Fault(0, "swap", seconds=1e6))
+    assert (upper.n_swaps, upper.n_swapped_back) == (1, 0)
+    upper._closing.set()  # nobody is looked at when all ends
+    upper.wait()
+    assert seen == []
+    upper._closing.clear()
+    upper.inject(Fault(0, "swap"))
+    upper.wait()
+    assert (seen, upper.n_swaps, upper.n_swapped_back) == (["other"], 2, 2)
+    upper.inject(Fault(0, "kill"))
+    upper.wait()
+    assert seen == ["other"]
+
+
 def test_faults_follow_each_other(upper: Victim, port: int) -> None:
     pids = {upper.pid}
     for _ in range(3):

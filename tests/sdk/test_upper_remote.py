@@ -402,6 +402,72 @@ def test_a_server_that_comes_back_with_other_weights_ends_the_answer(server: Wir
     upper.close()
 
 
+def restart_with(server: WireServer, fingerprint: bytes) -> None:
+    """Another process at the same port: what it has seen so far is forgotten here too."""
+    server.stop()
+    server.door.fingerprint = fingerprint
+    server.door.seen.clear()
+    server.start()
+
+
+def test_nothing_but_an_open_reaches_a_server_that_has_other_weights_now(
+    lower: Lower, server: WireServer, codec: CodecSpec
+) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    device = Device(upper.open(opening(codec)), lower, codec, oracle(lower, codec, N))
+    told = device.answer(6)
+    restart_with(server, b"g" * 32)
+    with pytest.raises(MismatchError, match=r"ours 666666666666…, theirs 676767676767…"):
+        device.answer(N)
+    assert told == oracle(lower, codec, 6)
+    assert {type(m) for m in server.door.seen} <= {Open}
+    upper.close()
+
+
+def test_the_second_address_goes_on_where_the_first_one_has_other_weights_now(
+    lower: Lower, server: WireServer, codec: CodecSpec
+) -> None:
+    truth = oracle(lower, codec, N)
+    with WireServer(Door(lower)) as other:
+        upper = RemoteUpper([server.url, other.url], hello=HELLO)
+        link = upper.open(opening(codec))
+        device = Device(link, lower, codec, truth, lambda n: restart_with(server, b"g" * 32) if n == 9 else None)
+        assert device.answer(N) == truth
+        assert {type(m) for m in server.door.seen} <= {Open}
+        assert other.door.n_opened == 1
+        upper.close()
+
+
+def test_the_next_answer_tries_a_server_that_was_refused_again(lower: Lower, server: WireServer) -> None:
+    upper = RemoteUpper(server.url, hello=HELLO)
+    device = Device(upper.open(opening(BY_ROWS)), lower, BY_ROWS)
+    device.answer(2)
+    restart_with(server, b"g" * 32)
+    with pytest.raises(MismatchError):
+        device.answer(N)
+    restart_with(server, MODEL_FP)
+    again = Device(upper.open(opening(BY_ROWS, b"t" * 16)), lower, BY_ROWS)
+    assert again.answer(N) == oracle(lower, BY_ROWS, N)
+    upper.close()
+
+
+def test_an_answer_by_ids_does_not_go_on_with_another_model_that_would_answer_too(
+    lower: Lower, server: WireServer
+) -> None:
+    """Any model with the device's tokenizer fits ids, but the beginning of an answer is of one of them."""
+    server.door.takes_all = True
+    upper = RemoteUpper(server.url, hello=HELLO)
+    device = Device(upper.open(opening(BY_IDS)), lower, BY_IDS)
+    device.answer(6)
+    restart_with(server, b"g" * 32)
+    with pytest.raises(MismatchError, match=r"began with \(ours 666666666666…, theirs 676767676767…\)"):
+        device.answer(N)
+    assert {type(m) for m in server.door.seen} <= {Open}
+    new = Device(upper.open(opening(BY_IDS, b"t" * 16)), lower, BY_IDS)  # an answer of its own
+    assert new.answer(N) == oracle(lower, BY_IDS, N)
+    upper.close()
+
+
 def test_a_wrong_key_is_refused(server: WireServer) -> None:
     server.door.token = "sesame"
     upper = RemoteUpper(server.url, hello=HELLO, credentials=Credentials(token="wrong"))

@@ -47,6 +47,7 @@ class Door:
     token: str = ""  # that devices must show
     delay_s: float = 0.0  # before a decision
     hello_s: float = 0.0  # before a hello is answered
+    takes_all: bool = False  # whoever says hello fits, as with ids
     is_mute: bool = False  # takes everything in and says nothing
     is_brief: bool = False  # ends every stream as soon as it is open
     n_copies: int = 1  # of whatever it says
@@ -64,7 +65,7 @@ class Door:
         self.hellos.append(hello)
         self.callers.append(caller)
         await asyncio.sleep(self.hello_s)
-        fits = hello.model_fp == self.fingerprint
+        fits = self.takes_all or hello.model_fp == self.fingerprint
         why = "" if fits else "upper (theirs 00…, ours 01…)"
         codec: CodecSpec | None = hello.codecs[0] if hello.codecs else None
         return ServerHello(fits, self.fingerprint, why, codec, self.epoch, self.limits, region=self.region)

@@ -6,6 +6,7 @@
              {"begin": tokens that the journal had}        again where the upper side could not be reached at first
              {"index": 0, "id": 17, "source": "upper", "kept": records in the journal when this was told}
              {"end": counts of the answer, "journal": [..] ids that it held in the end}  or {"failed": "Diverged: .."}
+             or {"refused": why, "kept": ..}: the upper side has other weights; the same task again goes on where it was
 
 It ends with its input.
 """
@@ -40,7 +41,10 @@ def main() -> int:
         say({"ready": os.getpid()})
         for line in sys.stdin:
             try:
-                answer(llm, json.loads(line))
+                task = json.loads(line)
+                answer(llm, task)
+            except MismatchError as error:
+                say({"refused": str(error), "kept": n_kept(Path(task["journal"]))})
             except NearfarError as error:
                 say({"failed": f"{type(error).__name__}: {error}"})
     return 0

@@ -31,6 +31,7 @@ FAULTS = {
     "device": Kind(0.6),
     "half-open": Kind(0.3),
     "kill": Kind(0.2, (0.0, 0.3)),
+    "swap": Kind(0.1, (1.0, 3.0)),
 }
 MAX_CUT = 1024  # bytes that still go through: more than a message, less than an answer
 

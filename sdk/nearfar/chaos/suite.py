@@ -24,6 +24,7 @@ from nearfar.bench.collab.prompts import OPENINGS, prompts
 from nearfar.bench.collab.systems import Files, oracle
 from nearfar.chaos.handset import Handset
 from nearfar.chaos.lane import Lane
+from nearfar.chaos.other_weights import write_other
 from nearfar.chaos.plan import Plan, Task
 from nearfar.chaos.pressure import Pressure
 from nearfar.chaos.profiles import PROFILES, Profile
@@ -82,11 +83,15 @@ class Leg:
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # not given back: (now, at the beginning)
+    refused: int = 0  # times that a device would not go on with other weights, and later did with the right ones
+    strangers_got: dict[str, float] = field(
+        default_factory=dict
+    )  # what a server with other weights was sent all the same
     seconds: float = 0.0
 
     @property
     def is_good(self) -> bool:
-        return not self.failures and not self.kept
+        return not self.failures and not self.kept and not self.strangers_got
 
 
 Right = Callable[[Task], list[int]]  # the oracle's ids
@@ -141,7 +146,8 @@ class _Run:
             how, config, found = how_of(weights, self.setting.mode, rows, packed), weights.config, parts(weights)
         hello = ClientHello(model_fp(found), found, (how.codec,))
         served = self.files.full if how.by_ids else self.files.upper
-        with serving(served, self.folder, self.setting.n_lanes * config.n_ctx) as upper:
+        other = write_other(served, self.folder / "other.gguf") if "swap" in self.setting.plan.kinds else None
+        with serving(served, self.folder, self.setting.n_lanes * config.n_ctx, other=other) as upper:
             baseline = upper.held()
             layer = 0 if how.by_ids else config.row_layer
             pressure = Pressure(upper, hello, how.codec, layer, config.d_model, config.n_ctx)
@@ -150,6 +156,7 @@ class _Run:
                 take = partial(self.setting.plan.task, prompts=asked, room=llm.max_len, name=self.codec)
                 self._lanes(upper, pressure, take, right)
             upper.wait()
+            self.seen.strangers_got = dict(upper.strangers_got)
             if not self.seen.failures:
                 self.seen.kept = upper.settled(baseline, KEEP_S + SLACK_S)
         self.seen.seconds = time.monotonic() - self._began
@@ -205,6 +212,7 @@ class _Run:
         with self._turn:
             self.seen.tokens += len(told.ids)
             self.seen.answers += 1
+            self.seen.refused += told.n_refused
             self.seen.counts.update(told.end or {})
             self.seen.seconds = time.monotonic() - self._began
             self.progress(self.seen, self.n_tokens)

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from nearfar.chaos.suite import run as run_suite
 
     setting = _setting(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers and devices end with us
+    signal.signal(signal.SIGTERM, _end)
     legs = run_suite(setting, None if args.json else _show)
     if not args.json:
         print(file=sys.stderr)
@@ -72,6 +72,12 @@ def run(args: argparse.Namespace) -> int:
     if failures and args.save is not None:
         _save(args.save, failures[0].schedule.to_json())
     return 0 if all(leg.is_good for leg in legs) else 1
+
+
+def _end(number: int, _: object) -> None:
+    """Servers and devices end with us; a second signal (`timeout` sends two) must not keep them from it."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _check_extras() -> None:
@@ -137,8 +143,10 @@ def _leg(leg: Leg) -> dict[str, Any]:
         "answers": leg.answers,
         "faults": dict(leg.faults),
         **{name: leg.counts[name] for name in _TOLD},
+        "refused": leg.refused,
         "seconds": round(leg.seconds, 1),
         "not_given_back": {name: {"now": now, "before": then} for name, (now, then) in leg.kept.items()},
+        "strangers_got": leg.strangers_got,
         "failures": failures,
     }
 
@@ -155,10 +163,13 @@ def report(result: dict[str, Any]) -> str:
     for leg in result["codecs"]:
         lines.append(
             f"{leg['codec']:>5}: {leg['tokens']} tokens, {leg['retracted']} of {leg['drafted']} drafts retracted, "
-            f"{leg['reopened']} connections again, {leg['replayed']} rows again, {leg['near_ties']} near ties"
+            f"{leg['reopened']} connections again, {leg['replayed']} rows again, {leg['near_ties']} near ties, "
+            f"{leg['refused']} times other weights refused"
         )
         lines += [f"       not given back: {name} {n['now']:g}, {n['before']:g} before"
                   for name, n in leg["not_given_back"].items()]  # fmt: skip
+        if leg["strangers_got"]:
+            lines.append(f"       a server with other weights was trusted: {json.dumps(leg['strangers_got'])}")
         for failure in leg["failures"]:
             lines.append(f"       answer {failure['answer']}: {'; '.join(failure['wrong'])}")
             lines.append(f"       seed {result['seed']}, it takes {json.dumps(failure['schedule'])}")

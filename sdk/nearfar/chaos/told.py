@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+_BOTH = re.compile(r"ours ([0-9a-f]{12})…, theirs ([0-9a-f]{12})…\)")  # fingerprints of models, in a refusal
 
 
 @dataclass(slots=True)
@@ -18,6 +21,7 @@ class Told:
     wrong: list[str] = field(default_factory=list)
     end: dict[str, int] | None = None  # counts, when it is over
     n_begun: int = 0
+    n_refused: int = 0  # times that the device would not go on with other weights
     _next: int = 0  # index that must come now
 
     def hear(self, line: dict[str, Any]) -> None:
@@ -28,6 +32,8 @@ class Told:
             self._token(line["index"], line["id"], line["source"], line["kept"])
         elif "end" in line:
             self._end(line["end"], line["journal"])
+        elif "refused" in line:
+            self._refusal(line["refused"], line["kept"])
         else:
             self.wrong.append(f"the answer has failed: {line.get('failed', 'it said something else')}")
 
@@ -46,8 +52,7 @@ class Told:
     def _begin(self, n_kept: int) -> None:
         self.n_begun += 1
         self._next = 0
-        if n_kept < len(self.ids):
-            self.wrong.append(f"{len(self.ids)} tokens were told and {n_kept} stand in the journal")
+        self._check_kept(n_kept)
 
     def _token(self, index: int, token: int, source: str, n_kept: int | None) -> None:
         if index != self._next:
@@ -60,6 +65,18 @@ class Told:
         self.ids.append(token)
         if n_kept is not None and n_kept <= index:
             self.wrong.append(f"token {index} was told before it stood in the journal")
+
+    def _refusal(self, why: str, n_kept: int) -> None:
+        """It names both models, and what was told is kept; the same call goes on from there."""
+        self.n_refused += 1
+        both = _BOTH.search(why)
+        if both is None or both[1] == both[2]:
+            self.wrong.append(f"refused without the fingerprints of both models: {why}")
+        self._check_kept(n_kept)
+
+    def _check_kept(self, n_kept: int) -> None:
+        if n_kept < len(self.ids):
+            self.wrong.append(f"{len(self.ids)} tokens were told and {n_kept} stand in the journal")
 
     def _end(self, counts: dict[str, int], journal: list[int] | None) -> None:
         self.end = counts

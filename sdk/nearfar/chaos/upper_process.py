@@ -14,11 +14,12 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearfar.chaos.schedule import Fault
 from nearfar.chaos.victim import Victim
+from nearfar.errors import NearfarError
 
 _GAUGE = re.compile(r'^nearfar_cloud_(\w+?)(?:\{\w+="(\w+)"\})? ([0-9.e+-]+)$', re.MULTILINE)
 # What must be at its baseline when nobody is there: positions, bytes and asks of devices, blocks of keys and values.
@@ -32,7 +33,11 @@ _HELD = (
     "tasks",
 )
 
+# What a server with other weights must never get, nor tell.  What was sent stays counted: its sessions are kept.
+_FOR_STRANGERS = ("device_positions", "device_bytes", "device_events_total.asks", "device_events_total.tokens")
+
 KEEP_S = 15  # what a device has left behind is given up after so long
+ANSWER_S = 30.0  # a server that takes connections may so long take to answer its first request
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ class UpperProcess:
     http: int
     token: str
     _turn: threading.Lock
+    strangers_got: dict[str, float] = field(default_factory=dict)  # a server with other weights: what, and how much
 
     @property
     def url(self) -> str:
@@ -66,6 +72,21 @@ class UpperProcess:
             text = answer.read().decode()
         return {name + (f".{label}" if label else ""): float(value) for name, label, value in _GAUGE.findall(text)}
 
+    def look_at_stranger(self) -> None:
+        """Before a server with other weights goes: whether anybody has trusted it.  Raises NearfarError."""
+        until = time.monotonic() + ANSWER_S
+        while True:
+            try:
+                gauges = self.gauges()
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise NearfarError(f"the server with other weights does not answer: {error}") from None
+                time.sleep(0.1)
+        for name in _FOR_STRANGERS:
+            if gauges[name]:
+                self.strangers_got[name] = self.strangers_got.get(name, 0.0) + gauges[name]
+
     def held(self) -> dict[str, float]:
         """What answers take up there: positions, bytes, blocks, tasks, sockets."""
         gauges = self.gauges()
@@ -86,24 +107,29 @@ class UpperProcess:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, n_positions: int, token: str = "") -> Iterator[UpperProcess]:
+def serving(
+    model: Path, folder: Path, n_positions: int, token: str = "", other: Path | None = None
+) -> Iterator[UpperProcess]:
     """A server for `model`, whose devices may hold so many positions together.  Raises NearfarError.
 
-    `token`: the key that they show; empty: one of chance.
+    `token`: the key that they show; empty: one of chance.  `other`: the file that it has after a `swap`.
     """
     token = token or secrets.token_hex(16)
     keys, log = folder / f"{model.stem}-keys.json", folder / f"{model.stem}-server.log"
     entry = {"tenant": "suite", "sha256": hashlib.sha256(token.encode()).hexdigest(), "metrics": True}
     keys.write_text(json.dumps({"keys": [entry | {"session_positions": n_positions}]}))
     port, http = _free_ports(2)
-    command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", str(model), "--key-file", str(keys)]
-    command += ["--port", str(http), "--collab-port", str(port), "--threads", "1", "--kv-memory", "64"]
-    command += ["--session-keep", str(KEEP_S)]
+    serve = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve"]
+    options = ["--key-file", str(keys), "--port", str(http), "--collab-port", str(port), "--threads", "1"]
+    options += ["--kv-memory", "64", "--session-keep", str(KEEP_S)]
+    command, swapped = [*serve, str(model), *options], None if other is None else [*serve, str(other), *options]
     with (
         log.open("ab") as said,
-        Victim(command, lambda: _answers(port), stdout=said, stderr=said, start_new_session=True) as victim,
+        Victim(command, lambda: _answers(port), swapped, stdout=said, stderr=said, start_new_session=True) as victim,
     ):
-        yield UpperProcess(victim, port, http, token, threading.Lock())
+        upper = UpperProcess(victim, port, http, token, threading.Lock())
+        victim.on_leaving = upper.look_at_stranger
+        yield upper
 
 
 def _free_ports(n: int) -> list[int]:

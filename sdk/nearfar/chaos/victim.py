@@ -13,7 +13,8 @@ from nearfar.chaos.schedule import Fault
 from nearfar.errors import NearfarError, UsageError
 
 KINDS = ("kill", "stop", "swap")
-START_S = 60.0  # until a new process must be ready
+START_S = 120.0  # until a new process must be ready, on a machine that is busy with others
+LOOK_AGAIN = 0.1  # of an outage: within it a device has tried again (remote_link.py), so it meets who is swapped in
 _LOOK_S = 0.01
 
 
@@ -26,6 +27,7 @@ class Victim:
             upper.wait()
 
     `is_ready` says whether the process takes connections; `other` is the command with other weights, for `swap`.
+    `on_leaving` may be set: it is called while that one is still there, before it has to make room again.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class Victim:
     ) -> None:
         """`options` go to subprocess.Popen, for example stdout and stderr."""
         self._command, self._other, self._is_ready, self._options = list(command), other, is_ready, options
+        self.on_leaving: Callable[[], None] = lambda: None
+        self.n_swaps = self.n_swapped_back = 0  # that have begun, and that are over
         self._process: subprocess.Popen[bytes] | None = None
         self._recovery: threading.Thread | None = None
         self._trouble: NearfarError | None = None
@@ -67,6 +71,7 @@ class Victim:
         if fault.kind == "swap" and self._other is None:
             raise UsageError("a swap needs the command of a process with other weights")
         self.wait()
+        self.n_swaps += fault.kind == "swap"
         if fault.kind == "stop":
             self._signal(signal.SIGSTOP)
         else:
@@ -82,16 +87,21 @@ class Victim:
             raise self._trouble
 
     def _recover(self, fault: Fault) -> None:
+        began, seconds = time.monotonic(), fault.seconds
         try:
             if fault.kind == "swap":
                 assert self._other is not None  # checked before
                 self._start(self._other)
-            self._closing.wait(fault.seconds)
+                seconds += LOOK_AGAIN * (time.monotonic() - began)
+            self._closing.wait(seconds)
             if fault.kind == "stop":
                 self._signal(signal.SIGCONT)
-            else:
-                self._kill()
-                self._start(self._command)
+                return
+            if fault.kind == "swap" and not self._closing.is_set():
+                self.on_leaving()
+            self._kill()
+            self._start(self._command)
+            self.n_swapped_back += fault.kind == "swap"
         except NearfarError as error:  # told to whoever waits
             self._trouble = error
 

@@ -220,6 +220,15 @@ def check_hello(ours: ClientHello, theirs: ServerHello, name: str) -> None:
         )
 
 
+def check_same_model(name: str, ours: bytes, theirs: bytes) -> None:
+    """Whether an answer by ids goes on with the model that it began with.  Raises MismatchError."""
+    if theirs != ours:
+        raise MismatchError(
+            f"{name} serves another model than the one that this answer began with "
+            f"(ours {_shown(ours)}, theirs {_shown(theirs)})"
+        )
+
+
 def _shown(fingerprint: bytes) -> str:
     return f"{fingerprint[:6].hex()}…" if fingerprint else "unknown"
 

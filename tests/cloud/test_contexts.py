@@ -399,6 +399,64 @@ async def test_rows_that_come_again_are_no_more_than_they_were(world: World) -> 
     assert (await line.next(Verdict)).ids == (TOKENS[0],)
 
 
+@in_world(budget=Budget(max_bytes=4 * 40))
+async def test_rows_that_find_no_room_twice_are_wanted_twice(world: World) -> None:
+    """Who waits for room is never left without an answer to its ask."""
+    first, _, _ = await world.opened("first")
+    first.on(Ids(0, 0, tuple(PROMPT * 7)))
+    second, line, _ = await world.opened("second")
+    for _ in range(3):
+        second.on(ids(1, 2, 3))
+        await line.next(Credit)
+        second.on(ASK)
+        assert await line.next(Need) == Need(0, 0, "gap")
+        await line.silence()
+    first.on(Close())
+    second.on(ids())
+    second.on(ASK)
+    assert (await line.next(Verdict)).ids == (TOKENS[0],)
+
+
+@in_world()
+async def test_what_is_cut_is_dropped_though_nobody_asks(world: World) -> None:
+    """Rows wait in the engine's inbox until it steps: a device that only sends and cuts must not fill it."""
+    connection, _, _ = await world.opened()
+    connection.on(ids())
+    for gen in range(300):
+        connection.on(Ids(gen, len(PROMPT), (1, 2, 3)))
+        connection.on(Cut(gen + 1, len(PROMPT)))
+    async with asyncio.timeout(10):
+        while world.engine.has_work:
+            await asyncio.sleep(0.001)
+    connection.on(Close())
+    await world.quiet()
+
+
+@pytest.mark.parametrize("wrong", ["short rows", "ids", "beyond the context"])
+def test_what_is_no_row_drives_nobody_out(wrong: str) -> None:
+    """A message that is refused anyway asks for no room."""
+
+    @in_world(budget=Budget(max_bytes=1 << 16))
+    async def check(world: World) -> None:
+        quiet, _, _ = await world.opened("quiet")
+        quiet.on(ids())
+        world.now += 2
+        rude, line, _ = await world.opened("rude", codec=BY_ROWS)
+        size = Codec.of(BY_ROWS, 256).row_bytes
+        rude.on(
+            {
+                "short rows": Rows(0, 0, (b"r",) * 1000, (crc32(b"r"),) * 1000),
+                "ids": Ids(0, 0, (1,) * 1000),
+                "beyond the context": Rows(0, 0, (bytes(size),) * 513, (crc32(bytes(size)),) * 513),
+            }[wrong]
+        )
+        await line.next(Err)
+        assert world.contexts.counts.evicted == 0
+        quiet.on(ASK)
+
+    check()
+
+
 @in_world(budget=Budget(max_sessions=2))
 async def test_sessions_of_devices_that_are_away_make_room_for_others(world: World) -> None:
     away, _, _ = await world.opened("away")
@@ -435,6 +493,74 @@ async def test_a_key_has_its_own_bounds_and_others_do_not_feel_them(world: World
     other.on(ASK)
     assert (await words.next(Verdict)).ids == (TOKENS[0],)
     await line.silence()
+
+
+@pytest.mark.parametrize("of", ["key", "server"])
+def test_a_run_takes_no_more_than_there_is(of: str) -> None:
+    """Tokens that the engine adds by itself are positions, too."""
+    bounds = {"budget": Budget(max_bytes=4 * 12)} if of == "server" else {}
+
+    @in_world(**bounds)
+    async def check(world: World) -> None:
+        key = Key("alice", session_positions=12) if of == "key" else EVERYBODY
+        connection, line, _ = await world.opened(mode=Mode.CLOUD_ONLY, key=key)
+        connection.on(ids())
+        connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=8))  # the last token is no position yet
+        assert [(await line.next(Verdict)).ids[0] for _ in range(8)] == TOKENS[:8]
+        with pytest.raises(Refused) as refused:
+            connection.on(Ask(2, 0, len(PROMPT) + 6, len(PROMPT) + 6, run=2))
+        assert refused.value.err.code == (Code.QUOTA if of == "key" else Code.OVERLOADED)
+        assert world.contexts.total.n_positions == 12
+        connection.on(Close())
+        await world.quiet()
+
+    check()
+
+
+@in_world()
+async def test_rows_that_are_computed_again_count_again(world: World) -> None:
+    key = Key("alice", tokens_per_minute=100)
+    connection, line, _ = await world.opened(key=key)
+    connection.on(ids(*TOKENS[:20]))
+    for req in range(4):  # 20 + 1 each, and the prompt
+        connection.on(Ask(req, 0, len(PROMPT) + 19, len(PROMPT) - 1))
+        assert (await line.next(Verdict)).n_accept == 20
+    connection.on(Ask(9, 0, len(PROMPT) + 19, len(PROMPT) - 1))
+    await line.next(Verdict)
+    with pytest.raises(Refused) as refused:
+        connection.on(Ask(10, 0, len(PROMPT) + 19, len(PROMPT) - 1))
+    assert refused.value.err.code == Code.QUOTA
+
+
+@in_world()
+async def test_the_longest_wait_fits_its_field(world: World) -> None:
+    key = Key("alice", tokens_per_minute=1)
+    connection, line, _ = await world.opened(key=key)
+    connection.on(ids())
+    world.limits.charge(key, 1 << 20)  # two years
+    with pytest.raises(Refused) as refused:
+        connection.on(ASK)
+    line.stream.end(refused.value.err)
+    assert (await line.next(Err)).retry_after_ms == (1 << 32) - 1
+
+
+@in_world()
+async def test_the_time_of_a_run_is_no_wait_for_the_engine(world: World) -> None:
+    waited: list[float] = []
+    world.contexts.on_wait = waited.append
+    run = world.engine.executor.run
+
+    def slow(batch: object) -> object:
+        world.now += 1.0
+        return run(batch)  # type: ignore[arg-type]
+
+    world.engine.executor.run = slow  # type: ignore[assignment,method-assign]
+    connection, line, _ = await world.opened(mode=Mode.CLOUD_ONLY)
+    connection.on(ids())
+    connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=10))
+    for _ in range(10):
+        await line.next(Verdict)
+    assert max(waited) < 5
 
 
 @in_world()
@@ -578,7 +704,7 @@ def test_any_words_in_any_order_harm_nobody_and_leave_nothing(seed: int) -> None
                 connection.left()
             world.contexts.sweep()
         held = [c.machine for c in world.contexts]
-        assert world.contexts.total.n_positions == sum(machine.n_rows for machine in held)
+        assert world.contexts.total.n_positions == sum(machine.n_reserved for machine in held)
         assert world.contexts.total.n_bytes == sum(machine.n_bytes for machine in held) <= 2500
         counts = world.contexts.counts
         assert min(counts.asks, counts.opened, counts.needs) > 5  # it was no idle talk

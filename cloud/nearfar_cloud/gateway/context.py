@@ -37,7 +37,8 @@ class Asked(NamedTuple):
 
     number: int  # of the question
     req: int  # of the device
-    at: float  # clock
+    at: float  # clock: since when it waits for its next token
+    n_checked: int  # rows that decide again
 
 
 @dataclass(slots=True)
@@ -157,10 +158,11 @@ class Context:
             self.release()
         elif self._seq is not None:
             self._service.outside.cut(self._seq, keep)
+            self._service.wake()  # what was cut takes memory until the engine steps, and nobody may ask for long
 
     def _decide(self, ask: Ask, draft: tuple[int, ...]) -> None:
         assert self._seq is not None  # the machine asks about positions that came
-        self._asked = Asked(next(_numbers), ask.req, self.table.now())
+        self._asked = Asked(next(_numbers), ask.req, self.table.now(), ask.pos - ask.verify_from)
         self.table.counts.asks += 1
         self.table.counts.drafted += len(draft)
         machine = self.machine
@@ -198,13 +200,13 @@ class Context:
             upper_us=answer.microseconds,
             hidden=hidden,
         )
-        self._n_failed = 0
-        if not self.machine.queue or self.machine.queue[0].req != asked.req:  # else it goes on by itself
-            self._asked = None
+        self._n_failed, now = 0, self.table.now()
+        goes_on = self.machine.queue and self.machine.queue[0].req == asked.req
+        self._asked = asked._replace(at=now, n_checked=0) if goes_on else None
         self._count(effects)
-        waited_s = self.table.now() - asked.at - answer.microseconds / 1e6
         self._do(effects)
-        self.table.used(self, self.machine.absorbed - before + 1, max(0.0, waited_s))
+        n_computed = max(self.machine.absorbed - before, asked.n_checked) + 1
+        self.table.used(self, n_computed, max(0.0, now - asked.at - answer.microseconds / 1e6))
 
     def end(self, reason: Refusal) -> None:
         """The engine has stopped."""

@@ -27,11 +27,9 @@ from nearfar.wire.messages import (
     Commit,
     Credit,
     Err,
-    Ids,
     Mode,
     Open,
     Ping,
-    Rows,
     Up,
 )
 from nearfar.wire.rpc import Refused, Stream
@@ -47,6 +45,7 @@ from nearfar_cloud.types import Objective, Request
 FRESH_S = 1.0  # what was used so lately makes no room: two that need the same memory would push each other out for ever
 PAUSE_MS = 500  # for a device whose rows find no room
 RETRY_MS = 1000
+MOST_RETRY_MS = (1 << 32) - 1  # that its field holds
 
 
 @dataclass(slots=True)
@@ -195,10 +194,14 @@ class Contexts:
         context.last_heard = self.now()
         if not isinstance(message, Ping | Commit | Close):
             context.last_used = context.last_heard
-        if isinstance(message, Rows | Ids) and not self._has_room(context, message):
+        n_new = context.machine.n_new(message)
+        if n_new and not self._has_room(context, n_new):
             self.counts.paused += 1
+            if isinstance(message, Ask):
+                raise Refused(Err(Code.OVERLOADED, f"no room for a run of {message.run} tokens", True, PAUSE_MS))
             assert context.stream is not None
-            context.stream.say(Credit(0, PAUSE_MS))  # it comes again: what follows finds a gap
+            context.stream.say(Credit(0, PAUSE_MS))
+            context.machine.passed_over()
             return
         before = context.machine.n_bytes
         try:
@@ -210,13 +213,9 @@ class Contexts:
         self._n_void += max(0, before - context.machine.n_bytes)
         self._account(context)
 
-    def _has_room(self, context: Context, message: Rows | Ids) -> bool:
+    def _has_room(self, context: Context, n_new: int) -> bool:
         """Whether new positions fit, after the oldest that nobody uses has gone.  Raises Refused: its own quota."""
-        machine, key = context.machine, context.key
-        n_new = message.pos0 + len(message.data if isinstance(message, Rows) else message.ids) - machine.n_rows
-        if message.gen != machine.gen or message.pos0 > machine.n_rows or n_new <= 0:
-            return True  # nothing will be taken
-        n_bytes = n_new * (machine.row_bytes or 4)
+        key, n_bytes = context.key, n_new * (context.machine.row_bytes or 4)
         mine = self.of[key.tenant]
         while _over(mine.n_positions + n_new, key.session_positions) or _over(
             mine.n_bytes + n_bytes, key.session_bytes
@@ -247,7 +246,7 @@ class Contexts:
     def _account(self, context: Context) -> None:
         """What it holds counts."""
         if not context.is_over:
-            self._book(context, (1, context.machine.n_rows, context.machine.n_bytes))
+            self._book(context, (1, context.machine.n_reserved, context.machine.n_bytes))
 
     def _book(self, context: Context, holds: tuple[int, int, int]) -> None:
         """Sessions, positions, bytes: in place of what was booked before."""
@@ -345,7 +344,7 @@ def refused(refusal: Refusal) -> Refused:
     """How a device hears what the gateway says."""
     code = {401: Code.DENIED, 429: Code.QUOTA, 503: Code.OVERLOADED}.get(refusal.status, Code.INTERNAL)
     again = 1.0 if refusal.status == 503 else refusal.retry_after_s  # 503: another server may do better
-    return Refused(Err(code, refusal.message, again is not None, int(1000 * (again or 0))))
+    return Refused(Err(code, refusal.message, again is not None, min(int(1000 * (again or 0)), MOST_RETRY_MS)))
 
 
 def _over(n: int, most: int | None) -> bool:

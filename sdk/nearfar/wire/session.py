@@ -121,8 +121,32 @@ class UpperSession:
         return len(self.crcs)
 
     @property
+    def n_reserved(self) -> int:
+        """Positions that are here, and those that asks may add by themselves."""
+        return min(self.n_rows + sum(a.run - 1 for a in self.queue), self.max_positions)
+
+    @property
     def n_bytes(self) -> int:
-        return self.n_rows * (self.row_bytes or 4)
+        """Of these."""
+        return self.n_reserved * (self.row_bytes or 4)
+
+    def n_new(self, message: Up) -> int:
+        """Positions that a message adds to these, as far as sizes tell; 0 also for one that will be refused."""
+        match message:
+            case Rows(gen, first, data) if not self.by_ids and all(len(row) == self.row_bytes for row in data):
+                end = first + len(data)
+            case Ids(gen, first, ids) if self.by_ids:
+                end = first + len(ids)
+            case Ask(req, gen, first, run=run) if self.by_ids and 1 < run <= self.max_run and first + 1 == self.n_rows:
+                end = first if any(a.req == req for a in self.queue) else min(first + run, self.max_positions)
+            case _:
+                return 0
+        fits = gen == self.gen and first <= self.n_rows and end <= self.max_positions
+        return max(0, end - self.n_reserved) if fits else 0
+
+    def passed_over(self) -> None:
+        """Rows have come and found no room: what follows finds a gap again, also where one was told before."""
+        self.is_gap = False
 
     # ------------------------------------------------------------ the device speaks
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import WireError
@@ -103,16 +103,19 @@ def test_the_bytes_of_every_message_are_those_of_the_protocol() -> None:
     assert unpack.unpack_load(bytes.fromhex(golden["Load"])) == examples.LOAD
 
 
+@settings(deadline=None)
 @given(U64, UP)
 def test_what_a_device_says_arrives_as_it_was(seq: int, message: m.Up) -> None:
     assert unpack.unpack_up(pack.pack_up(seq, message)) == (seq, message)
 
 
+@settings(deadline=None)
 @given(U64, DOWN)
 def test_what_the_upper_side_says_arrives_as_it_was(ack: int, message: m.Down | None) -> None:
     assert unpack.unpack_down(pack.pack_down(ack, message)) == (ack, message)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_of_chance_are_a_message_or_a_wire_error(data: bytes) -> None:
     for read in (

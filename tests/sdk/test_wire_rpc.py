@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from nearfar.errors import WireError
 from nearfar.wire import nearfar_pb2 as pb
 from nearfar.wire import pack, rpc, unpack
+from nearfar.wire.codec import Codec
 from nearfar.wire.messages import (
     Ask,
     ClientHello,
@@ -21,6 +22,7 @@ from nearfar.wire.messages import (
     CodecId,
     CodecSpec,
     Commit,
+    Cut,
     Down,
     Err,
     Limits,
@@ -54,6 +56,10 @@ class Echo:
 
     async def open(self, opening: Open, caller: rpc.Caller, stream: rpc.Stream) -> EchoSession:
         self._check(caller)
+        if opening.codec.outliers:
+            Codec.of(opening.codec, 64)
+        if opening.want_hidden:
+            raise rpc.Refused(Err(Code.MISMATCH, "say hello first", True), hangs_up=True)
         stream.say(Opened(0, 0, 0, 7))
         return EchoSession(self, stream)
 
@@ -79,6 +85,8 @@ class EchoSession:
             raise RuntimeError("a bug")
         elif isinstance(message, Ask):
             raise WireError("nobody asks an echo")
+        elif isinstance(message, Cut):
+            self.stream.end(Err(Code.OVERLOADED, "e" * 9999, True))
 
     def left(self) -> None:
         self.door.left += 1
@@ -184,6 +192,63 @@ def test_what_is_wrong_ends_its_stream_with_a_reason_and_disturbs_nobody(what: s
         await other.write(pack.pack_up(2, Ping(3)))
         assert unpack.unpack_down(await other.read()) == (2, Pong(3))
         other.cancel()
+
+    run(test)
+
+
+FOREIGN = {
+    "channels beyond the width": (Code.MISMATCH, {"id": "INT8_OS", "group": 64, "outlier": [3, 64]}),
+    "groups of none": (Code.BAD_FRAME, {"id": "INT8_OS", "group": 0}),
+    "groups of another codec": (Code.BAD_FRAME, {"id": "INT4_OS", "group": 64}),
+    "a channel twice": (Code.BAD_FRAME, {"id": "INT8_OS", "group": 64, "outlier": [3, 3]}),
+    "channels that fall": (Code.BAD_FRAME, {"id": "INT8_OS", "group": 64, "outlier": [5, 3]}),
+    "channels of fp16": (Code.BAD_FRAME, {"id": "FP16", "outlier": [3]}),
+    "too many channels": (Code.BAD_FRAME, {"id": "INT8_OS", "group": 64, "outlier": list(range(17))}),
+    "no codec": (Code.BAD_FRAME, {}),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_foreign_codec_is_refused_for_good_and_is_no_fault_of_ours(what: str) -> None:
+    code, spec = FOREIGN[what]
+
+    async def test(wire: Wire) -> None:
+        opening = pb.Up.FromString(next(frames(OPEN)))
+        opening.open.codec.CopyFrom(pb.CodecSpec(**spec))
+        ((_, last),) = await wire.say(opening.SerializeToString())
+        assert isinstance(last, Err)
+        assert (last.code, last.retryable) == (code, False)
+
+    run(test)
+
+
+@pytest.mark.parametrize("what", [w for w, (code, _) in FOREIGN.items() if code == Code.BAD_FRAME])
+def test_a_device_believes_no_foreign_codec_of_a_server(what: str) -> None:
+    hello = pb.ServerHello(match=True, model_fp=b"f" * 32, codec=pb.CodecSpec(**FOREIGN[what][1]))
+    with pytest.raises(WireError):
+        unpack.unpack_server_hello(hello.SerializeToString())
+
+
+def test_nothing_is_heard_on_a_stream_that_was_ended_and_its_reason_is_never_too_long() -> None:
+    async def test(wire: Wire) -> None:
+        said = await wire.say(*frames(OPEN, Cut(1, 0), Ping(1), Ping(2)), end=False)
+        assert [type(message) for _, message in said] == [Opened, Err]
+        assert isinstance(said[1][1], Err)
+        assert said[1][1].text == "e" * unpack.MAX_TEXT
+
+    assert run(test).heard == [Cut(1, 0)]
+
+
+def test_a_connection_may_be_told_to_begin_again() -> None:
+    """A stream that ends in order leaves the connection as it was; this one does not."""
+
+    async def test(wire: Wire) -> None:
+        call = wire.channel.stream_stream(rpc.SESSION)()
+        await call.write(next(frames(replace(OPEN, want_hidden=True))))
+        assert unpack.unpack_down(await call.read())[1] == Err(Code.MISMATCH, "say hello first", True)
+        with pytest.raises(grpc.aio.AioRpcError) as info:
+            await call.read()
+        assert info.value.code() == grpc.StatusCode.UNAVAILABLE
 
     run(test)
 

@@ -35,6 +35,7 @@ from nearfar.wire.messages import (
     Up,
     Verdict,
 )
+from nearfar.wire.unpack import MAX_TEXT
 
 
 def pack_up(seq: int, message: Up) -> bytes:
@@ -68,7 +69,7 @@ def pack_server_hello(m: ServerHello) -> bytes:
             proto=m.proto,
             match=m.match,
             model_fp=m.model_fp,
-            why=m.why,
+            why=_text(m.why),
             codec=None if m.codec is None else _codec(m.codec),
             epoch=m.epoch,
             limits=_limits(m.limits),
@@ -118,14 +119,19 @@ def _down(ack: int, message: Down | None) -> pb.Down:
         case Verdict():
             return pb.Down(ack_seq=ack, verdict=_verdict(message))
         case Need(gen, from_pos, reason):
-            return pb.Down(ack_seq=ack, need=pb.Need(gen=gen, from_pos=from_pos, reason=reason))
+            return pb.Down(ack_seq=ack, need=pb.Need(gen=gen, from_pos=from_pos, reason=_text(reason)))
         case Credit(n_bytes, retry_after_ms):
             return pb.Down(ack_seq=ack, credit=pb.Credit(bytes=n_bytes, retry_after_ms=retry_after_ms))
         case Err(code, text, retryable, retry_after_ms):
-            err = pb.Err(code=code.name, text=text, retryable=retryable, retry_after_ms=retry_after_ms)
+            err = pb.Err(code=code.name, text=_text(text), retryable=retryable, retry_after_ms=retry_after_ms)
             return pb.Down(ack_seq=ack, err=err)
         case Pong(n):
             return pb.Down(ack_seq=ack, pong=n)
+
+
+def _text(text: str) -> str:
+    """As much of a sentence as the other side reads: what an engine says of its fault may be long."""
+    return text.encode("utf-8", "replace")[:MAX_TEXT].decode("utf-8", "ignore")
 
 
 def _limits(x: Limits) -> pb.Limits:

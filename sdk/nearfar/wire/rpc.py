@@ -26,7 +26,7 @@ os.environ.setdefault("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
 import grpc
 from grpc._cython import cygrpc
 
-from nearfar.errors import WireError
+from nearfar.errors import UsageError, WireError
 from nearfar.wire import pack, unpack
 from nearfar.wire.messages import ClientHello, Close, Code, Down, Err, Ids, Load, Open, Rows, ServerHello, Up
 
@@ -86,11 +86,14 @@ class Caller:
 
 
 class Refused(Exception):
-    """A door lets somebody not in; the device is told why."""
+    """A door lets somebody not in; the device is told why.
 
-    def __init__(self, err: Err) -> None:
+    `hangs_up`: the stream ends as if the connection were lost, so that the device dials again and says hello.
+    """
+
+    def __init__(self, err: Err, *, hangs_up: bool = False) -> None:
         super().__init__(err.text)
-        self.err = err
+        self.err, self.hangs_up = err, hangs_up
 
 
 class Session(Protocol):
@@ -109,7 +112,7 @@ class Door(Protocol):
     async def hello(self, hello: ClientHello, caller: Caller) -> ServerHello: ...
 
     async def open(self, opening: Open, caller: Caller, stream: Stream) -> Session:
-        """Begin a session, or take one up; the session says `Opened` by itself."""
+        """Begin a session, or take one up; the session says `Opened` by itself.  UsageError: it can never be served."""
 
     def load(self, caller: Caller) -> Load: ...
 
@@ -121,6 +124,7 @@ class Stream:
     ack_every: int = ACK_EVERY
     taken: int = 0  # number of the last message of the device that was taken in
     is_over: bool = False
+    hangs_up: bool = False  # at its end
     _queue: deque[Down | None] = field(default_factory=deque)  # None: an acknowledgement by itself
     _unacked: int = 0  # bytes of rows
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -218,6 +222,8 @@ class _Service:
         try:
             async for data in stream.outgoing():
                 yield data
+            if stream.hangs_up:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "refused; its last message says why")
         finally:
             stream.is_over = True
             reader.cancel()
@@ -230,19 +236,20 @@ class _Service:
             opening = await _opening(stream, arriving)
             if opening is None:
                 return
-            session = await self.door.open(opening, caller, stream)
+            session = await self._open(opening, caller, stream)
             async for data in arriving:
                 seq, message = unpack.unpack_up(data)
                 stream.take(seq, message)
                 if isinstance(message, Open):
                     raise WireError("a second Open on one stream: expected another stream for another answer")
                 session.on(message)
-                if isinstance(message, Close):
+                if isinstance(message, Close) or stream.is_over:
                     return
                 stream.ack()
         except WireError as error:
             stream.end(Err(Code.BAD_FRAME, str(error)))
         except Refused as refused:
+            stream.hangs_up = refused.hangs_up
             stream.end(refused.err)
         except asyncio.CancelledError:
             raise
@@ -253,6 +260,12 @@ class _Service:
             if session is not None:
                 session.left()
             stream.end()
+
+    async def _open(self, opening: Open, caller: Caller, stream: Stream) -> Session:
+        try:
+            return await self.door.open(opening, caller, stream)
+        except UsageError as error:  # such as a codec with channels that rows of this model do not have
+            raise Refused(Err(Code.MISMATCH, str(error))) from None
 
 
 async def _opening(stream: Stream, arriving: AsyncIterator[bytes]) -> Open | None:

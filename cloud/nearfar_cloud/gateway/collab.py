@@ -1,6 +1,6 @@
 """The door for devices: gRPC beside the HTTP of the gateway, in the same event loop.
 
-    Hello   ─> who asks? ─> pairing.py                Session ─> who asks? ─> contexts.py ─> engine
+    Hello   ─> who asks? ─> pairing.py      Session ─> who asks? ─> greetings.py ─> contexts.py ─> engine
     Health  ─> how full this server is                sweep, every second
 
 Who asks is known from the name in a client certificate, or from a key as with HTTP.
@@ -24,6 +24,7 @@ from nearfar_cloud.engine import Engine
 from nearfar_cloud.executors.local import LocalExecutor
 from nearfar_cloud.gateway.contexts import RETRY_MS, Connection, Contexts, refused
 from nearfar_cloud.gateway.endpoint import Budget, Endpoint
+from nearfar_cloud.gateway.greetings import Greetings
 from nearfar_cloud.gateway.limits import Key, Keys, Limits
 from nearfar_cloud.gateway.metrics import Metrics
 from nearfar_cloud.gateway.pairing import Pairing
@@ -48,6 +49,7 @@ class Collab:
     ) -> None:
         self.contexts, self.pairing, self.keys, self.endpoint = contexts, pairing, keys, endpoint
         self.free_bytes, self.is_ready = free_bytes, is_ready
+        self.greetings = Greetings()
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -55,13 +57,14 @@ class Collab:
     # ------------------------------------------------------------ calls of devices
 
     async def hello(self, hello: ClientHello, caller: Caller) -> ServerHello:
-        self._who(caller)
-        return await self.pairing.judge(hello)
+        key = self._who(caller)
+        return await self.greetings.answer(key.tenant, caller.peer, self.pairing.judge(hello))
 
     async def open(self, opening: Open, caller: Caller, stream: Stream) -> Connection:
         key = self._who(caller)
         if not self.is_ready():
             raise Refused(Err(Code.OVERLOADED, "the engine of this server has stopped", True, RETRY_MS))
+        await self.greetings.check(key.tenant, caller.peer, opening)
         return self.contexts.open(key, opening, stream)
 
     def load(self, caller: Caller) -> Load:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from nearfar.errors import UsageError
 from nearfar.weights import Weights
@@ -15,6 +16,7 @@ from nearfar.wire.codec import Codec
 from nearfar.wire.fingerprint import (
     FOR_IDS,
     FOR_ROWS,
+    Mismatch,
     codec_part,
     compare,
     declared_parts,
@@ -23,6 +25,14 @@ from nearfar.wire.fingerprint import (
     split_of,
 )
 from nearfar.wire.messages import PROTOCOL, ClientHello, CodecId, CodecSpec, Limits, ServerHello
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a hello came to.  `fits`: the layers where rows may enter (0: ids), each with how they travel."""
+
+    answer: ServerHello
+    fits: frozenset[tuple[int, CodecSpec]] = frozenset()
 
 
 class Pairing:
@@ -38,19 +48,20 @@ class Pairing:
         """Begin to read the file, so that no device waits for it."""
         self._of(self.weights.config.split_layer)
 
-    async def judge(self, hello: ClientHello) -> ServerHello:
-        """Match or not; if not, `why` names the part and both fingerprints."""
+    async def judge(self, hello: ClientHello) -> Judgement:
+        """Match or not; if not, `why` of the answer names the part and both fingerprints."""
         if PROTOCOL not in hello.proto:
             return self._no(b"", f"it speaks protocol {list(hello.proto)}, this server {PROTOCOL}")
         config = self.weights.config
         at = config.split_layer or split_of(hello.parts, config.n_layers)
         ours = await asyncio.shield(self._of(at))
-        whys = []
-        for codec in hello.codecs:
-            if not (why := self._why_not(codec, hello.parts, ours)):
-                return ServerHello(True, model_fp(ours), "", codec, self.epoch, self.limits, region=self.region)
-            whys.append(f"{codec.id.name}: {why}")
-        return self._no(model_fp(ours), "; ".join(whys)[:4000] or "it offers no codec")
+        whys = {codec: self._why_not(codec, hello.parts, ours) for codec in hello.codecs}
+        fitting = [codec for codec, why in whys.items() if not why]
+        if not fitting:
+            said = "; ".join(f"{codec.id.name}: {why}" for codec, why in whys.items())
+            return self._no(model_fp(ours), said or "it offers no codec")
+        yes = ServerHello(True, model_fp(ours), "", fitting[0], self.epoch, self.limits, region=self.region)
+        return Judgement(yes, frozenset((0 if codec.id == CodecId.IDS else at, codec) for codec in fitting))
 
     def _why_not(self, codec: CodecSpec, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> str:
         """What keeps the two from using a codec; "": nothing."""
@@ -59,7 +70,7 @@ class Pairing:
             if is_half:
                 return "this server has the upper layers alone, which take rows"
             return ", ".join(map(str, compare(theirs, ours, FOR_IDS)))
-        # A whole model has no channels of its own: a device's are as good as any.
+        # A whole model has no channels of its own: a device's are as good as any, if they are those of its file.
         needed = FOR_ROWS if is_half else [part for part in FOR_ROWS if part != "codec"]
         if found := compare(theirs, ours, needed):
             return ", ".join(map(str, found))
@@ -69,12 +80,12 @@ class Pairing:
             Codec.of(codec, self.weights.config.d_model)
         except UsageError as error:
             return str(error)
-        if is_half and codec.outliers and codec_part(codec.outliers) != ours["codec"]:
-            return f"outlier channels {list(codec.outliers)} are not those of this model"
+        if codec.outliers and (channels := codec_part(codec.outliers)) != theirs.get("codec"):
+            return str(Mismatch("codec", theirs.get("codec", b""), channels))
         return ""
 
-    def _no(self, fingerprint: bytes, why: str) -> ServerHello:
-        return ServerHello(False, fingerprint, why, None, self.epoch, self.limits, region=self.region)
+    def _no(self, fingerprint: bytes, why: str) -> Judgement:
+        return Judgement(ServerHello(False, fingerprint, why, None, self.epoch, self.limits, region=self.region))
 
     def _of(self, at: int) -> asyncio.Task[dict[str, bytes]]:
         """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -59,6 +60,7 @@ class Collab:
     `lost`: without a link the device waits, or goes on alone and its tokens are final ("finish").
     `patience_s`: a link that is lost so long ends the answer with UpperError (with "wait").
     `keep_s`: so long the other side is asked to keep what it has of an answer, for the next turn of a chat.
+    `self_test`: of two halves that meet for the first time: remembered ("once"), in each LLM ("always"), or none.
     `audit`: lossy: the share of the tokens behind which the upper side is asked although an exit is sure; 0: none.
     """
 
@@ -72,6 +74,7 @@ class Collab:
     patience_s: float = 60.0
     keep_s: int = 0
     audit: float = 0.01
+    self_test: Literal["once", "always", "never"] = "once"
 
     def __post_init__(self) -> None:
         if self.tau is not None and not 0 <= self.tau <= 1:
@@ -80,6 +83,8 @@ class Collab:
             raise UsageError(f"window={self.window}: expected 1..256 drafts")
         if not 1 <= self.in_flight <= 8:
             raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
+        if self.self_test not in ("once", "always", "never"):
+            raise UsageError(f"self_test={self.self_test!r}: expected once, always or never")
         if not 0 <= self.audit <= 1:
             raise UsageError(f"audit={self.audit}: expected 0..1, a share of the tokens")
         if not self.patience_s > 0:
@@ -207,16 +212,19 @@ class Collaboration:
         how: Collab,
         fingerprint: bytes = b"",
         delta: float | None = None,
+        on_meeting: Callable[[int], None] = lambda epoch: None,
     ) -> None:
         """`fingerprint`: of the model, so that a journal is only taken up with the same one.
 
         `delta`: what was promised for the calibrated thresholds: the mean share of an answer's tokens that an exit is
-        sure of and that the upper side would not say.  Raises UsageError, WeightsError.
+        sure of and that the upper side would not say.  `on_meeting` gets the epoch of an upper side that has opened,
+        before anything is sent to it (self_test.py).  Raises UsageError, WeightsError.
         """
         config = engine.lower.config
         if not how.by_ids and config.role != "device":
             raise UsageError("rows are sent by the device half of a split model (nearfar split); a whole one sends ids")
         self.engine, self.upper, self.how, self.fingerprint = engine, upper, how, fingerprint
+        self.on_meeting = on_meeting
         self.row_layer = 0 if how.by_ids else config.row_layer
         self.codec = None if how.by_ids else Codec.of(how.codec, config.d_model)
         if how.tau is not None:
@@ -513,6 +521,7 @@ class Collaboration:
         assert s.opening is not None
         if opened.settings_hash and opened.settings_hash != settings_hash(s.opening):
             raise MismatchError("the upper side has other settings for this session than the device")
+        self.on_meeting(opened.epoch)
         if s.shares.opened:
             s.tell(Notice("back"))
         s.shares.opened += 1

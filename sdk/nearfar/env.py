@@ -16,7 +16,8 @@ VARIABLES = {
     "(default: this CPU's best)",
     "NEARFAR_THREADS": "threads of the engine (default: the physical cores this process may use)",
     "NEARFAR_CACHE": "where packed matrices stay: auto (default: beside the model), off, or a folder",
-    "XDG_CACHE_HOME": "the user's cache folder (default: ~/.cache), used where beside the model cannot be written",
+    "XDG_CACHE_HOME": "the user's cache folder (default: ~/.cache): packed matrices where beside the model cannot be "
+    "written, self-tests that passed",
     "NEARFAR_BACKEND": "force the engine: native, numpy, llama (default: native if built)",
     "NEARFAR_DATA": "folder of the corpora for `nearfar train`, `study` and `eval`",
     "NO_COLOR": "any value: no colours in the terminal (no-color.org)",

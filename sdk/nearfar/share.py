@@ -6,12 +6,15 @@ LLM.open(path, upper="grpcs://host", mode="lossless", rows="hidden", policy=Poli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from nearfar.collab import Collab, Collaboration
 from nearfar.engine import Engine
 from nearfar.errors import MissingExtraError, UsageError, WeightsError
+from nearfar.sampling import Sampling
+from nearfar.self_test import SelfTest, build_of
 from nearfar.upper import Upper
 from nearfar.weights import Weights
 from nearfar.wire.egress import Policy
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 ModeName = Literal["lossless", "lossy", "cloud-only"]
 RowsName = Literal["hidden", "ids"]
 CodecName = Literal["fp16", "int8", "int4"]
+TEST_S = 5.0  # without a link the self-test is given up for now
 _MODES = {"lossless": Mode.LOSSLESS, "lossy": Mode.LOSSY, "cloud-only": Mode.CLOUD_ONLY}
 CODECS = {"fp16": CodecId.FP16, "int8": CodecId.INT8_OS, "int4": CodecId.INT4_OS}
 
@@ -62,7 +66,7 @@ def share(
     if not isinstance(upper, (str, Sequence)):
         if policy is not None or credentials is not None:
             raise UsageError("policy and credentials belong to an address; an Upper object has its own")
-        return Collaboration(engine, upper, how, delta=delta)
+        return Collaboration(engine, upper, how, delta=delta, on_meeting=_meeting(engine, weights, upper, how, b""))
     try:
         from nearfar.upper_remote import RemoteUpper
     except ImportError as error:
@@ -70,7 +74,39 @@ def share(
     found = parts(weights)
     hello = ClientHello(model_fp(found), found, (how.codec,))
     remote = RemoteUpper(upper, hello=hello, credentials=credentials, policy=policy)
-    return Collaboration(engine, remote, how, hello.model_fp, delta)
+    on_meeting = _meeting(engine, weights, remote, how, hello.model_fp)
+    return Collaboration(engine, remote, how, hello.model_fp, delta, on_meeting)
+
+
+def _meeting(engine: Engine, weights: Weights, upper: Upper, how: Collab, fingerprint: bytes) -> Callable[[int], None]:
+    """The self-test of a pair of halves.  With ids the upper side may be any model of that tokenizer: none then."""
+    golden = golden_prompts(weights.file.metadata, weights.config.n_vocab)
+    if how.by_ids or how.self_test == "never" or not golden:
+        return lambda epoch: None
+    asking = replace(how, mode=Mode.LOSSLESS, tau=1.0, lost="wait", patience_s=TEST_S, keep_s=0, self_test="never")
+
+    def test() -> None:
+        asker = Collaboration(engine, upper, asking)
+        check_golden(golden, lambda ids: _next_token(asker, ids))
+
+    def half() -> bytes:
+        return b"%s %s %s" % (
+            fingerprint or model_fp(parts(weights)),
+            repr(how.codec).encode(),
+            build_of(engine.lower.name),
+        )
+
+    return SelfTest(half, test, is_forgetful=how.self_test == "always")
+
+
+def _next_token(asker: Collaboration, ids: Sequence[int]) -> int:
+    """Greedily, in an answer of its own."""
+    s = asker.new_sequence(Sampling(), use_exits=False)
+    s.continue_with(ids)
+    try:
+        return asker.step(s).id
+    finally:
+        s.finish()
 
 
 def self_test(llm: LLM) -> int:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def upper_facts(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
     facts: dict[str, Any] = {"addresses": args.upper, "error": ""}
     started = time.perf_counter()
     try:
-        with LLM.open(model_path(args.model), **upper_of(args)) as llm:
+        options = upper_of(args)
+        options["collab"] = replace(options["collab"], self_test="never")  # not twice
+        with LLM.open(model_path(args.model), **options) as llm:
             facts["tests"] = self_test(llm)
     except NearfarError as error:
         return facts | {"error": str(error)}, error.exit_code

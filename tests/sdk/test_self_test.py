@@ -83,7 +83,7 @@ def test_one_llm_tests_once_whatever_is_written_down(place: Place, cache: Path) 
 @pytest.mark.parametrize(("when", "took"), [("always", [3, 3]), ("never", [1, 1])])
 def test_the_test_can_be_had_each_time_or_not_at_all(place: Place, cache: Path, when: str, took: list[int]) -> None:
     with place.serve() as server:
-        how = Collab(Mode.LOSSY, ROWS, self_test=when)  # type: ignore[arg-type]
+        how = Collab(Mode.LOSSY, ROWS, 1.0, self_test=when)  # type: ignore[arg-type]
         assert [place.ask(server, how) for _ in range(2)] == took
     assert not cache.exists()
     with pytest.raises(UsageError, match="once, always or never"):

@@ -274,6 +274,27 @@ def test_certificates_say_who_a_device_is_and_out_of_date_ones_say_nothing(tmp_p
         finish(device)
 
 
+def test_other_weights_between_two_answers_get_no_row(tmp_path: Path) -> None:
+    """gRPC makes the idle connection of a server that was started again anew, and says no hello on it."""
+    folder = tmp_path / "lan"
+    make_folder(folder, ["localhost"], [], 30)
+    endpoint = Endpoint(certificate=folder / "server.pem", private_key=folder / "server-key.pem")
+    other = open_served(str(write_tiny(tmp_path / "other.gguf", n_ctx=512, seed=4)), kv_bytes=64 * A_BLOCK)
+    with ExitStack() as stack:
+        with asking(endpoint=endpoint) as found:
+            files = Credentials.read(folder / "ca.pem")
+            upper = stack.enter_context(
+                closing(RemoteUpper(found.url, hello=hello(codecs=(BY_ROWS,)), credentials=files))
+            )
+            assert found.answer(BY_ROWS, n=4, upper=upper) == truth(BY_ROWS)[:4]
+        with asking(endpoint=replace(endpoint, port=found.port)) as again:
+            assert again.answer(BY_ROWS, "again", n=4, upper=upper) == truth(BY_ROWS)[:4]
+        with asking(other, endpoint=replace(endpoint, port=found.port)) as wrong:
+            with pytest.raises(MismatchError, match="upper"):
+                wrong.answer(BY_ROWS, "wrong", n=4, upper=upper)
+            assert wrong.contexts.counts.opened == 0
+
+
 # ---------------------------------------------------------------- links and frames
 
 

@@ -56,6 +56,9 @@ def test_everything_that_fits_may_be_opened_and_nothing_else() -> None:
     assert judged(hello(), halves().upper).fits == {(ROW_LAYER, BY_ROWS)}
     assert judged(hello(others(), (BY_ROWS,))).fits == set()
     assert not judged(hello(others(), (BY_ROWS,))).answer.match
+    by_ids = judged(hello(others()))  # the same tokenizer
+    assert by_ids.fits == {(0, BY_IDS)}
+    assert by_ids.why.startswith("INT8_OS: device (theirs")
 
 
 @pytest.mark.parametrize("at", ["whole", "upper"])
@@ -81,10 +84,10 @@ def test_channels_beyond_the_width_fit_nothing() -> None:
 # ---------------------------------------------------------------- connections
 
 
-def check(test: Callable[[Greetings], Coroutine[Any, Any, None]]) -> None:
+def check(test: Callable[[Greetings], Coroutine[Any, Any, None]], within_s: float | None = 0.05) -> None:
     async def within() -> None:
         async with asyncio.timeout(30):
-            await test(Greetings())
+            await test(Greetings(within_s))
 
     asyncio.run(within())
 
@@ -92,7 +95,7 @@ def check(test: Callable[[Greetings], Coroutine[Any, Any, None]]) -> None:
 async def judgement(*fits: tuple[int, CodecSpec], why: str = "", until: asyncio.Event | None = None) -> Judgement:
     if until is not None:
         await until.wait()
-    return Judgement(ServerHello(bool(fits), b"f" * 32, why, None, 1, LIMITS), frozenset(fits))
+    return Judgement(ServerHello(bool(fits), b"f" * 32, why, None, 1, LIMITS), frozenset(fits), why)
 
 
 async def refusal(of: Greetings, subject: str, peer: str, codec: CodecSpec = BY_ROWS, **fields: Any) -> Err:
@@ -139,6 +142,41 @@ def test_an_open_waits_for_the_hello_that_came_with_it() -> None:
         assert (await opened).text == "other weights"
 
     check(test)
+
+
+def test_an_open_waits_for_a_hello_that_is_on_its_way() -> None:
+    async def test(of: Greetings) -> None:
+        opened = asyncio.create_task(of.check("alice", "a:1", opening(BY_ROWS)))
+        await of.answer("bob", "a:1", judgement((2, BY_ROWS)))
+        await of.answer("alice", "a:2", judgement((2, BY_ROWS)))
+        await asyncio.sleep(0.05)
+        assert not opened.done()
+        await of.answer("alice", "a:1", judgement((2, BY_ROWS)))
+        await opened
+
+    check(test, within_s=30)
+
+
+def test_without_a_hello_a_device_is_told_to_dial_again() -> None:
+    async def test(of: Greetings) -> None:
+        with pytest.raises(Refused) as refused:
+            await of.check("alice", "a:1", opening(BY_ROWS))
+        assert (refused.value.err.code, refused.value.err.retryable, refused.value.hangs_up) == (
+            Code.MISMATCH,
+            True,
+            True,
+        )
+
+    check(test)
+
+
+def test_where_nobody_needs_a_hello_one_that_came_counts_all_the_same() -> None:
+    async def test(of: Greetings) -> None:
+        await of.check("alice", "a:1", opening(BY_ROWS))
+        await of.answer("alice", "a:1", judgement(why="other weights"))
+        assert (await refusal(of, "alice", "a:1")).text == "other weights"
+
+    check(test, within_s=None)
 
 
 def test_the_last_hello_of_a_connection_counts_and_only_of_this_one() -> None:

@@ -29,10 +29,14 @@ from nearfar.wire.messages import PROTOCOL, ClientHello, CodecId, CodecSpec, Lim
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a hello came to.  `fits`: the layers where rows may enter (0: ids), each with how they travel."""
+    """What a hello came to.
+
+    `fits`: the layers where rows may enter (0: ids), each with how they travel.  `why`: what keeps the others out.
+    """
 
     answer: ServerHello
     fits: frozenset[tuple[int, CodecSpec]] = frozenset()
+    why: str = ""
 
 
 class Pairing:
@@ -57,11 +61,11 @@ class Pairing:
         ours = await asyncio.shield(self._of(at))
         whys = {codec: self._why_not(codec, hello.parts, ours) for codec in hello.codecs}
         fitting = [codec for codec, why in whys.items() if not why]
+        said = "; ".join(f"{codec.id.name}: {why}" for codec, why in whys.items() if why)
         if not fitting:
-            said = "; ".join(f"{codec.id.name}: {why}" for codec, why in whys.items())
             return self._no(model_fp(ours), said or "it offers no codec")
         yes = ServerHello(True, model_fp(ours), "", fitting[0], self.epoch, self.limits, region=self.region)
-        return Judgement(yes, frozenset((0 if codec.id == CodecId.IDS else at, codec) for codec in fitting))
+        return Judgement(yes, frozenset((0 if codec.id == CodecId.IDS else at, codec) for codec in fitting), said)
 
     def _why_not(self, codec: CodecSpec, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> str:
         """What keeps the two from using a codec; "": nothing."""
@@ -85,7 +89,8 @@ class Pairing:
         return ""
 
     def _no(self, fingerprint: bytes, why: str) -> Judgement:
-        return Judgement(ServerHello(False, fingerprint, why, None, self.epoch, self.limits, region=self.region))
+        no = ServerHello(False, fingerprint, why, None, self.epoch, self.limits, region=self.region)
+        return Judgement(no, why=why)
 
     def _of(self, at: int) -> asyncio.Task[dict[str, bytes]]:
         """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""

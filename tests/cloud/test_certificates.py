@@ -93,7 +93,7 @@ def test_each_file_says_how_long_it_holds(tmp_path: Path, capsys: pytest.Capture
     assert "kept as it was" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["", "ca", "server", "../phone", "a b", ".hidden", "x" * 64])
+@pytest.mark.parametrize("name", ["", "ca", "server", "phone-key", "../phone", "a b", ".hidden", "x" * 64])
 def test_a_name_that_is_no_files_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="client"):
         make_folder(tmp_path / "lan", ["cloud.lan"], [name], 30)

@@ -70,8 +70,10 @@ def make_folder(folder: Path, hosts: Sequence[str], clients: Sequence[str], days
     authority that is damaged or out of date.
     """
     for name in clients:
-        if not NAME.fullmatch(name) or name in ("ca", "server"):
-            raise UsageError(f"client {name!r}: expected letters, digits, dots and dashes, and neither ca nor server")
+        if not NAME.fullmatch(name) or name in ("ca", "server") or name.endswith("-key"):  # NAME-key.pem is a key
+            raise UsageError(
+                f"client {name!r}: expected letters, digits, dots and dashes; not ca, not server, no -key at its end"
+            )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         authority_told = _ensure(folder, "ca", "the authority", lambda: make_authority(AUTHORITY_TIMES * days))

@@ -11,21 +11,24 @@ network lives behind `Link` in a thread of its own.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from nearfar.alarm import Alarm, is_audited
 from nearfar.cancel import Cancel
+from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
 from nearfar.engine import Engine, Stage, Token, stages
 from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
-from nearfar.exit import should_exit
+from nearfar.exit import decayed, should_exit
 from nearfar.journal import Journal, JournalHead
 from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewind, Send
 from nearfar.lower import Array
@@ -54,6 +57,8 @@ class Collab:
     """How two machines share an answer.
 
     `tau`: threshold of every exit instead of the calibrated ones; 1: no exit is ever sure.
+    `decay`: thresholds of the exits begin higher and come down to `tau` in the course of an answer (exit.decayed), the
+    faster the larger it is; None: they do not.
     `window`: drafts that one ask has looked at, at most, or None for the number that pays.
     `in_flight`: asks under way at most; while they are, drafting goes on.
     `slow`: an ask that takes longer than the link's deadline is waited for, or (lossy) the device's best exit decides.
@@ -74,6 +79,7 @@ class Collab:
     patience_s: float = 60.0
     keep_s: int = 0
     audit: float = 0.01
+    decay: float | None = None
     self_test: Literal["once", "always", "never"] = "once"
 
     def __post_init__(self) -> None:
@@ -83,6 +89,8 @@ class Collab:
             raise UsageError(f"window={self.window}: expected 1..256 drafts")
         if not 1 <= self.in_flight <= 8:
             raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
+        if self.decay is not None and not 0 <= self.decay < math.inf:
+            raise UsageError(f"decay={self.decay}: expected 0 or more (CALM: 4), or None")
         if self.self_test not in ("once", "always", "never"):
             raise UsageError(f"self_test={self.self_test!r}: expected once, always or never")
         if not 0 <= self.audit <= 1:
@@ -373,11 +381,12 @@ class Collaboration:
     def _draft(self, s: Shared, cancel: Cancel | None) -> None:
         """One token of the device: final where it may decide, provisional where the upper side will look at it."""
         started, ledger, alone = time.perf_counter(), s.ledger, self._is_alone(s)
-        look = self.engine.look(s, self.stages, cancel=cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
+        keep, tau_of = partial(self._keep_rows, s), partial(self._tau, s)
+        look = self.engine.look(s, self.stages, cancel=cancel, on_rows=keep, tau_of=tau_of)
         spent = time.perf_counter() - started
         s.shares.device_s += spent
         self.pace.drafted(spent)
-        is_sure = s.use_exits and self._is_sure(look.stage, look.conf)
+        is_sure = s.use_exits and self._is_sure(s, look.stage, look.conf)
         draft = Draft(look.stage.source, look.conf, is_sure and look.stage.exit is not None)
         if self.how.mode == Mode.LOSSY or alone:
             s.candidate = look.token, draft
@@ -405,10 +414,16 @@ class Collaboration:
         (token, draft), s.candidate = s.candidate, None
         self._do(s, s.ledger.decide(token, draft))
 
-    def _is_sure(self, stage: Stage, conf: float) -> bool:
+    def _is_sure(self, s: Shared, stage: Stage, conf: float) -> bool:
         """Whether the head that looked last would decide by itself."""
         whole = SURE if self.how.tau is None else self.how.tau
-        return should_exit(conf, stage.exit.tau if stage.exit else whole, debt=0)
+        return should_exit(conf, self._tau(s, stage.exit) if stage.exit else whole, debt=0)
+
+    def _tau(self, s: Shared, e: ExitConfig) -> float:
+        """Of an exit, for the next token."""
+        if self.how.decay is None:
+            return e.tau
+        return decayed(e.tau, len(s.ids) - s.ledger.n_prompt, s.n_most, self.how.decay)
 
     def _catch_up(self, s: Shared, cancel: Cancel | None) -> None:
         """All rows that exits have left waiting go through the rest of the device's layers."""

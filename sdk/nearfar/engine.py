@@ -86,6 +86,11 @@ def _nobody(layer: int, at: int, rows: Array) -> None:
     """Whom rows are told by default."""
 
 
+def _own_tau(e: ExitConfig) -> float:
+    """By default the one of the file."""
+    return e.tau
+
+
 class Stepper(Protocol):
     """What `LLM` drives: our engine, or an outside one behind the same face."""
 
@@ -127,10 +132,12 @@ class Engine:
         constraint: Constraint | None = None,
         cancel: Cancel | None = None,
         on_rows: OnRows = _nobody,
+        tau_of: Callable[[ExitConfig], float] = _own_tau,
     ) -> Look:
         """Run the pending rows of `s` up to the first stage of `cut` that is sure; nothing is appended.
 
-        `on_rows` gets the rows that leave each stage.  A look that fails leaves `s` as it was.
+        `on_rows` gets the rows that leave each stage, `tau_of` gives the threshold of an exit.  A look that fails
+        leaves `s` as it was.
         """
         assert not s.ahead, "rows that nearfar.speculate has run ahead: rewind first"
         h = self.lower.embed(s.pending())  # [T, D]
@@ -153,7 +160,7 @@ class Engine:
                 if constraint is not None:
                     logits = constraint.mask(logits)
                 conf = stage.conf(logits)
-                if stage.exit and should_exit(conf, stage.exit.tau, debt=len(s.with_owed(stage.last, h))):
+                if stage.exit and should_exit(conf, tau_of(stage.exit), debt=len(s.with_owed(stage.last, h))):
                     break
             if token is None:
                 token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)

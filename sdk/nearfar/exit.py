@@ -7,6 +7,8 @@ the exact file; see `nearfar.eval.calibrate`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +29,15 @@ def confidence(logits: NDArray[np.float32], exit_config: ExitConfig) -> float:
     if not exit_config.isotonic_x:
         return raw
     return float(np.interp(raw, exit_config.isotonic_x, exit_config.isotonic_y))
+
+
+def decayed(tau: float, t: int, n: int, decay: float) -> float:
+    """The threshold of token `t` (0 is the first) of an answer of `n` at most: stricter early, where errors cost most.
+
+    CALM's decaying threshold (2207.07061), Phi(tau, t) = clip(0.9 tau + 0.1 exp(-decay t / n)), but never below `tau`,
+    for which alone something was promised; so 1 stays 1.
+    """
+    return max(tau, min(1.0, 0.9 * tau + 0.1 * math.exp(-decay * t / n)))
 
 
 def should_exit(conf: float, tau: float, debt: int, max_debt: int = MAX_DEBT) -> bool:

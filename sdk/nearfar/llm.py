@@ -421,7 +421,7 @@ class Stream(Iterator[TokenEvent]):
             self._drafts = Provisional(self._detokenizer, stops, stop_ids, most)
             on_notice = partial(_notice, self._drafts, on_notice)
         self._sequence.ends, self._sequence.on_notice = stop_ids, on_notice
-        self._sequence.tells_drafts = provisional
+        self._sequence.tells_drafts, self._sequence.n_most = provisional, max_tokens
         if journal is not None:
             self._sequence.keep_in(journal)
         self._n_cached = self._sequence.continue_with(ids)

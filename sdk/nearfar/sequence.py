@@ -91,6 +91,7 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     use_exits: bool = True
     ends: frozenset[int] = frozenset()  # ids that end the text
+    n_most: int = 256  # tokens that the answer may have
     tells_drafts: bool = False  # a step may return a draft, which is not final; with an upper side
     on_notice: Callable[[Notice], None] | None = None
     n_run: int = 0

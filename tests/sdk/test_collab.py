@@ -100,6 +100,27 @@ def test_lossy_below_one_decides_sure_tokens_on_the_device(pair: Pair) -> None:
     assert {t.where for t in tokens} == {"device"}
 
 
+def test_a_decaying_threshold_asks_early_and_decides_late(pair: Pair) -> None:
+    """Confidences of the random model lie around 0.01: with a threshold of 0 the first tokens need up to 0.1."""
+    c = pair.together(Collab(Mode.LOSSY, CODECS[1], 0.0, decay=30.0))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.n_most = 30
+    s.continue_with(PROMPT)
+    sources = [c.step(s).source for _ in range(20)]
+    assert sources[0] == "upper"
+    assert set(sources[10:]) == {"exit.1"}
+    with pytest.raises(UsageError, match="decay"):
+        Collab(decay=-1.0)
+
+
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_a_decaying_threshold_changes_no_lossless_token(pair: Pair, codec: CodecSpec) -> None:
+    tokens, _ = answer(pair.together(Collab(Mode.LOSSLESS, codec, 0.0, decay=4.0)), WARM)
+    assert ids(tokens) == pair.oracle(codec, WARM)
+    tokens, _ = answer(pair.together(Collab(Mode.LOSSY, codec, 1.0, decay=4.0)), WARM, 12)
+    assert {t.source for t in tokens} == {"upper"}
+
+
 def test_cloud_only_is_the_whole_model_in_few_asks(pair: Pair) -> None:
     tokens, s = answer(pair.together(Collab(Mode.CLOUD_ONLY, IDS)), WARM)
     assert ids(tokens) == pair.oracle(IDS, WARM)

@@ -5,7 +5,7 @@ import pytest
 
 from nearfar.config import ExitConfig
 from nearfar.errors import WeightsError
-from nearfar.exit import MAX_DEBT, confidence, max_softmax, should_exit
+from nearfar.exit import MAX_DEBT, confidence, decayed, max_softmax, should_exit
 
 
 def test_confidence_is_the_largest_probability() -> None:
@@ -25,6 +25,25 @@ def test_tau_of_one_never_exits_even_when_the_softmax_saturates() -> None:
     assert max_softmax(logits) == 1.0
     assert not should_exit(1.0, tau=1.0, debt=1)
     assert should_exit(1.0, tau=0.999, debt=1)
+
+
+def test_a_decaying_threshold_begins_stricter_and_ends_where_it_was_calibrated() -> None:
+    for decay in (0.5, 4.0):
+        taus = [decayed(0.7, t, 50, decay) for t in range(60)]
+        assert taus[0] == pytest.approx(0.9 * 0.7 + 0.1)
+        assert taus == sorted(taus, reverse=True)
+        assert min(taus) >= 0.7
+    assert decayed(0.7, 50, 50, 4.0) == 0.7
+    assert decayed(0.7, 10, 50, 0.5) == pytest.approx(0.63 + 0.1 * np.exp(-0.1))
+    assert decayed(0.7, 49, 50, 0.0) == pytest.approx(0.73)  # it never comes down
+
+
+@pytest.mark.parametrize("t", [0, 1, 49, 10_000])
+def test_a_decaying_threshold_of_one_is_never_passed(t: int) -> None:
+    for decay in (0.0, 4.0, 1e300):
+        assert decayed(1.0, t, 50, decay) == 1.0
+        assert not should_exit(1.0, decayed(1.0, t, 50, decay), debt=1)
+        assert 0 <= decayed(0.0, t, 50, decay) <= 0.1
 
 
 def test_confidence_equal_to_the_threshold_goes_on() -> None:

@@ -517,6 +517,21 @@ def test_a_run_takes_no_more_than_there_is(of: str) -> None:
     check()
 
 
+@in_world(budget=Budget(max_bytes=4 * 12))
+async def test_who_is_in_debt_drives_nobody_out(world: World) -> None:
+    quiet, _, _ = await world.opened("quiet")
+    quiet.on(ids())
+    world.now += 2
+    key = Key("alice", tokens_per_minute=10)
+    connection, _, _ = await world.opened("debtor", key=key, mode=Mode.CLOUD_ONLY)
+    connection.on(ids())
+    world.limits.charge(key, 100)
+    with pytest.raises(Refused) as refused:
+        connection.on(Ask(1, 0, len(PROMPT) - 1, len(PROMPT) - 1, run=8))
+    assert refused.value.err.code == Code.QUOTA
+    assert world.contexts.counts.evicted == 0
+
+
 @in_world()
 async def test_rows_that_are_computed_again_count_again(world: World) -> None:
     key = Key("alice", tokens_per_minute=100)

@@ -194,6 +194,15 @@ class Contexts:
         context.last_heard = self.now()
         if not isinstance(message, Ping | Commit | Close):
             context.last_used = context.last_heard
+        try:
+            if isinstance(message, Ask):
+                self.limits.check_debt(context.key)
+            self._hear(context, message)
+        except Refusal as refusal:
+            raise refused(refusal) from None
+
+    def _hear(self, context: Context, message: Up) -> None:
+        """Raises Refused, Refusal."""
         n_new = context.machine.n_new(message)
         if n_new and not self._has_room(context, n_new):
             self.counts.paused += 1
@@ -204,12 +213,7 @@ class Contexts:
             context.machine.passed_over()
             return
         before = context.machine.n_bytes
-        try:
-            if isinstance(message, Ask):
-                self.limits.check_debt(context.key)
-            context.hear(message)
-        except Refusal as refusal:
-            raise refused(refusal) from None
+        context.hear(message)
         self._n_void += max(0, before - context.machine.n_bytes)
         self._account(context)
 

@@ -50,6 +50,11 @@ MOST_AUDITS = 8  # open at once
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
 Then = Literal["wait", "finish"]
+OnMeeting = Callable[[int, Cancel | None], None]
+
+
+def nobody(epoch: int, cancel: Cancel | None) -> None:
+    """Whom an upper side that has opened is shown by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ class Shared(Sequence):
     told_at: float = 0.0
     alarm: Alarm | None = None  # of the LLM; None: nothing was promised
     audit_bytes: int = 0
+    cancel: Cancel | None = None  # of the step under way
 
     def keep_in(self, journal: Path) -> None:
         self.journal_path = journal
@@ -220,7 +226,7 @@ class Collaboration:
         how: Collab,
         fingerprint: bytes = b"",
         delta: float | None = None,
-        on_meeting: Callable[[int], None] = lambda epoch: None,
+        on_meeting: OnMeeting = nobody,
     ) -> None:
         """`fingerprint`: of the model, so that a journal is only taken up with the same one.
 
@@ -256,6 +262,7 @@ class Collaboration:
         assert isinstance(s, Shared)
         if constraint is not None:
             raise UsageError("a schema with an upper side: the upper layers cannot follow it; open the model alone")
+        s.cancel = cancel
         if s.link is None:
             self._begin(s, cancel)
         while not s.ready:
@@ -536,7 +543,7 @@ class Collaboration:
         assert s.opening is not None
         if opened.settings_hash and opened.settings_hash != settings_hash(s.opening):
             raise MismatchError("the upper side has other settings for this session than the device")
-        self.on_meeting(opened.epoch)
+        self.on_meeting(opened.epoch, s.cancel)
         if s.shares.opened:
             s.tell(Notice("back"))
         s.shares.opened += 1

@@ -21,6 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from nearfar import env
+from nearfar.cancel import Cancel
 from nearfar.errors import MismatchError, UpperError
 
 MOST_PAIRS = 64
@@ -36,13 +37,13 @@ class SelfTest:
     """
 
     half: Callable[[], bytes]
-    test: Callable[[], None]
+    test: Callable[[Cancel | None], None]
     is_forgetful: bool = False
     path: Path = field(default_factory=lambda: env.user_cache_dir() / "self-tests")
     met: set[int] = field(default_factory=set)  # by this LLM
 
-    def __call__(self, epoch: int) -> None:
-        """Raises MismatchError, and what forbids to send anything.  0: of this process, thus of this build."""
+    def __call__(self, epoch: int, cancel: Cancel | None = None) -> None:
+        """Raises MismatchError, Cancelled, and what forbids to send.  0: this process, thus this build."""
         if not epoch or epoch in self.met:
             return
         pair = blake2b(b"%d %s" % (epoch, self.half()), digest_size=16).hexdigest()
@@ -50,7 +51,7 @@ class SelfTest:
             self.met.add(epoch)
             return
         try:
-            self.test()
+            self.test(cancel)
         except MismatchError:
             raise
         except UpperError:  # it could not be carried out: the answer itself will say why, or the next one tests

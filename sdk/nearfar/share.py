@@ -6,11 +6,12 @@ LLM.open(path, upper="grpcs://host", mode="lossless", rows="hidden", policy=Poli
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from nearfar.collab import Collab, Collaboration
+from nearfar.cancel import Cancel
+from nearfar.collab import Collab, Collaboration, OnMeeting, nobody
 from nearfar.engine import Engine
 from nearfar.errors import MissingExtraError, UsageError, WeightsError
 from nearfar.sampling import Sampling
@@ -78,16 +79,16 @@ def share(
     return Collaboration(engine, remote, how, hello.model_fp, delta, on_meeting)
 
 
-def _meeting(engine: Engine, weights: Weights, upper: Upper, how: Collab, fingerprint: bytes) -> Callable[[int], None]:
+def _meeting(engine: Engine, weights: Weights, upper: Upper, how: Collab, fingerprint: bytes) -> OnMeeting:
     """The self-test of a pair of halves.  With ids the upper side may be any model of that tokenizer: none then."""
     golden = golden_prompts(weights.file.metadata, weights.config.n_vocab)
     if how.by_ids or how.self_test == "never" or not golden:
-        return lambda epoch: None
+        return nobody
     asking = replace(how, mode=Mode.LOSSLESS, tau=1.0, lost="wait", patience_s=TEST_S, keep_s=0, self_test="never")
 
-    def test() -> None:
+    def test(cancel: Cancel | None) -> None:
         asker = Collaboration(engine, upper, asking)
-        check_golden(golden, lambda ids: _next_token(asker, ids))
+        check_golden(golden, lambda ids: _next_token(asker, ids, cancel))
 
     def half() -> bytes:
         return b"%s %s %s" % (
@@ -99,12 +100,12 @@ def _meeting(engine: Engine, weights: Weights, upper: Upper, how: Collab, finger
     return SelfTest(half, test, is_forgetful=how.self_test == "always")
 
 
-def _next_token(asker: Collaboration, ids: Sequence[int]) -> int:
+def _next_token(asker: Collaboration, ids: Sequence[int], cancel: Cancel | None) -> int:
     """Greedily, in an answer of its own."""
     s = asker.new_sequence(Sampling(), use_exits=False)
     s.continue_with(ids)
     try:
-        return asker.step(s).id
+        return asker.step(s, cancel=cancel).id
     finally:
         s.finish()
 

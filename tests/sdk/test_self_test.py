@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 pytest.importorskip("grpc", reason="grpcio is not installed (extra [collab])")
 
 from nearfar import env
+from nearfar.cancel import Cancel
 from nearfar.collab import Collab
 from nearfar.errors import MismatchError, UpperError, UsageError
 from nearfar.halves import Halves, split
@@ -102,6 +104,20 @@ def test_a_build_that_computes_something_else_is_refused_before_the_first_token(
     assert not cache.exists()
 
 
+def test_the_stop_button_works_while_the_test_waits(place: Place, cache: Path) -> None:
+    with place.serve() as server:
+        server.door.delay_s = 30.0
+        cancel = Cancel()
+        with LLM.open(place.halves.device, upper=server.url, collab=Collab(codec=ROWS)) as llm:
+            Timer(0.5, cancel.set).start()
+            answer = llm.generate(PROMPT, max_tokens=N, cancel=cancel)
+            assert (answer.ids, answer.finish_reason) == ([], "cancelled")
+            assert not cache.exists()
+            server.door.delay_s = 0.0
+            assert len(llm.generate(PROMPT, max_tokens=N).ids) == N
+    assert len(read(cache)) == 1
+
+
 def test_ids_and_an_upper_side_in_this_process_need_no_test(place: Place, cache: Path) -> None:
     """By ids any model with the tokenizer may decide, and the same process is the same build."""
     with place.serve(place.other) as server:
@@ -115,7 +131,7 @@ def test_a_test_that_could_not_be_carried_out_is_made_up_for(tmp_path: Path) -> 
     outcomes: list[Exception | None] = [UpperError("the link is lost"), None]
     ran = []
 
-    def test() -> None:
+    def test(cancel: Cancel | None) -> None:
         ran.append(1)
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome

@@ -1,0 +1,72 @@
+"""bench/collab_acceptance.py: the loop with its own clock drops what it must; drafters are measured one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nearfar.llm import LLM
+from nearfar.pace import expected_tokens
+from nearfar.sampling import Sampling
+from tests.arrows import ROOT
+from tests.tiny import write_tiny
+
+N = 40
+
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+
+def drafts(holds: list[bool], sure: bool = True):
+    from collab_acceptance import Drafts
+
+    return Drafts(np.array(holds), np.full(len(holds), sure))
+
+
+def test_drafts_that_all_hold_hide_the_link_and_none_is_dropped() -> None:
+    from collab_acceptance import Link, play
+
+    spent = play(drafts([True] * N), Link(0.02, 0.06, 0.0), 4, ask_when_unsure=True)
+    assert (spent.dropped, spent.drafted) == (0, N)
+    assert spent.asks <= N // 4  # a verdict's own token may spare a draft the check
+    assert N * 0.02 < spent.seconds <= N * 0.02 + 0.06 + 1e-9  # only the last verdict is waited for
+
+
+def test_drafts_that_never_hold_cost_a_round_trip_a_token() -> None:
+    from collab_acceptance import Link, play
+
+    spent = play(drafts([False] * N), Link(0.02, 0.06, 0.0), 1, ask_when_unsure=True)
+    assert spent.asks >= N
+    assert spent.dropped == spent.drafted
+    assert spent.seconds == pytest.approx(N * 0.08)
+
+
+def test_a_loop_that_waits_for_nothing_brings_what_pace_expects() -> None:
+    from collab_acceptance import Link, play
+
+    rng, n = np.random.default_rng(0), 3
+    spent = play(drafts(list(rng.random(20_000) < 0.8)), Link(1.0, 0.0, 0.0), n, ask_when_unsure=False)
+    assert 20_000 / spent.asks == pytest.approx(expected_tokens(0.8, n), rel=0.25)
+
+
+def test_unsure_drafts_ask_sooner_and_more_often() -> None:
+    from collab_acceptance import Link, play
+
+    asks = [play(drafts([True] * N, False), Link(0.02, 0.06, 0.0), 4, ask_when_unsure=w).asks for w in (True, False)]
+    assert asks[0] > asks[1]
+
+
+def test_full_depth_as_a_drafter_always_holds_also_when_tokens_are_drawn(tmp_path: Path) -> None:
+    from collab_acceptance import by_head, by_lookup, drafters, texts
+
+    with LLM.open(write_tiny(tmp_path / "tiny.gguf", exits=(1, 2)), backend="numpy") as llm:
+        found = texts(llm, "text", 2, Sampling(1.0, seed=5), 8)
+        lower = llm.stepper.lower  # type: ignore[union-attr]
+        assert all(by_head(lower, 4, "final")(text).holds.all() for text in found)
+        assert not all(by_head(lower, 1, "exit.1")(text).holds.all() for text in found)
+        assert set(drafters(lower, 2)) >= {"exit 1", "exit 2", "layer 3, the final head", "text so far"}
+        assert [len(by_lookup(text).holds) for text in found] == [len(text.ids) for text in found]

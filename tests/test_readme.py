@@ -36,6 +36,7 @@ REDUCED = {
     "nearfar bench": ("nearfar bench {} --rounds 1 --prompt 16 --tokens 8", "minutes: a few tokens of one round"),
     "nearfar eval": ("nearfar eval --help", "needs corpora and an hour; tests/sdk covers it"),
     "nearfar calibrate": ("nearfar calibrate --help", "needs corpora and many minutes; tests/sdk covers it"),
+    "nearfar fit-exit": ("nearfar fit-exit --help", "needs texts and many minutes; tests/sdk covers it"),
     "nearfar train": ("nearfar train --help", "needs corpora and half an hour; tests/cloud covers it"),
     "nearfar study": ("nearfar study --help", "needs corpora and ten minutes; tests/cloud covers it"),
     "nearfar cloud profile": ("nearfar cloud profile {} --quick --threads 1", "minutes: few shapes"),

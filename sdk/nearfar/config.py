@@ -21,6 +21,8 @@ SPLIT_VERSION = 1  # nearfar.version: of the keys that a split model has
 # What a file holds of its model: all of it, or one of the two halves that `nearfar split` makes (halves.py).
 Role = Literal["full", "device", "upper"]
 
+MAX_RANK = 4096  # of an exit's residual: beyond that a layer more would be the better exit
+
 # Larger than any model in use; smaller than anything that would make a size overflow or an allocation absurd.
 _LIMITS = {"n_layers": 1024, "d_model": 1 << 16, "n_heads": 1024, "d_ff": 1 << 20, "n_vocab": 1 << 22, "n_ctx": 1 << 24}
 
@@ -29,6 +31,7 @@ _LIMITS = {"n_layers": 1024, "d_model": 1 << 16, "n_heads": 1024, "d_ff": 1 << 2
 class ExitConfig:
     """An early exit after layer `layer`: RMSNorm of its own, then the shared head.
 
+    `rank` above 0: before that norm stands a low-rank residual of that width (`lower_numpy.bend`).
     `temperature` and the isotonic map (x: raw max-softmax, y: measured agreement with full depth) turn the exit's
     logits into a confidence; `tau` is the calibrated threshold (1.0 = this exit never fires).
     """
@@ -38,9 +41,12 @@ class ExitConfig:
     isotonic_x: tuple[float, ...] = ()
     isotonic_y: tuple[float, ...] = ()
     tau: float = 1.0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         name = f"nearfar.exit.{self.layer}"
+        if not 0 <= self.rank <= MAX_RANK:
+            raise WeightsError(f"{name}.rank={self.rank}: expected 0..{MAX_RANK}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise WeightsError(f"{name}.temperature={self.temperature}: expected a positive number")
         if not (math.isfinite(self.tau) and 0 <= self.tau <= 1):
@@ -262,8 +268,11 @@ class _Keys:
 
     def _exit(self, layer: int) -> ExitConfig:
         prefix = f"nearfar.exit.{layer}"
-        self.choice(f"{prefix}.kind", ("norm",), "norm")
+        kind = self.choice(f"{prefix}.kind", ("norm", "lowrank"), "norm")
         self.choice(f"{prefix}.head", ("tied",), "tied")
+        rank = self.meta.get(f"{prefix}.rank", 0) if kind == "lowrank" else 0
+        if kind == "lowrank" and (type(rank) is not int or not 1 <= rank <= MAX_RANK):
+            raise WeightsError(f"{prefix}.rank={str(rank)[:40]}: expected a whole number 1..{MAX_RANK}")
 
         def real(key: str, default: float) -> float:
             value = self.meta.get(f"{prefix}.{key}", default)
@@ -277,7 +286,8 @@ class _Keys:
                 raise WeightsError(f"{prefix}.{key}: expected a list of numbers")
             return tuple(float(v) for v in values)
 
-        return ExitConfig(layer, real("temperature", 1.0), reals("isotonic_x"), reals("isotonic_y"), real("tau", 1.0))
+        maps = reals("isotonic_x"), reals("isotonic_y")
+        return ExitConfig(layer, real("temperature", 1.0), *maps, real("tau", 1.0), rank)
 
     def check_shapes(self, c: ModelConfig) -> None:
         if c.n_heads % c.n_kv_heads:

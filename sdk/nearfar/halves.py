@@ -22,8 +22,18 @@ from nearfar.config import SPLIT_VERSION, ExitConfig, Role
 from nearfar.errors import FileError, MismatchError, UsageError
 from nearfar.gguf_reader import GGUFFile, ValueType
 from nearfar.gguf_writer import GGUFWriter, write_together
-from nearfar.weights import Weights, device_names, upper_names
-from nearfar.wire.fingerprint import FOR_ROWS, codec_part, compare, exit_parts, model_fp, own_parts, parts
+from nearfar.weights import Weights, device_names, residual_tensors, upper_names
+from nearfar.wire.fingerprint import (
+    FOR_ROWS,
+    ExitArrays,
+    codec_part,
+    compare,
+    exit_arrays,
+    exit_parts,
+    model_fp,
+    own_parts,
+    parts,
+)
 
 # Keys of the whole model that are written anew or not at all; those that only a reader of text or an exit needs.
 _ANEW = re.compile(
@@ -32,7 +42,7 @@ _ANEW = re.compile(
 )
 _DEVICE_ONLY = re.compile(r"tokenizer\..+|nearfar\.rows|nearfar\.(exit|calibration)\..+")
 
-Gains = dict[ExitConfig, NDArray[np.float32]]  # [D] each, lowest exit first
+Exits = dict[ExitConfig, ExitArrays]  # lowest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ def split(
     made_of = own_parts(whole, k) | exit_parts(exits) | {"codec": codec_part(outliers)}
     names = {"device": device_names(whole.file.tensors, k), "upper": upper_names(whole.file.tensors, k)}
     names["device"] += [n for e in exits if whole.has(n := f"exit.{e.layer}.norm.weight")]
+    names["device"] += residual_tensors(exits, whole.config.d_model)
     writers: dict[Role, GGUFWriter] = {
         "device": GGUFWriter(folder / f"{whole.file.path.stem}-device.gguf"),
         "upper": GGUFWriter(folder / f"{whole.file.path.stem}-upper.gguf"),
@@ -80,21 +91,21 @@ def split(
     return Halves(writers["device"].path, writers["upper"].path, model_fp(made_of))
 
 
-def exits_below(whole: Weights, k: int, *, make_exit: bool = False) -> Gains:
+def exits_below(whole: Weights, k: int, *, make_exit: bool = False) -> Exits:
     """The exits of a device half cut at layer `k`.  Raises UsageError where the model cannot be cut there."""
     c = whole.config
     if c.role != "full":
         raise UsageError(f"{whole.file.path} is the {c.role} half of a model that was cut: expected a whole one")
     if not 0 < k < c.n_layers:
         raise UsageError(f"cut at layer {k}: the model has {c.n_layers} layers, expected 1..{c.n_layers - 1}")
-    exits = {e: whole.norm_gain(f"exit.{e.layer}") for e in c.exits if e.layer <= k}
+    exits = {e: exit_arrays(whole, e) for e in c.exits if e.layer <= k}
     if not exits or max(e.layer for e in exits) < k:
         if not make_exit:
             raise UsageError(
                 f"no exit after layer {k} (the model has {_listed(e.layer for e in c.exits)}), so a device half could "
                 "end no token by itself: cut at an exit, or let --make-exit put one there that is not trained"
             )
-        exits[ExitConfig(k)] = whole.norm_gain("final")
+        exits[ExitConfig(k)] = (whole.norm_gain("final"),)
     return exits
 
 
@@ -121,7 +132,7 @@ def check_pair(device: Weights, upper: Weights, needed: Collection[str] = FOR_RO
         )
 
 
-def _add_keys(writer: GGUFWriter, whole: Weights, role: Role, exits: Gains) -> None:
+def _add_keys(writer: GGUFWriter, whole: Weights, role: Role, exits: Exits) -> None:
     """The keys of the whole model that concern this half, and its exits."""
     dropped = [f"nearfar.exit.{e.layer}." for e in whole.config.exits if e not in exits]
     for key in whole.file.metadata:
@@ -134,7 +145,7 @@ def _add_keys(writer: GGUFWriter, whole: Weights, role: Role, exits: Gains) -> N
     for e in exits.keys() - set(whole.config.exits):  # the one that was made
         writer.add(f"nearfar.exit.{e.layer}.kind", "norm")
         writer.add(f"nearfar.exit.{e.layer}.head", "tied")
-        writer.add(f"nearfar.exit.{e.layer}.norm", exits[e])
+        writer.add(f"nearfar.exit.{e.layer}.norm", exits[e][0])
         writer.add(f"nearfar.exit.{e.layer}.tau", e.tau)
 
 

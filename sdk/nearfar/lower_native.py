@@ -19,7 +19,7 @@ from nearfar.config import ModelConfig
 from nearfar.errors import Cancelled, ConfigError, ContextError, EngineBusy, KVTruncated, NearfarError, UsageError
 from nearfar.kv_cache import FULL, KVDtype, Lambda, Policy, check_dtype
 from nearfar.lower import KV
-from nearfar.lower_numpy import check_ids
+from nearfar.lower_numpy import bend, check_ids, residuals
 from nearfar.options import EngineOptions
 from nearfar.panel_file import Panels
 from nearfar.panel_store import CacheState, open_panels
@@ -111,7 +111,8 @@ class NativeLower:
         tensors = weights.file.tensors
         self.n_threads = self.options.threads or _core.default_threads()
         matrices = {}
-        for name in (name for name, info in tensors.items() if len(info.shape) == 2):
+        self._residuals = residuals(weights)  # small: numpy multiplies them
+        for name in (n for n, info in tensors.items() if len(info.shape) == 2 and not n.startswith("exit.")):
             kind, (rows, cols), raw = weights.raw(name)
             matrices[name] = (int(kind), rows, cols, raw)
         vectors = {name: weights.f32(name) for name, info in tensors.items() if len(info.shape) == 1}
@@ -196,11 +197,11 @@ class NativeLower:
 
     def norm(self, h: Array, head: str = "final") -> Array:
         with _our_errors():
-            return self._model.norm(_rows(h), head)
+            return self._model.norm(self._bent(h, head), head)
 
     def logits(self, h: Array, head: str = "final") -> Array:
         with _our_errors():
-            return self._model.logits(_rows(h), head)
+            return self._model.logits(self._bent(h, head), head)
 
     def greedy(self, h: Array, head: str = "final") -> tuple[NDArray[np.int32], Array]:
         ids, sure, _ = self.screen(h, head)
@@ -209,7 +210,16 @@ class NativeLower:
     def screen(self, h: Array, head: str = "final") -> tuple[NDArray[np.int32], Array, NDArray[np.int32]]:
         """As `greedy`, and how many panels (64 rows) of the head were read for each row besides the screen, i32 [M]."""
         with _our_errors():
-            return self._model.greedy(_rows(h), head)
+            return self._model.greedy(self._bent(h, head), head)
+
+    def _bent(self, h: Array, head: str) -> Array:
+        """The rows that the engine's norm of that head takes."""
+        h = _rows(h)
+        if head not in self._residuals:
+            return h
+        if h.shape[1] != self.config.d_model:
+            raise UsageError(f"rows of shape {h.shape}: expected [T, {self.config.d_model}]")
+        return _rows(bend(h, *self._residuals[head], self.config.norm_eps))
 
 
 def selected_isa() -> str:

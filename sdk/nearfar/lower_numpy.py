@@ -43,6 +43,22 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return y
 
 
+def bend(h: Array, down: Array, up: Array, eps: float) -> Array:
+    """h [M, D], down [R, D], up [D, R] -> [M, D]: n + up silu(down n) of n = h / rms(h).
+
+    The residual of a low-rank exit, before its norm (EE-Tuning, 2402.00518): what the layers above would add on
+    average.  One row at a time, so that a row's bits do not depend on its company.
+    """
+    n = rms_norm(h, np.ones(1, np.float32), eps)
+    with np.errstate(over="ignore"):
+        return np.stack([row + up @ _silu(down @ row) for row in n]) if len(n) else n
+
+
+def _silu(x: Array) -> Array:
+    y: Array = x / (1 + np.exp(-x))
+    return y
+
+
 def rope_angles(config: ModelConfig, start: int, n: int, factors: Array | None = None) -> tuple[Array, Array]:
     """cos and sin, f32 [n, hd/2], of positions start..start+n-1; angles in double, for positions near a million.
 
@@ -112,7 +128,7 @@ def attend(parts: list[tuple[Array, Array, Array, NDArray[np.bool_]]]) -> Array:
 
 def activate(gate: Array, up: Array, kind: str) -> Array:
     """The gated product of the feed-forward half: "silu" or "relu2"."""
-    gated: Array = np.square(np.maximum(gate, 0)) if kind == "relu2" else gate / (1 + np.exp(-gate))
+    gated: Array = np.square(np.maximum(gate, 0)) if kind == "relu2" else _silu(gate)
     return gated * up
 
 
@@ -129,6 +145,7 @@ class NumpyLower:
         self.screens = self._head == "screened"  # it does not: it takes the same path through engine.step
         self._by_lookup = options is not None and options.lut == "fast"
         self._trits: dict[str, tuple[NDArray[np.int8], Array] | None] = {}
+        self._residuals = residuals(weights)
 
     def new_kv(self, max_len: int, dtype: KVDtype = "f16", policy: Policy = FULL) -> KVCache:
         return KVCache(self.config, max_len, dtype, policy)
@@ -155,7 +172,10 @@ class NumpyLower:
         return h
 
     def norm(self, h: Array, head: str = "final") -> Array:
-        return rms_norm(h, self.weights.norm_gain(head), self.config.norm_eps)
+        eps = self.config.norm_eps
+        if head in self._residuals:
+            h = bend(h, *self._residuals[head], eps)
+        return rms_norm(h, self.weights.norm_gain(head), eps)
 
     def logits(self, h: Array, head: str = "final") -> Array:
         x, name = self.norm(h, head), self.weights.head_name.removesuffix(".weight")
@@ -232,6 +252,12 @@ class NumpyLower:
 
     def _optional(self, name: str) -> Array | None:
         return self._matrix(name) if self.weights.has(name) else None
+
+
+def residuals(weights: Weights) -> dict[str, tuple[Array, Array]]:
+    """Head -> down and up of `bend`, for the exits that have them."""
+    found = {head: weights.residual(head) for head in weights.heads}
+    return {head: pair for head, pair in found.items() if pair is not None}
 
 
 def check_ids(ids: NDArray[np.int32], config: ModelConfig) -> None:

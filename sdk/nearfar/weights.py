@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.config import ModelConfig
+from nearfar.config import ExitConfig, ModelConfig
 from nearfar.errors import UnsupportedError, UsageError, WeightsError
 from nearfar.gguf_reader import READABLE, GGUFFile, TensorInfo, TensorType
 from nearfar.quant import all_finite, dequantize
@@ -71,6 +71,12 @@ class Weights:
         if self.has(f"{head}.norm.weight"):
             return self.f32(f"{head}.norm.weight")
         return np.array(self.file.metadata[f"nearfar.{head}.norm"], dtype=np.float32)
+
+    def residual(self, head: str) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """down [R, D] and up [D, R] of a head whose exit has a rank R; None for the others."""
+        if all(head != f"exit.{e.layer}" or not e.rank for e in self.config.exits):
+            return None
+        return self.f32(f"{head}.down.weight"), self.f32(f"{head}.up.weight")
 
     @property
     def head_name(self) -> str:
@@ -179,6 +185,16 @@ def needed_tensors(file: GGUFFile, c: ModelConfig) -> dict[str, Shape]:
         shapes["output_norm.weight"] = (c.d_model,)
     for i in range(*c.layers):
         shapes |= layer_tensors(c, i)
+    return shapes | residual_tensors(c.exits, c.d_model)
+
+
+def residual_tensors(exits: Iterable[ExitConfig], d_model: int) -> dict[str, Shape]:
+    """Name -> shape of what exits with a rank need besides their norms."""
+    shapes: dict[str, Shape] = {}
+    for e in exits:
+        if e.rank:
+            shapes[f"exit.{e.layer}.down.weight"] = (e.rank, d_model)
+            shapes[f"exit.{e.layer}.up.weight"] = (d_model, e.rank)
     return shapes
 
 

@@ -28,6 +28,7 @@ VERBS = {
     "split": "nearfar.cli.split",
     "eval": "nearfar.eval.cli",
     "calibrate": "nearfar.eval.cli",
+    "fit-exit": "nearfar.eval.fit_exit_cli",
     "chaos": "nearfar.chaos.cli",
     "completion": "nearfar.cli.completion",
 }

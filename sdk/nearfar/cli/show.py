@@ -96,7 +96,8 @@ def parts_of(file: GGUFFile) -> list[Part]:
         if found := re.match(r"blk\.(\d+)\.", name):
             layers.setdefault(int(found[1]), []).append(tensor)
         else:
-            others.setdefault(name.removesuffix(".weight").removesuffix(".norm"), []).append(tensor)
+            part = re.sub(r"(exit\.\d+)\.(down|up)$", r"\1", name.removesuffix(".weight").removesuffix(".norm"))
+            others.setdefault(part, []).append(tensor)
     first = [Part("token_embd", tuple(others.pop("token_embd")))] if "token_embd" in others else []
     middle = [Part(f"layer {i}", tuple(layers[i])) for i in sorted(layers)]
     return first + middle + [Part(name, tuple(found)) for name, found in others.items()]
@@ -108,7 +109,10 @@ def bytes_per_token(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
     head = parts["output" if "output" in parts else "token_embd"].n_bytes
     row = parts["token_embd"].n_bytes // config.n_vocab if first == 0 else 0
     depth = [parts.get(f"layer {i}", Part("", ())).n_bytes for i in range(first, last)]
-    read = {f"exit.{e.layer}": row + sum(depth[: e.layer]) + head for e in config.exits}
+    read = {}
+    for e in config.exits:
+        own = parts.get(f"exit.{e.layer}", Part("", ())).n_bytes
+        read[f"exit.{e.layer}"] = row + sum(depth[: e.layer]) + own + head
     if config.role != "device":
         read["full"] = row + sum(depth) + head
     return {**read, "kv": 2 * 2 * len(depth) * config.d_kv}

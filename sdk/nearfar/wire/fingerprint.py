@@ -37,6 +37,8 @@ PARTS = ("tokenizer", "arch", "device", "upper", "split", "exits", "codec", "cal
 FOR_ROWS = ("tokenizer", "arch", "device", "upper", "split", "codec", "sampler")  # exits are the device's own business
 FOR_IDS = ("tokenizer", "sampler")  # any model with the same tokenizer may draft
 
+ExitArrays = tuple[NDArray[np.float32], ...]
+
 _DECLARED = re.compile(r"([a-z]{1,20}) ([0-9a-f]{2,128})")
 _SPLIT = re.compile(rb"(\d{1,4}) of (\d{1,4})")
 
@@ -82,7 +84,7 @@ def own_parts(
     if k > 0:
         found["split"] = b"%d of %d" % (k, c.n_layers)
     if c.role != "upper":
-        exits = {e: weights.norm_gain(f"exit.{e.layer}") for e in c.exits if e.layer <= (k or c.n_layers)}
+        exits = {e: exit_arrays(weights, e) for e in c.exits if e.layer <= (k or c.n_layers)}
         found |= {"tokenizer": _tokenizer(file)} | exit_parts(exits)
         if k > 0:
             found["device"] = _tensors(file, device_names(file.tensors, k), known)
@@ -91,12 +93,22 @@ def own_parts(
     return found
 
 
-def exit_parts(exits: Mapping[ExitConfig, NDArray[np.float32]]) -> dict[str, bytes]:
-    """The two parts about exits, of their configs with their gains f32 [D], lowest first."""
+def exit_arrays(weights: Weights, e: ExitConfig) -> ExitArrays:
+    """What an exit computes with: its gain f32 [D], and where it has a rank the two matrices of its residual."""
+    return weights.norm_gain(f"exit.{e.layer}"), *(weights.residual(f"exit.{e.layer}") or ())
+
+
+def exit_parts(exits: Mapping[ExitConfig, ExitArrays]) -> dict[str, bytes]:
+    """The two parts about exits, lowest first."""
     return {
-        "exits": _digest([b"%d %s" % (e.layer, gain.tobytes()) for e, gain in exits.items()]),
-        "calibration": _digest([_json([asdict(e) for e in exits])]),
+        "exits": _digest([b"%d %s" % (e.layer, b"".join(x.tobytes() for x in found)) for e, found in exits.items()]),
+        "calibration": _digest([_json([_calibration(e) for e in exits])]),
     }
+
+
+def _calibration(e: ExitConfig) -> dict[str, object]:
+    """The facts that `nearfar calibrate` finds; the rank shows in the arrays."""
+    return {name: value for name, value in asdict(e).items() if name != "rank"}
 
 
 def codec_part(outliers: Sequence[int]) -> bytes:

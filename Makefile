@@ -57,8 +57,9 @@ check: $(VENV)/dev
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
+# A file's tests stay together, in order: they share models and servers.
 test: $(VENV)/dev
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 proto: $(VENV)/dev
 	$(PY) -m grpc_tools.protoc -I sdk --python_out=sdk --pyi_out=sdk sdk/nearfar/wire/nearfar.proto

@@ -29,7 +29,7 @@ from nearfar.constraint import Constraint
 from nearfar.engine import Engine, Stage, Token, stages
 from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
 from nearfar.exit import decayed, should_exit
-from nearfar.journal import Journal, JournalHead
+from nearfar.journal import Journal, JournalHead, JournalState
 from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewind, Send
 from nearfar.lower import Array
 from nearfar.pace import MAX_WINDOW, Pace
@@ -294,8 +294,11 @@ class Collaboration:
         check_sampling(opening)
         ledger = Ledger(s.ids, by_ids=how.by_ids)
         s.ready.clear()  # of an earlier text that ended before all of it was told
-        if s.journal_path is not None:
-            opening, ledger = self._keep_journal(s, opening, s.journal_path, ledger)
+        path, left = s.journal_path, None
+        if path is not None and path.exists():
+            left = self._resume_journal(s, opening, path)
+            opening = replace(opening, session=left.head.session)
+            ledger = Ledger(left.text, by_ids=how.by_ids, n_prompt=len(s.ids), is_resumed=True)
         ledger.add_rows(0, s.ledger.rows[: s.n_run])  # of an earlier text that began alike
         opening = self._goes_on(s, opening, ledger)
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
@@ -304,6 +307,8 @@ class Collaboration:
         s.run, s.run_req, s.tried, s.audit_bytes = MIN_RUN, 0, True, 0
         s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
+        if path is not None:
+            self._keep_journal(s, path, left)
         if s.owed:  # early exits of the earlier text
             self._catch_up(s, cancel)
         while how.mode != Mode.CLOUD_ONLY and len(s.ids) - s.n_run > 1:
@@ -323,20 +328,29 @@ class Collaboration:
         ledger.goes_on(s.ledger, n_alike if self.how.by_ids else len(ledger.rows))
         return replace(opening, session=kept.session)
 
-    def _keep_journal(self, s: Shared, opening: Open, path: Path, ledger: Ledger) -> tuple[Open, Ledger]:
-        """A new journal; or one that an earlier process left: its tokens are told again, the next one follows."""
-        settings = settings_hash(opening)
-        if not path.exists():
-            s.journal = Journal.create(path, JournalHead(opening.session, settings, self.fingerprint, tuple(s.ids)))
-            return opening, ledger
+    def _resume_journal(self, s: Shared, opening: Open, path: Path) -> JournalState:
+        """One that an earlier process left: its tokens are told again, the next one follows."""
         s.journal, left = Journal.resume(path)
-        if (left.head.settings, left.head.fingerprint) != (settings, self.fingerprint):
+        is_ours = left.head.settings == settings_hash(opening) and left.head.fingerprint.startswith(self.fingerprint)
+        if not is_ours:
             raise MismatchError(f"{path}: the journal of another model, or of an answer with other settings")
         if list(left.head.prompt) != s.ids:
             raise MismatchError(f"{path}: the journal of an answer to another prompt")
         s.ready += [Token(i, "journal", 0.0, 0.0) for i in left.ids]
-        ledger = Ledger(left.text, by_ids=self.how.by_ids, n_prompt=len(s.ids), is_resumed=True)
-        return replace(opening, session=left.head.session), ledger
+        return left
+
+    def _keep_journal(self, s: Shared, path: Path, left: JournalState | None) -> None:
+        """A new journal; or the one that is `left`, if the same model is on the other side."""
+        assert s.link is not None
+        assert s.opening is not None
+        models = self.fingerprint + s.link.model_fp
+        if left is None:
+            head = JournalHead(s.opening.session, settings_hash(s.opening), models, tuple(s.ids))
+            s.journal = Journal.create(path, head)
+            return
+        knows_both = s.link.model_fp and left.head.fingerprint != self.fingerprint
+        if knows_both and left.head.fingerprint != models:
+            raise MismatchError(f"{path}: the answer was begun with another model on the upper side; expected that one")
 
     def _open(self, opening: Open, cancel: Cancel | None) -> Link:
         """A link; where nobody answers and the device may go on alone, one that is down."""

@@ -125,6 +125,10 @@ class RemoteLink:
                 self._seen = number
             batch.append(news)
 
+    @property
+    def model_fp(self) -> bytes:
+        return self._model_fp  # of the first hello, which `start` waits for
+
     def deadline_s(self) -> float:
         return self._dialler.round_trips.deadline_s
 

@@ -55,6 +55,10 @@ class Link(Protocol):
     max_run: int  # tokens that one ask may bring
     max_context: int  # positions that the other side holds
 
+    @property
+    def model_fp(self) -> bytes:
+        """By ids, of the model that answers; empty where nobody says, or where files that belong together say it."""
+
     def send(self, message: Up) -> None:
         """Queue a message; lost with the connection, as the ledger sends again what is missing after `Opened`."""
 
@@ -141,7 +145,7 @@ def margin(logits: Array) -> float:
 class NoLink:
     """A link that is down and stays so."""
 
-    max_run, max_context = 1, 1 << 31
+    max_run, max_context, model_fp = 1, 1 << 31, b""
 
     def __init__(self, reason: str) -> None:
         self.traffic = Traffic()
@@ -187,6 +191,8 @@ def new_session(opening: Open, lower: Lower, max_len: int, max_run: int = 256) -
 
 class LocalLink:
     """Messages are taken at once; decisions are computed when somebody waits for them."""
+
+    model_fp = b""
 
     def __init__(self, session: UpperSession, upper: LocalUpper) -> None:
         self.session = session

@@ -114,6 +114,10 @@ class HedgedLink(Link):
             if news or time.monotonic() >= until:
                 return news
 
+    @property
+    def model_fp(self) -> bytes:
+        return self._first.link.model_fp
+
     def deadline_s(self) -> float:
         return self._first.link.deadline_s()
 

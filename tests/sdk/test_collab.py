@@ -18,7 +18,7 @@ from nearfar.lower import Lower, open_lower
 from nearfar.lower_composed import Composed
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice
-from nearfar.upper import LocalUpper, Lost, News
+from nearfar.upper import LocalLink, LocalUpper, Lost, News
 from nearfar.weights import Weights
 from nearfar.wire.codec import Codec
 from nearfar.wire.messages import CodecId, CodecSpec, Mode, Open, Opened, Up
@@ -186,6 +186,8 @@ class Flaky:
 
 
 class FlakyLink:
+    model_fp = b""
+
     def __init__(self, upper: Flaky, opening: Open) -> None:
         self.upper, self.opening = upper, opening
         self.link = upper.inner.open(opening)
@@ -361,6 +363,41 @@ def test_a_journal_of_another_answer_is_refused(pair: Pair, tmp_path: Path) -> N
         other.keep_in(tmp_path / "answer")
         with pytest.raises(MismatchError, match=match):
             c.step(other)
+
+
+class Named(LocalUpper):
+    """An upper side that says which model it has."""
+
+    def __init__(self, lower: Lower, name: bytes) -> None:
+        super().__init__(lower, MAX_LEN)
+        self.name = name
+
+    def open(self, opening: Open, cancel: Cancel | None = None) -> LocalLink:
+        link = super().open(opening, cancel)
+        link.model_fp = self.name
+        return link
+
+
+def test_a_journal_goes_on_with_the_model_that_it_was_begun_with_and_with_no_other(pair: Pair, tmp_path: Path) -> None:
+    path, truth = tmp_path / "answer", pair.oracle(IDS, GREEDY)
+
+    def next_of(name: bytes) -> tuple[Token, Shared]:
+        c = Collaboration(Engine(pair.device, MAX_LEN), Named(pair.whole, name), Collab(Mode.LOSSLESS, IDS), b"d" * 32)
+        s = c.new_sequence(GREEDY, use_exits=True)
+        s.continue_with(PROMPT)
+        s.keep_in(path)
+        try:
+            return c.step(s), s
+        finally:
+            s.finish(done=False)
+
+    assert next_of(b"a" * 32)[0].id == truth[0]
+    kept = path.read_bytes()
+    with pytest.raises(MismatchError, match="begun with another model on the upper side"):
+        next_of(b"b" * 32)
+    assert path.read_bytes() == kept
+    for name in (b"a" * 32, b""):  # where nobody says, nothing can be compared
+        assert next_of(name)[0].id == truth[0]
 
 
 def test_a_failed_answer_leaves_its_journal(pair: Pair, tmp_path: Path) -> None:

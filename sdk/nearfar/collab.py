@@ -2,7 +2,7 @@
 
     draft:  ids -> embed -> layers up to an exit -> token, sure or not          engine.look
     send:   rows of layer k (or ids), as soon as they are there                 ledger.unsent
-    ask:    unsure, or the window is full, or the text would end                ledger.make_ask
+    ask:    drafts may be wrong, or the window is full, or the text would end   ledger.make_ask
     news:   verdicts, needs, a link that is lost or there again                 ledger.on_verdict ...
 
 All decisions about tokens are the ledger's; this file turns its effects into calls.  One thread owns all of it; the
@@ -45,6 +45,7 @@ POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
 MAX_KEEP_S = 3600
 MIN_RUN = 8
+WORTH = 0.3  # drafts are asked about once they are less likely all right than this (bench/collab_acceptance.py)
 FRAME = 5  # bytes of gRPC around a message
 MOST_AUDITS = 8  # open at once
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
@@ -145,7 +146,7 @@ class Shared(Sequence):
     ready: deque[Token] = field(default_factory=deque)  # final and not told yet
     shares: Shares = field(default_factory=Shares)
     candidate: tuple[int, Draft] | None = None  # lossy: what the device would say, while the upper side is asked
-    unsure: bool = False  # lossless: the newest draft is not sure, so it is time to ask
+    hope: float = 1.0  # lossless: how likely all unsure drafts behind the last ask hold, as the heads see it
     ended: bool = False  # the newest draft ends the text: there is nothing to draft behind it
     lost_at: float | None = 0.0  # since when there is no link; None: there is one
     is_gone: bool = False  # it was lost, or could not be had: not only on its way
@@ -303,7 +304,7 @@ class Collaboration:
         opening = self._goes_on(s, opening, ledger)
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
-        s.candidate, s.unsure, s.ended, s.lost_at, s.is_gone = None, False, False, now, False
+        s.candidate, s.hope, s.ended, s.lost_at, s.is_gone = None, 1.0, False, now, False
         s.run, s.run_req, s.tried, s.audit_bytes = MIN_RUN, 0, True, 0
         s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
@@ -419,7 +420,7 @@ class Collaboration:
             if s.tells_drafts:
                 s.ready.append(Token(look.token, draft.head, look.conf, 1000 * spent, is_final=False, gen=ledger.gen))
             ledger.add_draft(look.token, draft)
-            s.unsure, s.ended = not is_sure, look.token in s.ends
+            s.hope, s.ended = s.hope * (1.0 if is_sure else look.conf), look.token in s.ends
         self._send_rows(s)
 
     def _settle(self, s: Shared) -> None:
@@ -477,7 +478,7 @@ class Collaboration:
             return False
         if self._run_of(s) > 1:
             return True
-        return s.unsure or s.ended or n >= self._window(s) or not self._wants_draft(s)
+        return s.hope < WORTH or s.ended or n >= self._window(s) or not self._wants_draft(s)
 
     def _run_of(self, s: Shared) -> int:
         """Tokens that the other side should make by itself: 1, where drafts pay.
@@ -504,7 +505,7 @@ class Collaboration:
         assert s.link is not None
         run = self._run_of(s)
         ms = int(1000 * s.link.deadline_s())
-        s.unsure, s.tried = False, run == 1
+        s.hope, s.tried = 1.0, run == 1
         if run > 1:
             s.run_req, s.run = s.ledger.next_req, 2 * s.run
         s.asked_at[s.ledger.next_req] = time.perf_counter()
@@ -623,7 +624,7 @@ class Collaboration:
                         s.link.send(message)
                 case Rewind(n):
                     s.rewind(n)
-                    s.unsure = s.ended = False
+                    s.hope, s.ended = 1.0, False
                 case Final():
                     self._tell(s, effect)
                 case Retract(index):

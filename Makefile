@@ -81,7 +81,7 @@ sanitize-thread: $(VENV)/ready
 	build/sanitize-thread/nearfar_tests -tc='*thread*,*chunk*,*section*,*exception*,*fork*,*holder*'
 
 emulate: $(VENV)/dev
-	$(PY) -m pytest --slow tests/native/test_emulation.py
+	$(PY) -m pytest --slow --numprocesses auto --maxprocesses 4 --dist worksteal tests/native/test_emulation.py
 
 fuzz: $(VENV)/dev
 	$(PY) tests/fuzz/fuzz_gguf.py --seconds $(FUZZ_SECONDS)

@@ -8,8 +8,9 @@ drafter says, at every position of that text, what it would have drafted.  `hold
 oracle's token, drawn with the same noise: the `a` of pace.expected_tokens.  It is not the bench's column "accepted",
 which also counts as refused whatever was drafted behind a wrong draft while its verdict was under way.
 
-`asks` and `s` are of the loop of collab.py at stated rates (those of the bench), with two rules of when to ask: at a
-draft that is not sure, as lossless mode does, or only when the window is full.
+`asks` and `s` are of the loop of collab.py at stated rates (those of the bench), with three rules of when to ask: at
+every draft that is not sure; when the drafts that nobody has looked at are likely wrong, as lossless mode does
+(`loop`); or only when the window is full.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from line import machine
 from nearfar.bench.collab.paced import Rate
 from nearfar.bench.collab.prompts import prompts
 from nearfar.cli.verbs import SHIPPED, model_path
+from nearfar.collab import WORTH
 from nearfar.config import ExitConfig
 from nearfar.engine import Engine
 from nearfar.exit import confidence, max_softmax
@@ -42,6 +44,7 @@ Rows = NDArray[np.float32]
 
 DEVICE, UPPER = Rate(30, 0.3), Rate(37, 0.4)  # of `nearfar bench collab`
 IN_FLIGHT = 2  # of Collab
+RULES = {"unsure": 1.0, "loop": WORTH, "full": 0.0}  # least probability that drafts hold with which drafting goes on
 LOOKUP = 1.0  # confidence of a draft that was looked up: text that repeats
 
 
@@ -57,10 +60,11 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """Of one text: which drafts hold, bool [T], and which of them the device is sure of, bool [T]."""
+    """Of one text: which drafts hold, bool [T], which the device is sure of, bool [T], and how sure, f64 [T]."""
 
     holds: NDArray[np.bool_]
     sure: NDArray[np.bool_]
+    conf: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,8 @@ def by_head(lower: Lower, layer: int, head: str) -> Drafter:
     def drafts(text: Text) -> Drafts:
         logits = lower.logits(np.ascontiguousarray(text.rows[layer]), head)
         said = np.array([pick(z, text, i) for i, z in enumerate(logits)])
-        return Drafts(said == np.array(text.ids), np.array([_conf(z, e) > tau for z in logits]))
+        conf = np.array([_conf(z, e) for z in logits])
+        return Drafts(said == np.array(text.ids), conf > tau, conf)
 
     return drafts
 
@@ -122,7 +127,8 @@ def by_lookup(text: Text) -> Drafts:
     """What followed the same ids earlier in prompt and answer; where nothing repeats, no draft, which holds nothing."""
     found = [NGram().propose((*text.prompt, *text.ids[:i]), 1) for i in range(len(text.ids))]
     holds = np.array([f == [t] for f, t in zip(found, text.ids, strict=True)])
-    return Drafts(holds, np.array([bool(f) for f in found]))
+    sure = np.array([bool(f) for f in found])
+    return Drafts(holds, sure, sure.astype(np.float64))
 
 
 def looked_up_where_unsure(other: Drafter) -> Drafter:
@@ -131,7 +137,7 @@ def looked_up_where_unsure(other: Drafter) -> Drafter:
     def drafts(text: Text) -> Drafts:
         a, b = other(text), by_lookup(text)
         use = ~a.sure & b.sure
-        return Drafts(np.where(use, b.holds, a.holds), a.sure)
+        return Drafts(np.where(use, b.holds, a.holds), a.sure, a.conf)
 
     return drafts
 
@@ -164,34 +170,35 @@ class Spent:
     dropped: int = 0
 
 
-def play(d: Drafts, link: Link, window: int, *, ask_when_unsure: bool) -> Spent:
-    """One answer: draft, ask, and drop what stands behind a wrong draft.
+def play(d: Drafts, link: Link, window: int, worth: float) -> Spent:
+    """One answer: draft, ask, and drop what stands behind a wrong draft.  `worth`: as in collab.py.
 
     0 .. final .. asked .. drafted .. T      final: nobody changes it; asked: a verdict is under way
     """
     n_tokens, spent = len(d.holds), Spent()
     final = asked = drafted = 0
-    unsure, under_way = False, list[tuple[float, int, int]]()  # (when the verdict is there, first draft, one behind)
+    hope, under_way = 1.0, list[tuple[float, int, int]]()  # (when the verdict is there, first draft, one behind)
     while final < n_tokens:
         if under_way and under_way[0][0] <= spent.seconds:
             _, first, end = under_way.pop(0)
             wrong = next((i for i in range(first, min(end + 1, n_tokens)) if not d.holds[i]), n_tokens)
             if wrong < min(end, drafted) or wrong == end < drafted:  # the verdict's own token is that of `end`
                 spent.dropped += drafted - wrong
-                under_way, unsure = [], False
+                under_way, hope = [], 1.0
                 asked = drafted = wrong + 1
             final = min(wrong, end) + 1
             asked, drafted = max(asked, final), max(drafted, final)
             continue
         n, may_draft = drafted - asked, drafted < n_tokens and drafted - final < IN_FLIGHT * window
-        due = n >= window or not may_draft or (unsure and ask_when_unsure)
+        due = n >= window or not may_draft or hope < worth
         if len(under_way) < IN_FLIGHT and due and (n or not under_way):
             there = spent.seconds + link.reply_s + n * link.row_s
             under_way.append((max(there, under_way[-1][0] if under_way else 0.0), asked, drafted))
-            asked, unsure, spent.asks = drafted, False, spent.asks + 1
+            asked, hope, spent.asks = drafted, 1.0, spent.asks + 1
         elif may_draft:
             spent.seconds += link.draft_s
-            unsure, drafted, spent.drafted = not d.sure[drafted], drafted + 1, spent.drafted + 1
+            hope *= 1.0 if d.sure[drafted] else float(d.conf[drafted])
+            drafted, spent.drafted = drafted + 1, spent.drafted + 1
         else:
             spent.seconds = under_way[0][0]
     return spent
@@ -210,8 +217,8 @@ def row(name: str, drafts: Sequence[Drafts], link: Link) -> dict[str, Any]:
     facts: dict[str, Any] = {"drafts": name, "holds": accepted, "window": n}
     facts["sure"] = float(np.concatenate([d.sure for d in drafts]).mean())
     facts["expected_asks"] = 1 / expected_tokens(accepted, n)
-    for rule, unsure in (("unsure", True), ("full", False)):
-        played = [play(d, link, n, ask_when_unsure=unsure) for d in drafts]
+    for rule, worth in RULES.items():
+        played = [play(d, link, n, worth) for d in drafts]
         facts[f"asks_{rule}"] = sum(p.asks for p in played) / n_tokens
         facts[f"s_{rule}"] = sum(p.seconds for p in played) / len(played)
         facts[f"accepted_{rule}"] = 1 - sum(p.dropped for p in played) / max(1, sum(p.drafted for p in played))
@@ -223,7 +230,7 @@ def show(facts: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(facts), flush=True)
         return
     cells = "holds {holds:.3f}  sure {sure:.2f}  window {window:2d} (expected asks {expected_asks:.2f})"
-    for rule in ("unsure", "full"):
+    for rule in RULES:
         cells += f"  | {rule}: asks {{asks_{rule}:.2f}}  {{s_{rule}:.2f}} s  accepted {{accepted_{rule}:.2f}}"
     print("{prompts:4} T={temperature:g} {drafts:24} ".format_map(facts) + cells.format_map(facts), flush=True)
 

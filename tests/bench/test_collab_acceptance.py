@@ -24,13 +24,13 @@ def _scripts_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 def drafts(holds: list[bool], sure: bool = True):
     from collab_acceptance import Drafts
 
-    return Drafts(np.array(holds), np.full(len(holds), sure))
+    return Drafts(np.array(holds), np.full(len(holds), sure), np.full(len(holds), 0.6))
 
 
 def test_drafts_that_all_hold_hide_the_link_and_none_is_dropped() -> None:
     from collab_acceptance import Link, play
 
-    spent = play(drafts([True] * N), Link(0.02, 0.06, 0.0), 4, ask_when_unsure=True)
+    spent = play(drafts([True] * N), Link(0.02, 0.06, 0.0), 4, worth=1.0)
     assert (spent.dropped, spent.drafted) == (0, N)
     assert spent.asks <= N // 4  # a verdict's own token may spare a draft the check
     assert N * 0.02 < spent.seconds <= N * 0.02 + 0.06 + 1e-9  # only the last verdict is waited for
@@ -39,7 +39,7 @@ def test_drafts_that_all_hold_hide_the_link_and_none_is_dropped() -> None:
 def test_drafts_that_never_hold_cost_a_round_trip_a_token() -> None:
     from collab_acceptance import Link, play
 
-    spent = play(drafts([False] * N), Link(0.02, 0.06, 0.0), 1, ask_when_unsure=True)
+    spent = play(drafts([False] * N), Link(0.02, 0.06, 0.0), 1, worth=1.0)
     assert spent.asks >= N
     assert spent.dropped == spent.drafted
     assert spent.seconds == pytest.approx(N * 0.08)
@@ -49,15 +49,15 @@ def test_a_loop_that_waits_for_nothing_brings_what_pace_expects() -> None:
     from collab_acceptance import Link, play
 
     rng, n = np.random.default_rng(0), 3
-    spent = play(drafts(list(rng.random(20_000) < 0.8)), Link(1.0, 0.0, 0.0), n, ask_when_unsure=False)
+    spent = play(drafts(list(rng.random(20_000) < 0.8)), Link(1.0, 0.0, 0.0), n, worth=0.0)
     assert 20_000 / spent.asks == pytest.approx(expected_tokens(0.8, n), rel=0.25)
 
 
-def test_unsure_drafts_ask_sooner_and_more_often() -> None:
+def test_the_more_likely_drafts_have_to_hold_the_more_often_it_asks() -> None:
     from collab_acceptance import Link, play
 
-    asks = [play(drafts([True] * N, False), Link(0.02, 0.06, 0.0), 4, ask_when_unsure=w).asks for w in (True, False)]
-    assert asks[0] > asks[1]
+    asks = [play(drafts([True] * N, False), Link(0.02, 0.06, 0.0), 4, worth=w).asks for w in (1.0, 0.3, 0.0)]
+    assert asks[0] > asks[1] > asks[2]
 
 
 def test_full_depth_as_a_drafter_always_holds_also_when_tokens_are_drawn(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_random_models_are_deleted_when_asked(nearfar: Nearfar, tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_measured_is_refused(nearfar: Nearfar, words: list[str], code: int, text: str) -> None:
-    done = nearfar("bench", "roofline", "--quick", *words)
+    done = nearfar("bench", "roofline", "--quick", "--threads", "1", *words)
     assert done.code == code
     assert text in done.err
 

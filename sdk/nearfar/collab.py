@@ -35,7 +35,7 @@ from nearfar.lower import Array
 from nearfar.pace import MAX_WINDOW, Pace
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice, Sequence, SharedStats
-from nearfar.upper import Link, Lost, NoLink, Traffic, Upper, check_sampling
+from nearfar.upper import FRAME, Link, Lost, NoLink, Traffic, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
 from nearfar.wire.messages import Ask, Close, Code, CodecId, CodecSpec, Err, Mode, Need, Open, Opened, Verdict
@@ -46,7 +46,6 @@ GRACE_S = 1.0  # for the first connection, before the device goes on alone
 MAX_KEEP_S = 3600
 MIN_RUN = 8
 WORTH = 0.3  # drafts are asked about once they are less likely all right than this (bench/collab_acceptance.py)
-FRAME = 5  # bytes of gRPC around a message
 MOST_AUDITS = 8  # open at once
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
@@ -246,9 +245,8 @@ class Collaboration:
             config = replace(config, exits=tuple(replace(e, tau=how.tau) for e in config.exits))
         self.stages = stages(config)
         self.pace = Pace()
-        self.alarm = (
-            None if delta is None or how.tau is not None else Alarm(delta)
-        )  # nothing is promised for other taus
+        # Nothing is promised for other thresholds.
+        self.alarm = Alarm(delta) if delta is not None and how.tau is None else None
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Shared:
         kv = self.engine.lower.new_kv(self.engine.max_len, self.engine.kv_dtype, self.engine.kv_policy)
@@ -320,7 +318,8 @@ class Collaboration:
     def _goes_on(self, s: Shared, opening: Open, ledger: Ledger) -> Open:
         """The session of the turn before, if its settings were these: then only the rest is sent."""
         kept, s.kept = s.kept, None
-        if kept is None or s.journal is not None or time.monotonic() > kept.until:
+        # Not with a journal: who takes that up after a crash does not know what the session held before.
+        if kept is None or s.journal_path is not None or time.monotonic() > kept.until:
             return opening
         if kept.settings != settings_hash(opening):
             return opening

@@ -24,7 +24,7 @@ from typing import TypeAlias
 from nearfar import env
 from nearfar.cancel import Cancel
 from nearfar.errors import EgressDenied, MismatchError, NearfarError, UpperError, WireError
-from nearfar.upper import Lost, News, Traffic
+from nearfar.upper import FRAME, Lost, News, Traffic
 from nearfar.wire import pack
 from nearfar.wire.describe import describe
 from nearfar.wire.dial import Call, Silent, StreamEnded, Unreachable
@@ -53,7 +53,6 @@ POLL_S = 0.02  # how often who waits for the first hello looks at the stop butto
 PING_AFTER_S = 1.0  # of silence
 SILENT_S = 5.0  # without a sign of life: lost
 FLUSH_S = 1.0  # a Close may take so long to leave
-FRAME = 5  # bytes of gRPC around a message
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.05, 5.0  # between attempts to connect
 BRIEF_S = 0.2  # a connection that was open for less than that is not followed by the next one at once
 MAX_NEWS = 1024  # that wait for the engine: more is not an answer to anything

@@ -28,6 +28,8 @@ from nearfar.wire.session import Append, Decide, Effect, End, Forget, Reply, Upp
 
 Array = NDArray[np.float32]
 
+FRAME = 5  # bytes of gRPC around a message
+
 
 @dataclass(frozen=True, slots=True)
 class Lost:

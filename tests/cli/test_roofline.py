@@ -20,7 +20,7 @@ def lines(text: str) -> list[dict[str, object]]:
 
 
 def test_the_machine_comes_first_then_kernels_then_models(nearfar: Nearfar, tmp_path: Path) -> None:
-    words = ["--kinds", "t5,q4", "--rows", "1,8", "--random", "tiny:TQ2_0", "--folder", tmp_path]
+    words = ["--kinds", "l3,q4", "--rows", "1,8", "--random", "tiny:TQ2_0", "--folder", tmp_path]
     done = nearfar("bench", "roofline", *QUICK, *words)
     assert done.code == 0
     found = lines(done.out)
@@ -31,7 +31,7 @@ def test_the_machine_comes_first_then_kernels_then_models(nearfar: Nearfar, tmp_
     decode = found[-2]
     assert decode["gb_s"] == pytest.approx(decode["tokens_s"] * decode["bytes_a_token"] / 1e9)  # type: ignore[operator]
     assert "embedding and tied head Q4_0" in str(decode["model"])
-    assert "t5" in nearfar("bench", "roofline", *QUICK[:3], *words[:2], "--parts", "kernels").out
+    assert "l3" in nearfar("bench", "roofline", *QUICK[:3], *words[:2], "--parts", "kernels").out
 
 
 def test_a_file_is_measured_and_left_where_it_is(nearfar: Nearfar, model: Path) -> None:
@@ -57,6 +57,7 @@ def test_random_models_are_deleted_when_asked(nearfar: Nearfar, tmp_path: Path) 
         (["--rows", "0"], 2, "expected a whole number"),
         (["--set", "speed=11"], 2, "expected lut="),
         (["--set", "lut=slow"], 2, "expected one of off"),
+        (["--set", "kv_dtype=f8"], 2, "KV dtype"),
         (["--random", "bitnet-9b:Q4_0"], 2, "bitnet-2b"),
         (["nowhere.gguf"], 3, "no such file"),
     ],

@@ -176,6 +176,18 @@ def test_the_next_turn_sends_only_what_is_new_and_says_what_a_new_session_would(
                     link.inject(Fault(0.0, "reset"))
 
 
+def test_a_turn_with_a_journal_begins_a_session_of_which_the_journal_knows_everything(
+    place: Place, tmp_path: Path
+) -> None:
+    server = place.servers[CodecId.IDS]
+    with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSLESS, IDS, 0.01, keep_s=60)) as llm:
+        llm.generate(PROMPT, max_tokens=N)
+        server.door.seen.clear()
+        ids = [event.id for event in llm.stream(PROMPT + " road", max_tokens=N, journal=tmp_path / "answer")]
+        assert ids == place.oracle(IDS, Sampling(), prompt=PROMPT + " road")
+        assert min(m.pos0 for m in server.door.seen if isinstance(m, Ids)) == 0
+
+
 def test_a_turn_with_other_settings_begins_another_session(place: Place) -> None:
     server = place.servers[CodecId.INT8_OS]
     with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSLESS, INT8, 0.01, keep_s=60)) as llm:

@@ -84,9 +84,7 @@ class Leg:
     failures: list[Failure] = field(default_factory=list)
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # not given back: (now, at the beginning)
     refused: int = 0  # times that a device would not go on with other weights, and later did with the right ones
-    strangers_got: dict[str, float] = field(
-        default_factory=dict
-    )  # what a server with other weights was sent all the same
+    strangers_got: dict[str, float] = field(default_factory=dict)  # by a server with other weights, all the same
     seconds: float = 0.0
 
     @property

@@ -13,6 +13,8 @@ from typing import Any
 from nearfar.arguments import whole
 from nearfar.cli.verbs import VerbParser, model_path, new_inner_parser
 from nearfar.errors import MissingExtraError, UsageError
+from nearfar.kv_cache import check_dtype
+from nearfar.options import EngineOptions
 
 PARTS = ("machine", "kernels", "models")
 MODELS = ("bitnet-2b:TQ2_0", "llama-1b:Q4_0", "qwen-0.5b:Q4_0")
@@ -144,6 +146,9 @@ def settings(words: list[str]) -> dict[str, Any]:
         if not equals or name not in ("lut", "head", "cache", "kv_dtype"):
             raise UsageError(f"--set {word!r}: expected lut=, head=, cache= or kv_dtype= and a value")
         options[name] = value
+    wanted: dict[str, Any] = {name: value for name, value in options.items() if name != "kv_dtype"}
+    EngineOptions(**wanted)  # a wrong value is refused before anything is measured
+    check_dtype(options.get("kv_dtype", "f16"))
     return options
 
 

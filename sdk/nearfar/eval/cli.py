@@ -6,14 +6,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from nearfar.arguments import real, whole
 from nearfar.cli.verbs import Verbs, add_engine_options, model_path, new_parser, open_model
 from nearfar.errors import MissingDataError, MissingExtraError, NearfarError, UsageError
+from nearfar.eval.progress import progress
 
 if TYPE_CHECKING:
     from nearfar.eval.calibrate import Calibration
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from nearfar.eval.tasks import Prediction, Task
     from nearfar.llm import LLM
 
-T = TypeVar("T")
 
 CONTROLS = ("arc_easy", "piqa", "winogrande", "blimp", "gsm8k")  # questions that nano is not expected to answer
 TASKS = (
@@ -271,7 +271,7 @@ def ask(
                 (lambda prompt, ids: exits.confidences(llm, prompt, ids)) if wants_scores else None
             )
             found = predict(llm, task, constrained=mode == SCHEMA, exits=mode == EARLY, scores=scores)
-            answers[task.name, mode] = list(_progress(found, len(task.rows), f"{task.name} {mode}"))
+            answers[task.name, mode] = list(progress(found, len(task.rows), f"{task.name} {mode}"))
             if save is not None:
                 save_predictions(save, {(task.name, mode): answers[task.name, mode]}, append=len(answers) > 1)
     return answers
@@ -319,7 +319,7 @@ def exit_section(
         return [], {}
     lower, heads = exits.engine_of(llm).lower, llm.config.exits
     found = exits.answers_at_full_depth(llm, parts)
-    traces = [t for _, t in _progress(found, sum(len(p.rows) for p in parts), "exits")]
+    traces = [t for _, t in progress(found, sum(len(p.rows) for p in parts), "exits")]
     seen = exits.views(lower, traces, heads)
     figures = [*exits.figures(seen, heads), *exits.calibration_figures(lower, traces, heads)]
     if any(e.tau < 1 for e in heads):
@@ -347,19 +347,6 @@ def _print(sections: Sequence[Section], facts: Mapping[str, Any], as_json: bool)
     else:
         print(report.as_text(sections))
         print(f"\n{facts['seconds']} s" + (f", engine {facts['backend']}" if "backend" in facts else ""))
-
-
-def _progress(items: Iterable[T], n: int, what: str) -> Iterator[T]:
-    """Pass `items` through and say on stderr how far they are; on a terminal the line is rewritten."""
-    live, started = sys.stderr.isatty(), time.perf_counter()
-    i = 0
-    for i, item in enumerate(items, 1):
-        yield item
-        if live and i % 10 == 0:
-            print(f"\r{what} {i}/{n}", end="", file=sys.stderr, flush=True)
-    print(
-        f"{chr(13) if live else ''}{what} {i}/{n}, {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True
-    )
 
 
 # ---------------------------------------------------------------- calibrate
@@ -436,7 +423,7 @@ def calibrate_copy(
         raise UsageError(f"{source} was not trained on nearfar's rows (no key nearfar.rows): nothing to ask it")
     total = sum(min(limit, len(task.rows)) for task in tasks)
     found = exits.answers_at_full_depth(pair.oracle if pair else llm, tasks, limit, pair.heads if pair else None)
-    traces = [t for _, t in _progress(found, total, "answers at full depth")]
+    traces = [t for _, t in progress(found, total, "answers at full depth")]
     result = cal.calibrate(engine.lower, traces, delta=delta)
     mix = {task.name: sum(t.id.startswith(f"{task.name}:") for t in traces) for task in tasks}
     with GGUFFile.open(source) as file:

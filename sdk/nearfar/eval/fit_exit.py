@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -103,7 +103,7 @@ def openings(text: str, n: int, seed: int) -> Iterator[str]:
 
 
 def gather(
-    model: Any, layer: int, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int
+    model: Any, layer: int, prompts: Iterable[Sequence[int]], max_tokens: int, seed: int
 ) -> tuple[Examples, Examples]:
     """Full depth continues the prompts; the positions of those answers, to train on and held out.
 
@@ -111,6 +111,7 @@ def gather(
     """
     lower = lower_of(model, layer)
     kept: tuple[list[tuple[Array, Array]], ...] = ([], [])
+    i = -1
     for i, (prompt, t) in enumerate(zip(prompts, cycle(TEMPERATURES), strict=False)):
         sampling = Sampling(t, seed=seed + i)
         ids = model.generate(list(prompt), max_tokens=max_tokens, exits=False, sampling=sampling).ids
@@ -118,7 +119,7 @@ def gather(
             kept[i % HELD_OUT == HELD_OUT - 1].append(positions(lower, layer, [*prompt, *ids], len(prompt)))
     train, held = (Examples(*(np.concatenate(column) for column in zip(*p, strict=True))) if p else None for p in kept)
     if train is None or held is None:
-        raise DataError(f"{len(prompts)} openings: expected {HELD_OUT} that the model goes on from, or more")
+        raise DataError(f"{i + 1} openings: expected {HELD_OUT} that the model goes on from, or more")
     return train, held
 
 

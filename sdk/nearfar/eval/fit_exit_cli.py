@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,7 @@ def add_verb(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fit, write the copy, and say how often the exit was right before and after."""
     from nearfar.eval import fit_exit as fe
+    from nearfar.eval.progress import progress
     from nearfar.weights import Weights
 
     started, out, source = time.perf_counter(), Path(args.output), model_path(args.model)
@@ -69,14 +71,17 @@ def run(args: argparse.Namespace) -> int:
         layer = args.at or (llm.config.exits[-1].layer if llm.config.exits else 0)
         if not layer:
             raise UsageError("this model has no exit yet: expected --at K, the layer after which it is to stand")
-        train, held = fe.gather(llm, layer, prompts(llm, args), args.tokens, args.seed)
+        found = prompts(llm, args)
+        begun = progress(found, len(found), "answers at full depth")
+        train, held = fe.gather(llm, layer, begun, args.tokens, args.seed)
         print(f"{len(train)} positions to fit, {len(held)} held out", file=sys.stderr, flush=True)
         table, eps = weights.f32(weights.head_name), llm.config.norm_eps
         has_exit = layer in [e.layer for e in llm.config.exits]
         gain = weights.norm_gain(f"exit.{layer}" if has_exit else "final")
         steps = max(1, round(args.epochs * len(train) / fe.BATCH))
         start = fe.Head.start(gain, args.rank, args.seed)
-        fitted = fe.fit(start, train, held, table, eps, steps=steps, seconds=60 * args.minutes, seed=args.seed)
+        limits = {"steps": steps, "seconds": 60 * args.minutes}
+        fitted = fe.fit(start, train, held, table, eps, **limits, seed=args.seed, progress=partial(_tell, steps))
         fe.write_exit(weights.file, out, layer, fitted.head)
     facts = {
         "output": str(out),
@@ -91,6 +96,12 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0
+
+
+def _tell(steps: int, done: int, loss: float) -> None:
+    """On a terminal, where the fit is."""
+    if sys.stderr.isatty() and done % 10 == 0:
+        print(f"\rstep {done}/{steps}, loss {loss:.3f}", end="", file=sys.stderr, flush=True)
 
 
 def prompts(llm: LLM, args: argparse.Namespace) -> list[list[int]]:

@@ -183,7 +183,7 @@ class Dialler:
                 self._standby = standby
         except (Unreachable, NearfarError, asyncio.CancelledError) as error:
             if standby is not None and standby is not self._current:
-                self._standby = None
+                self._standby = None if self._standby is standby else self._standby
                 await _hang_up(standby)
             if isinstance(error, asyncio.CancelledError):
                 raise  # of the others, whoever needs this address will hear again
@@ -192,17 +192,20 @@ class Dialler:
         """Raises Unreachable, EgressDenied."""
         Egress(self.policy, self.account).dial(address.host)
         known = self.round_trips.p50_s
-        within_s = max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S
         pause_s = max(LEAST_ATTEMPT_S, 2 * known) if known else ATTEMPT_S
-        return await connect(address, self.credentials, within_s, pause_s)
+        return await connect(address, self.credentials, self._within_s, pause_s)
+
+    @property
+    def _within_s(self) -> float:
+        """To connect, and for a side that was met to answer."""
+        known = self.round_trips.p50_s
+        return max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S
 
     async def _say_hello(self, connection: Connection) -> ServerHello:
         data = pack.pack_client_hello(self.hello)
         egress = Egress(self.policy, self.account)
         egress.out(str(connection.address), self.hello, len(data))
-        known = self.round_trips.p50_s
-        connected_s = max(LEAST_CONNECT_S, 8 * known) if known else CONNECT_S
-        server = await connection.hello(data, connected_s if connection.address in self._met else REPLY_S)
+        server = await connection.hello(data, self._within_s if connection.address in self._met else REPLY_S)
         check_hello(self.hello, server, str(connection.address))
         egress.settle(server.region)
         self._met.add(connection.address)

@@ -65,9 +65,12 @@ def test_a_killed_process_comes_back_as_another_one(upper: Victim, port: int) ->
 
 
 def test_a_stopped_process_is_silent_and_then_goes_on(upper: Victim, port: int) -> None:
-    before = upper.pid
-    upper.inject(Fault(0, "stop", seconds=0.3))
-    assert "\nState:\tT" in Path(f"/proc/{before}/status").read_text()
+    before, state = upper.pid, Path(f"/proc/{upper.pid}/status")
+    upper.inject(Fault(0, "stop", seconds=2.0))
+    end = time.monotonic() + 1.9
+    while "\nState:\tT" not in state.read_text():  # a signal takes a moment to arrive
+        assert time.monotonic() < end, "the process never stopped"
+        time.sleep(0.001)
     upper.wait()
     assert ask(port) == f"ours {before}"
 

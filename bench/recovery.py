@@ -33,7 +33,7 @@ from nearfar.chaos.proxy import RunningLink, running
 from nearfar.chaos.schedule import Fault
 from nearfar.chaos.upper_process import UpperProcess, serving
 from nearfar.cli.verbs import SHIPPED, model_path
-from nearfar.collab import Collab
+from nearfar.collab_options import Collab
 from nearfar.halves import split
 from nearfar.llm import LLM, Stream, TokenEvent
 from nearfar.machine import cpu_name

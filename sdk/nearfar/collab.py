@@ -11,19 +11,17 @@ network lives behind `Link` in a thread of its own.
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
 
 from nearfar.alarm import Alarm, is_audited
 from nearfar.cancel import Cancel
+from nearfar.collab_options import Collab
 from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
 from nearfar.engine import Engine, Stage, Token, stages
@@ -34,183 +32,25 @@ from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewin
 from nearfar.lower import Array
 from nearfar.pace import MAX_WINDOW, Pace
 from nearfar.sampling import Sampling
-from nearfar.sequence import Notice, Sequence, SharedStats
-from nearfar.upper import FRAME, Link, Lost, NoLink, Traffic, Upper, check_sampling
+from nearfar.sequence import Notice, Sequence
+from nearfar.shared_sequence import MIN_RUN, Shared, Shares
+from nearfar.upper import FRAME, Link, Lost, NoLink, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import Ask, Close, Code, CodecId, CodecSpec, Err, Mode, Need, Open, Opened, Verdict
+from nearfar.wire.messages import Ask, Code, Err, Mode, Need, Open, Opened, Verdict
 
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
-MAX_KEEP_S = 3600
-MIN_RUN = 8
 WORTH = 0.3  # drafts are asked about once they are less likely all right than this (bench/collab_acceptance.py)
 MOST_AUDITS = 8  # open at once
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
-Then = Literal["wait", "finish"]
 OnMeeting = Callable[[int, Cancel | None], None]
 
 
 def nobody(epoch: int, cancel: Cancel | None) -> None:
     """Whom an upper side that has opened is shown by default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Collab:
-    """How two machines share an answer.
-
-    `tau`: threshold of every exit instead of the calibrated ones; 1: no exit is ever sure.
-    `decay`: thresholds of the exits begin higher and come down to `tau` in the course of an answer (exit.decayed), the
-    faster the larger it is; None: they do not.
-    `window`: drafts that one ask has looked at, at most, or None for the number that pays.
-    `in_flight`: asks under way at most; while they are, drafting goes on.
-    `slow`: an ask that takes longer than the link's deadline is waited for, or (lossy) the device's best exit decides.
-    `lost`: without a link the device waits, or goes on alone and its tokens are final ("finish").
-    `patience_s`: a link that is lost so long ends the answer with UpperError (with "wait").
-    `keep_s`: so long the other side is asked to keep what it has of an answer, for the next turn of a chat.
-    `self_test`: of two halves that meet for the first time: remembered ("once"), in each LLM ("always"), or none.
-    `audit`: lossy: the share of the tokens behind which the upper side is asked although an exit is sure; 0: none.
-    """
-
-    mode: Mode = Mode.LOSSLESS
-    codec: CodecSpec = CodecSpec(CodecId.INT8_OS)  # noqa: RUF009 - frozen
-    tau: float | None = None
-    window: int | None = None
-    in_flight: int = 2
-    slow: Then = "wait"
-    lost: Then = "wait"
-    patience_s: float = 60.0
-    keep_s: int = 0
-    audit: float = 0.01
-    decay: float | None = None
-    self_test: Literal["once", "always", "never"] = "once"
-
-    def __post_init__(self) -> None:
-        if self.tau is not None and not 0 <= self.tau <= 1:
-            raise UsageError(f"tau={self.tau}: expected 0..1")
-        if self.window is not None and not 1 <= self.window <= 256:
-            raise UsageError(f"window={self.window}: expected 1..256 drafts")
-        if not 1 <= self.in_flight <= 8:
-            raise UsageError(f"in_flight={self.in_flight}: expected 1..8 asks")
-        if self.decay is not None and not 0 <= self.decay < math.inf:
-            raise UsageError(f"decay={self.decay}: expected 0 or more (CALM: 4), or None")
-        if self.self_test not in ("once", "always", "never"):
-            raise UsageError(f"self_test={self.self_test!r}: expected once, always or never")
-        if not 0 <= self.audit <= 1:
-            raise UsageError(f"audit={self.audit}: expected 0..1, a share of the tokens")
-        if not self.patience_s > 0:
-            raise UsageError(f"patience_s={self.patience_s}: expected more than 0 seconds")
-        if not 0 <= self.keep_s <= MAX_KEEP_S:
-            raise UsageError(f"keep_s={self.keep_s}: expected 0..{MAX_KEEP_S} seconds")
-        if self.mode == Mode.CLOUD_ONLY and self.lost == "finish":
-            raise UsageError("cloud-only has no device that could finish alone: expected lost='wait'")
-        if self.mode == Mode.CLOUD_ONLY and not self.by_ids:
-            raise UsageError(f"cloud-only sends ids, not rows as {self.codec.id.name}: expected the codec IDS")
-
-    @property
-    def by_ids(self) -> bool:
-        return self.codec.id == CodecId.IDS
-
-
-@dataclass(slots=True)
-class Shares:
-    """Where the time of an answer went, in seconds."""
-
-    device_s: float = 0.0
-    waited_s: float = 0.0
-    upper_s: float = 0.0  # as the other side counts it; it may pass while the device drafts
-    opened: int = 0  # connections of this answer
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """An answer that is over, of which the other side may still have something."""
-
-    session: bytes
-    settings: bytes
-    until: float
-
-
-@dataclass(slots=True)
-class Shared(Sequence):
-    """A sequence whose tokens are decided by two machines."""
-
-    ledger: Ledger = field(default_factory=lambda: Ledger([0]))
-    link: Link | None = None
-    traffic: Traffic = field(default_factory=Traffic)
-    journal_path: Path | None = None  # where this answer is kept until it is over; a file that is there is taken up
-    journal: Journal | None = None
-    ready: deque[Token] = field(default_factory=deque)  # final and not told yet
-    shares: Shares = field(default_factory=Shares)
-    candidate: tuple[int, Draft] | None = None  # lossy: what the device would say, while the upper side is asked
-    hope: float = 1.0  # lossless: how likely all unsure drafts behind the last ask hold, as the heads see it
-    ended: bool = False  # the newest draft ends the text: there is nothing to draft behind it
-    lost_at: float | None = 0.0  # since when there is no link; None: there is one
-    is_gone: bool = False  # it was lost, or could not be had: not only on its way
-    reason: str = ""  # what the other side, or the network, said last
-    opening: Open | None = None
-    keep_s: int = 0
-    kept: Kept | None = None
-    asked_at: dict[int, float] = field(default_factory=dict)
-    run: int = MIN_RUN  # tokens that the other side makes by itself, when drafts do not pay
-    run_req: int = 0  # the ask for it
-    tried: bool = True  # drafts have been tried since the last run
-    reminded: float = 0.0  # when the user and the upper side last heard of a wait
-    told_at: float = 0.0
-    alarm: Alarm | None = None  # of the LLM; None: nothing was promised
-    audit_bytes: int = 0
-    cancel: Cancel | None = None  # of the step under way
-
-    def keep_in(self, journal: Path) -> None:
-        self.journal_path = journal
-
-    def shared_stats(self) -> SharedStats:
-        c, t, x = self.ledger.counts, self.traffic, self.shares
-        link_s = max(0.0, x.waited_s - x.upper_s)
-        times = 1000 * x.device_s, 1000 * x.upper_s, 1000 * link_s
-        reopened = max(0, x.opened - 1)
-        return SharedStats(
-            c.asks,
-            c.rows_asked,
-            t.up,
-            t.down,
-            *times,
-            c.drafted,
-            c.accepted,
-            c.retracted,
-            reopened,
-            c.replayed,
-            c.near_ties,
-            c.sure,
-            c.sure_wrong,
-            c.audits,
-            self.audit_bytes,
-            0.0 if self.alarm is None else self.alarm.disagreement,
-            self.alarm is not None and self.alarm.is_raised,
-        )
-
-    def finish(self, done: bool = True) -> None:
-        """The answer is over; a later text begins another session, unless this one is kept.
-
-        The journal stays where something failed.
-        """
-        if self.link is not None:
-            keep_s = self.keep_s if done and self.lost_at is None else 0
-            self.link.send(Close(keep_s=keep_s))
-            self.link.close()
-            self.link = None
-            if keep_s and self.opening is not None:
-                until = time.monotonic() + keep_s
-                self.kept = Kept(self.opening.session, settings_hash(self.opening), until)
-            c = self.ledger.counts
-            if self.alarm is not None and self.use_exits and self.alarm.saw(c.checked, c.sure, c.sure_wrong):
-                self.tell(Notice("alarm"))
-        if self.journal is not None:
-            self.journal.close(keep=not done)
-            self.journal = None
-        self.journal_path = None
 
 
 class Collaboration:

@@ -39,7 +39,7 @@ from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
 from nearfar.weights import Weights
 
 if TYPE_CHECKING:
-    from nearfar.collab import Collab
+    from nearfar.collab_options import Collab
     from nearfar.share import CodecName, ModeName, RowsName
     from nearfar.upper import Upper
     from nearfar.wire.egress import Policy as EgressPolicy

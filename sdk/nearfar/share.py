@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from nearfar.cancel import Cancel
-from nearfar.collab import Collab, Collaboration, OnMeeting, nobody
+from nearfar.collab import Collaboration, OnMeeting, nobody
+from nearfar.collab_options import Collab
 from nearfar.engine import Engine
 from nearfar.errors import MissingExtraError, UsageError, WeightsError
 from nearfar.sampling import Sampling

@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from nearfar.alarm import RATE, Alarm, is_audited
-from nearfar.collab import Collab, Collaboration
+from nearfar.collab import Collaboration
+from nearfar.collab_options import Collab
 from nearfar.errors import UsageError, WeightsError
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice, SharedStats

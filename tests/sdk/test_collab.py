@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nearfar.cancel import Cancel
-from nearfar.collab import Collab, Collaboration, Shared
+from nearfar.collab import Collaboration
+from nearfar.collab_options import Collab
 from nearfar.engine import Engine, Token
 from nearfar.errors import ContextError, FileError, MismatchError, UpperError, UsageError
 from nearfar.halves import split
@@ -18,6 +19,7 @@ from nearfar.lower import Lower, open_lower
 from nearfar.lower_composed import Composed
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice
+from nearfar.shared_sequence import Shared
 from nearfar.upper import LocalLink, LocalUpper, Lost, News
 from nearfar.weights import Weights
 from nearfar.wire.codec import Codec

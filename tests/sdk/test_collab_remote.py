@@ -12,7 +12,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed (extra [collab])")
 from nearfar.chaos.profiles import Profile
 from nearfar.chaos.proxy import running
 from nearfar.chaos.schedule import Fault
-from nearfar.collab import Collab
+from nearfar.collab_options import Collab
 from nearfar.engine import Engine
 from nearfar.errors import EgressDenied, MismatchError, UpperError, UsageError
 from nearfar.halves import split

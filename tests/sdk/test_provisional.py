@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from nearfar.cancel import Cancel
-from nearfar.collab import Collab
+from nearfar.collab_options import Collab
 from nearfar.halves import Halves, split
 from nearfar.llm import LLM, Completion, TokenEvent
 from nearfar.lower import Lower, open_lower

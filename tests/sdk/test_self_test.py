@@ -11,7 +11,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed (extra [collab])")
 
 from nearfar import env
 from nearfar.cancel import Cancel
-from nearfar.collab import Collab
+from nearfar.collab_options import Collab
 from nearfar.errors import MismatchError, UpperError, UsageError
 from nearfar.halves import Halves, split
 from nearfar.llm import LLM

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from nearfar.bench.collab.measure import System
 from nearfar.bench.collab.paced import Paced, Rate
-from nearfar.collab import Collab, Collaboration
+from nearfar.collab import Collaboration
+from nearfar.collab_options import Collab
 from nearfar.engine import Engine
 from nearfar.errors import NearfarError
 from nearfar.llm import LLM

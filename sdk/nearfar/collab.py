@@ -34,10 +34,10 @@ from nearfar.pace import MAX_WINDOW, Pace
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice, Sequence
 from nearfar.shared_sequence import MIN_RUN, Shared, Shares
-from nearfar.upper import FRAME, Link, Lost, NoLink, Upper, check_sampling
+from nearfar.upper import Link, Lost, NoLink, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import Ask, Code, Err, Mode, Need, Open, Opened, Verdict
+from nearfar.wire.messages import Code, Err, Mode, Need, Open, Opened, Verdict
 
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
@@ -360,7 +360,7 @@ class Collaboration:
             if not self.how.by_ids:
                 self._catch_up(s, cancel)
             self._do(s, s.ledger.audit(token, draft))
-            s.audit_bytes += _n_bytes(s, s.ledger.audits[s.ledger.next_req - 1].ask)
+            s.count_audit(s.ledger.audits[s.ledger.next_req - 1].ask)
 
     # ------------------------------------------------------------ news
 
@@ -382,7 +382,7 @@ class Collaboration:
     def _on_verdict(self, s: Shared, v: Verdict) -> None:
         refused_before = s.ledger.counts.retracted
         if v.req in s.ledger.audits:
-            s.audit_bytes += _n_bytes(s, v)
+            s.count_audit(v)
         self._do(s, s.ledger.on_verdict(v))
         s.shares.upper_s += v.upper_us / 1e6
         if v.n_accept:
@@ -480,13 +480,3 @@ class Collaboration:
         where = "device" if f.source == "exit" else self.upper.where
         s.ready.append(Token(f.id, source, conf, 1000 * (now - s.told_at), where=where, gen=s.ledger.gen))
         s.told_at = now
-
-
-def _n_bytes(s: Shared, message: Ask | Verdict) -> int:
-    """What it takes on the network, as far as `Traffic` counts at all."""
-    if not s.traffic.up:
-        return 0
-    from nearfar.wire import pack  # protobuf belongs to links beyond this process
-
-    data = pack.pack_up(message.req, message) if isinstance(message, Ask) else pack.pack_down(message.req, message)
-    return len(data) + FRAME

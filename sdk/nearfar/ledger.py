@@ -109,7 +109,7 @@ class Counts:
     accepted: int = 0  # drafts that a verdict confirmed
     retracted: int = 0
     asks: int = 0
-    rows_asked: int = 0  # rows that the upper side had to run for them
+    rows_asked: int = 0  # rows that the upper side had to run for them; those of `replayed` not again
     stale: int = 0  # messages of an earlier generation, dropped
     replayed: int = 0  # rows sent again
     near_ties: int = 0  # verdicts whose two largest logits are closer than 1e-4
@@ -134,6 +134,7 @@ class Ledger:
     final: int = 0  # positions below it are final
     asked: int = 0  # rows below it have been asked about
     sent: int = 0  # rows below it have been sent in this generation
+    run: int = 0  # rows below it the other side has run for an ask, or will
     drafts: dict[int, Draft] = field(default_factory=dict)  # of provisional positions
     rows: list[bytes] = field(default_factory=list)  # packed; empty with ids
     crcs: list[int] = field(default_factory=list)
@@ -224,8 +225,7 @@ class Ledger:
         ask = Ask(self.next_req, self.gen, pos, self.asked, draft, run, deadline_ms)
         self.open[ask.req] = OpenAsk(ask)
         self.next_req += 1
-        self.counts.rows_asked += pos + 1 - (self.asked if self.counts.asks else 0)
-        self.counts.asks += 1
+        self._count_ask(pos)
         self.asked = pos + 1
         return [*sending, *([] if self.is_resumed else [Send(ask)])]
 
@@ -236,10 +236,15 @@ class Ledger:
         ask = Ask(self.next_req, self.gen, pos, pos)
         self.audits[ask.req] = Audit(ask, token, draft)
         self.next_req += 1
-        self.counts.rows_asked += pos + 1 - (self.asked if self.counts.asks else 0)
-        self.counts.asks += 1
+        self._count_ask(pos)
         self.counts.audits += 1
         return [*self.unsent(pos + 1), *([] if self.is_resumed else [Send(ask)])]
+
+    def _count_ask(self, pos: int) -> None:
+        """Behind row `pos`: before, the other side runs all that it has not, also of tokens that the device decided."""
+        self.counts.asks += 1
+        self.counts.rows_asked += max(0, pos + 1 - self.run)
+        self.run = max(self.run, pos + 1)
 
     def count(self, draft: Draft, *, holds: bool) -> None:
         """Somebody else has decided too where the device said `draft`."""
@@ -335,7 +340,7 @@ class Ledger:
             effects += self._replace(q, token)
         if ask.run > 1:  # it generates by itself: what it says it also has
             self.counts.rows_asked += 1
-            self.asked, self.sent = q + 1, max(self.sent, q + 1)
+            self.asked, self.run, self.sent = q + 1, q + 1, max(self.sent, q + 1)
             effects += self._finalise(q + 1, sources, {})
             return effects
         return effects + self._finalise(q + 1, sources, dict(self.drafts))
@@ -365,6 +370,7 @@ class Ledger:
     def _new_generation(self, keep: int) -> Send:
         """The other side forgets what it was asked, and its rows from `keep` on.  Open asks go along with it."""
         self.gen += 1
+        self.run = min(self.run, keep)
         self.audits.clear()
         self.cuts.append(Cut(self.gen, keep))
         for waiting in self.open.values():
@@ -396,6 +402,8 @@ class Ledger:
         keep = min(opened.rows, self.n_rows, *(cut.keep for cut in self.cuts if cut.gen > opened.gen))
         if self.is_resumed:  # what it has may be of drafts that are forgotten here; rows may come out otherwise now
             keep = min(keep, self.n_prompt) if self.by_ids else 0
+        if not self.counts.asks:
+            self.run = min(keep, opened.absorbed)  # of the turn before
         effects: list[Effect] = []
         if self.is_resumed or opened.gen != self.gen or opened.rows > self.n_rows:  # it may have gone on by itself
             self.gen, self.is_resumed = max(self.gen, opened.gen), False

@@ -44,8 +44,9 @@ class SharedStats:
     """What an answer took that two machines made (nearfar.collab).  `link_ms`: waited for, beyond the upper side's own.
 
     `asks` are round trips; of the `drafted` tokens `accepted` held and `retracted` did not.  Of the tokens that an exit
-    was sure of the upper side decided `sure` too (lossless: all of them, lossy: those of `audits`), and `sure_wrong` of
-    them otherwise; `disagreement` is their share in all answers of the LLM, `alarm`: that is more than calibrated.
+    was sure of the upper side decided `sure` too (lossless: all of them, lossy: answered `audits`),
+    and `sure_wrong` of them otherwise; `disagreement` is their share in all answers of the LLM, `alarm`: that is more
+    than calibrated.
     """
 
     asks: int

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearfar.alarm import Alarm
 from nearfar.cancel import Cancel
 from nearfar.engine import Token
+from nearfar.errors import NearfarError
 from nearfar.journal import Journal
-from nearfar.ledger import Draft, Ledger
+from nearfar.ledger import Draft, Ledger, Send
 from nearfar.sequence import Notice, Sequence, SharedStats
-from nearfar.upper import Link, Traffic
+from nearfar.upper import FRAME, Link, Lost, Traffic
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import Close, Open
+from nearfar.wire.messages import Ask, Close, Err, Need, Open, Opened, Verdict
 
 MIN_RUN = 8
+LATE_S = 1.0  # at most so long the end of an answer waits for audits
 
 
 @dataclass(slots=True)
@@ -97,12 +100,23 @@ class Shared(Sequence):
             self.alarm is not None and self.alarm.is_raised,
         )
 
+    def count_audit(self, message: Ask | Verdict) -> None:
+        """What it takes on the network, as far as `Traffic` counts at all."""
+        if not self.traffic.up:
+            return
+        from nearfar.wire import pack  # protobuf belongs to links beyond this process
+
+        data = pack.pack_up(message.req, message) if isinstance(message, Ask) else pack.pack_down(message.req, message)
+        self.audit_bytes += len(data) + FRAME
+
     def finish(self, done: bool = True) -> None:
         """The answer is over; a later text begins another session, unless this one is kept.
 
         The journal stays where something failed.
         """
         if self.link is not None:
+            if done and self.ledger.audits and (self.cancel is None or not self.cancel.is_set()):
+                self._hear_audits(self.link)
             keep_s = self.keep_s if done and self.lost_at is None else 0
             self.link.send(Close(keep_s=keep_s))
             self.link.close()
@@ -117,3 +131,20 @@ class Shared(Sequence):
             self.journal.close(keep=not done)
             self.journal = None
         self.journal_path = None
+
+    def _hear_audits(self, link: Link) -> None:
+        """Of the last tokens some may still be asked about: without them short answers would never be audited.
+
+        No longer than for a reply that is in time; what has not come by then is not counted.
+        """
+        until = time.monotonic() + min(link.deadline_s(), LATE_S)
+        with suppress(NearfarError):  # the answer is complete, whatever happens to the link now
+            while self.ledger.audits and self.lost_at is None and (left_s := until - time.monotonic()) > 0:
+                for news in link.receive(left_s):
+                    if isinstance(news, Verdict) and news.req in self.ledger.audits:
+                        self.count_audit(news)
+                        for effect in self.ledger.on_verdict(news):
+                            if isinstance(effect, Send):
+                                link.send(effect.message)
+                    elif isinstance(news, Lost | Err | Need | Opened):
+                        return

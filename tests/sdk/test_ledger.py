@@ -247,6 +247,29 @@ def test_an_audit_changes_counts_and_neither_the_text_nor_other_asks() -> None:
         assert (counts.checked, counts.sure, counts.sure_wrong, counts.asks, counts.audits) == (1, 1, n_wrong, 2, 1)
 
 
+def test_every_row_below_an_ask_is_counted_once_whoever_decided_it() -> None:
+    ledger = Ledger([1, 2], by_ids=True)
+    ledger.on_opened(Opened(0, 0, 0, 0))
+    ledger.decide(8, HEAD)
+    ledger.decide(9, HEAD)
+    ledger.make_ask()
+    assert ledger.counts.rows_asked == 4
+    ledger.on_verdict(Verdict(1, 0, 4, 0, (5,)))
+    ledger.audit(7, HEAD)
+    ledger.decide(7, HEAD)
+    assert ledger.counts.rows_asked == 5
+    ledger.decide(6, HEAD)
+    ledger.make_ask()
+    assert ledger.counts.rows_asked == 7
+
+
+def test_rows_that_the_other_side_has_run_for_the_turn_before_are_not_counted_again() -> None:
+    ledger = Ledger([1, 2, 3, 4], by_ids=True)
+    ledger.on_opened(Opened(0, 3, 2, 0))
+    ledger.make_ask()
+    assert ledger.counts.rows_asked == 2
+
+
 def test_with_ids_an_audit_that_fails_is_followed_by_what_was_told() -> None:
     """The other side holds the told token for a refused draft and would decide nothing behind it."""
     ledger = Ledger([1, 2], by_ids=True)

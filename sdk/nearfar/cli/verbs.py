@@ -129,7 +129,23 @@ def add_upper_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tau", type=real(0, 1), metavar="T", help="sure above this (default: as calibrated)")
     group.add_argument(
+        "--decay", type=real(0, 1000), metavar="D", help="stricter early in an answer, by D (CALM: 4; default: not)"
+    )
+    group.add_argument(
+        "--audit",
+        type=real(0, 1),
+        default=0.01,
+        metavar="SHARE",
+        help="lossy: ask behind this share of the sure tokens whether they are right (default %(default)s, 0: none)",
+    )
+    group.add_argument(
         "--lost", choices=("wait", "finish"), default="wait", help="without a link: wait, or go on alone"
+    )
+    group.add_argument(
+        "--self-test",
+        choices=("once", "always", "never"),
+        default="once",
+        help="of two halves that meet for the first time: remembered (default), in each run, or none",
     )
     group.add_argument("--ca", metavar="FILE", help="certificates that are believed, PEM (default: the public ones)")
     group.add_argument("--token-file", metavar="FILE", help="a file with the key to show")
@@ -151,7 +167,15 @@ def upper_of(args: argparse.Namespace, keep_s: int = 0) -> dict[str, Any]:
 
     token = "" if args.token_file is None else _first_line(args.token_file)
     with Weights.open(model_path(args.model)) as weights:
-        how = replace(how_of(weights, args.mode, args.rows, args.codec), tau=args.tau, lost=args.lost, keep_s=keep_s)
+        how = replace(
+            how_of(weights, args.mode, args.rows, args.codec),
+            tau=args.tau,
+            decay=args.decay,
+            audit=args.audit,
+            lost=args.lost,
+            self_test=args.self_test,
+            keep_s=keep_s,
+        )
     return {
         "upper": args.upper,
         "collab": how,

@@ -83,7 +83,9 @@ class Collaboration:
         self.codec = None if how.by_ids else Codec.of(how.codec, config.d_model)
         if how.tau is not None:
             config = replace(config, exits=tuple(replace(e, tau=how.tau) for e in config.exits))
-        self.stages = stages(config)
+        # What an answer needs of the device; the layers above, up to its upper exits, are run for drafts alone.
+        self.reach = self.row_layer or config.layers[1]
+        self.stages = stages(config, rows_at=self.reach)
         self.pace = Pace()
         # Nothing is promised for other thresholds.
         self.alarm = Alarm(delta) if delta is not None and how.tau is None else None
@@ -204,11 +206,13 @@ class Collaboration:
             return NoLink(str(error))
 
     def _prefill(self, s: Shared, n: int, cancel: Cancel | None) -> None:
-        """The next `n` positions of the prompt through all layers of the device."""
-        started, lower, last = time.perf_counter(), self.engine.lower, self.stages[-1].last
-        h = lower.forward(lower.embed(s.pending()[:n]), s.kv, 0, last, cancel)
-        self._keep_rows(s, last, s.n_run, h)
+        """The next `n` positions of the prompt; layers above the rows that travel wait for the first draft."""
+        started, lower = time.perf_counter(), self.engine.lower
+        h = lower.forward(lower.embed(s.pending()[:n]), s.kv, 0, self.reach, cancel)
+        self._keep_rows(s, self.reach, s.n_run, h)
         s.n_run += n
+        if self.reach < self.stages[-1].last:
+            s.owe(self.reach, h)
         s.shares.device_s += time.perf_counter() - started
 
     # ------------------------------------------------------------ drafting
@@ -287,15 +291,16 @@ class Collaboration:
         return decayed(e.tau, len(s.ids) - s.ledger.n_prompt, s.n_most, self.how.decay)
 
     def _catch_up(self, s: Shared, cancel: Cancel | None) -> None:
-        """All rows that exits have left waiting go through the rest of the device's layers."""
-        started = time.perf_counter()
-        self.engine.catch_up(s, self.stages, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
+        """All rows that exits have left waiting go on as far as an answer needs them."""
+        started, below = time.perf_counter(), [stage for stage in self.stages if stage.last <= self.reach]
+        self.engine.catch_up(s, below, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
         s.shares.device_s += time.perf_counter() - started
 
     def _keep_rows(self, s: Shared, last: int, at: int, h: Array) -> None:
-        """Rows [n, D] of the positions from `at` on have left layer `last` - 1; those of the cut are packed."""
+        """Rows [n, D] of the positions from `at` on have left layer `last` - 1: those of the cut leave at once."""
         if self.codec is not None and last == self.row_layer:
             s.ledger.add_rows(at, self.codec.encode(h))
+            self._send_rows(s)
 
     def _send_rows(self, s: Shared) -> None:
         """Rows travel as soon as they are there, whether or not somebody will ask: the transfer costs no time then."""

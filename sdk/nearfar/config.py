@@ -67,9 +67,10 @@ class ModelConfig:
         role      layers              begins with                  ends with
         full      [0, n_layers)       the embedding                the final norm and the head
         device    [0, split_layer)    the embedding                an exit after its last layer
-        upper     [split_layer, L)    rows that the device made    the final norm and the head
+        upper     [row_layer, L)      rows that the device made    the final norm and the head
 
-    Layers keep the numbers that they have in the whole model.
+    Layers keep the numbers that they have in the whole model.  Where row_layer < split_layer, rows leave the device
+    before its last layers, which both halves have then.
     """
 
     arch: str
@@ -87,19 +88,15 @@ class ModelConfig:
     ffn_act: str = "silu"  # "silu": silu(gate) * up; "relu2": relu(gate)^2 * up
     exits: tuple[ExitConfig, ...] = ()
     role: Role = "full"
-    split_layer: int = 0  # where the model was cut; 0: it was not
+    split_layer: int = 0  # where the device half ends; 0: the model was not cut
+    row_layer: int = 0  # the layer whose inputs travel from one half to the other
 
     @property
     def layers(self) -> tuple[int, int]:
         """The layers [first, last) that the file holds."""
         if self.role == "full":
             return 0, self.n_layers
-        return (0, self.split_layer) if self.role == "device" else (self.split_layer, self.n_layers)
-
-    @property
-    def row_layer(self) -> int:
-        """The layer whose inputs travel from one half to the other."""
-        return self.split_layer
+        return (0, self.split_layer) if self.role == "device" else (self.row_layer, self.n_layers)
 
     @property
     def last_exit(self) -> ExitConfig | None:
@@ -240,7 +237,7 @@ class _Keys:
         return 1.0 / self.number("rope.scaling.factor", 1e-3, 1e3)
 
     def half(self) -> dict[str, Any]:
-        """role and split_layer."""
+        """role, split_layer and row_layer."""
         role = self.choice("nearfar.role", get_args(Role), "full")
         if role == "full":
             return {}
@@ -252,11 +249,9 @@ class _Keys:
             )
         if type(split) is not int:
             raise WeightsError(f"nearfar.split_layer={str(split)[:40]}: expected the layer where the model was cut")
-        if (rows := self.meta.get("nearfar.row_layer", split)) != split:
-            raise UnsupportedError(
-                f"nearfar.row_layer={str(rows)[:40]}: this build takes rows where the model was cut, at layer {split}"
-            )
-        return {"role": role, "split_layer": split}
+        if type(rows := self.meta.get("nearfar.row_layer", split)) is not int:
+            raise WeightsError(f"nearfar.row_layer={str(rows)[:40]}: expected the layer that rows enter")
+        return {"role": role, "split_layer": split, "row_layer": rows}
 
     def exits(self) -> tuple[ExitConfig, ...]:
         layers = self.meta.get("nearfar.exit_layers", ())
@@ -311,6 +306,11 @@ class _Keys:
             return
         if not 0 < c.split_layer < c.n_layers:
             raise WeightsError(f"nearfar.split_layer={c.split_layer}: expected 1..{c.n_layers - 1}")
+        if not 0 < c.row_layer <= c.split_layer:
+            raise WeightsError(
+                f"nearfar.row_layer={c.row_layer}: expected 1..{c.split_layer}, a layer of the device half or the one "
+                "above it"
+            )
         if c.role == "device" and (not c.exits or c.exits[-1].layer != c.split_layer):
             raise WeightsError(
                 f"a device half cut at layer {c.split_layer} with exits after {[e.layer for e in c.exits]}: "

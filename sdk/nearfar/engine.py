@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -50,13 +51,17 @@ class Token:
 class Stage:
     """Layers [first, last) and the head that looks at their rows; `exit` is None at full depth.
 
-    `forced`: no layers follow, so the token is decided here.
+    `forced`: no layers follow, so the token is decided here.  With neither no head looks: only the rows are wanted.
     """
 
     first: int
     last: int
     exit: ExitConfig | None
     forced: bool
+
+    @property
+    def has_head(self) -> bool:
+        return self.forced or self.exit is not None
 
     @property
     def source(self) -> str:
@@ -152,6 +157,8 @@ class Engine:
                 s.owed.pop(stage.first, None)
                 reached = stage.last
                 on_rows(stage.last, at, h)
+                if not stage.has_head:
+                    continue
                 if stage.exit is None and wants_largest(self.lower, s.sampling, constraint):
                     ids, sure = self.lower.greedy(h[-1:], stage.head)
                     token, conf = int(ids[0]), float(sure[0])
@@ -177,7 +184,7 @@ class Engine:
         return Look(token, stage, conf)
 
     def catch_up(self, s: Sequence, cut: list[Stage], cancel: Cancel | None = None, on_rows: OnRows = _nobody) -> None:
-        """Run all rows that wait between stages of `cut` through the rest of the layers."""
+        """Run all rows that wait between stages of `cut` through the rest of them; layers above it are owed then."""
         h = np.empty((0, self.lower.config.d_model), np.float32)
         for stage in cut:
             if not len(rows := s.with_owed(stage.first, h)):
@@ -191,6 +198,8 @@ class Engine:
             s.owed.pop(stage.first, None)
             h = new
             on_rows(stage.last, at, h)
+        if not stage.forced:
+            s.owe(stage.last, h)
 
 
 def wants_largest(lower: Lower, sampling: Sampling, constraint: Constraint | None) -> bool:
@@ -199,10 +208,12 @@ def wants_largest(lower: Lower, sampling: Sampling, constraint: Constraint | Non
     return lower.screens and plain and constraint is None
 
 
-def stages(config: ModelConfig, use_exits: bool = True) -> list[Stage]:
-    """The layers here, cut at the exits that may fire (tau < 1) and end where no layers follow."""
+def stages(config: ModelConfig, use_exits: bool = True, rows_at: int = 0) -> list[Stage]:
+    """The layers here, cut at the exits that may fire (tau < 1) and end where no layers follow.
+
+    `rows_at`: cut there, too, as the rows that enter this layer are wanted.
+    """
     first, last = config.layers
-    live = [e for e in config.exits if use_exits and e.tau < 1 and e.layer < last]
-    cuts = [first, *(e.layer for e in live), last]
-    heads = [*live, config.last_exit]
-    return [Stage(a, b, e, b == last) for a, b, e in zip(cuts, cuts[1:], heads, strict=False)]
+    heads = {e.layer: e for e in config.exits if use_exits and e.tau < 1 and e.layer < last} | {last: config.last_exit}
+    cuts = sorted({first, *heads, rows_at or last})
+    return [Stage(a, b, heads.get(b), b == last) for a, b in pairwise(cuts)]

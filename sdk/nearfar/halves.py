@@ -1,7 +1,10 @@
 """A model cut in two files: a device half, which ends at an exit, and an upper half, which takes rows.
 
     NAME-device.gguf   tokenizer, embedding, blk.0 .. blk.k-1, exits up to layer k
-    NAME-upper.gguf    blk.k .. blk.L-1, final norm, head
+    NAME-upper.gguf    blk.r .. blk.L-1, final norm, head
+
+Rows enter layer r, which is k, or lies below it: then both halves have the layers [r, k), and rows leave the device
+before it goes on to its upper exits, as in CE-CoLLM (2411.02829).
 
 Tensors keep names, types and bytes; they go from map to file, so a model may be larger than memory.  Both files carry
 the fingerprints of all parts (wire/fingerprint.py).
@@ -25,7 +28,9 @@ from nearfar.gguf_writer import GGUFWriter, write_together
 from nearfar.weights import Weights, device_names, residual_tensors, upper_names
 from nearfar.wire.fingerprint import (
     FOR_ROWS,
+    WHOLE,
     ExitArrays,
+    Split,
     codec_part,
     compare,
     exit_arrays,
@@ -55,16 +60,24 @@ class Halves:
 
 
 def split(
-    whole: Weights, k: int, folder: Path, *, make_exit: bool = False, outliers: Sequence[int] = (), golden: str = ""
+    whole: Weights,
+    k: int,
+    folder: Path,
+    *,
+    rows_at: int | None = None,
+    make_exit: bool = False,
+    outliers: Sequence[int] = (),
+    golden: str = "",
 ) -> Halves:
     """Cut the model at layer `k` and write both halves into `folder`, or neither.
 
-    `make_exit`: after layer k stands an exit that nobody trained, where there is none.  `outliers`: the channels that
-    travel beside the codes; `golden`: the self-test (wire/golden.py).  Raises UsageError, FileError.
+    `rows_at`: the layer that rows enter, where that is below k.  `make_exit`: after layer k stands an exit that nobody
+    trained, where there is none.  `outliers`: the channels that travel beside the codes; `golden`: the self-test
+    (wire/golden.py).  Raises UsageError, FileError.
     """
-    exits = exits_below(whole, k, make_exit=make_exit)
-    made_of = own_parts(whole, k) | exit_parts(exits) | {"codec": codec_part(outliers)}
-    names = {"device": device_names(whole.file.tensors, k), "upper": upper_names(whole.file.tensors, k)}
+    exits, r = exits_below(whole, k, make_exit=make_exit), checked_rows_at(k, rows_at)
+    made_of = own_parts(whole, Split(k, r)) | exit_parts(exits) | {"codec": codec_part(outliers)}
+    names = {"device": device_names(whole.file.tensors, k), "upper": upper_names(whole.file.tensors, r)}
     names["device"] += [n for e in exits if whole.has(n := f"exit.{e.layer}.norm.weight")]
     names["device"] += residual_tensors(exits, whole.config.d_model)
     writers: dict[Role, GGUFWriter] = {
@@ -77,7 +90,7 @@ def split(
         writer.add("nearfar.role", role)
         writer.add("nearfar.n_layers", whole.config.n_layers)
         writer.add("nearfar.split_layer", k)
-        writer.add("nearfar.row_layer", k)
+        writer.add("nearfar.row_layer", r)
         writer.add("nearfar.codec.outlier_channels", list(outliers), ValueType.U32)
         writer.add("nearfar.fingerprint", model_fp(made_of).hex())
         writer.add("nearfar.parts", [f"{name} {part.hex()}" for name, part in made_of.items()])
@@ -89,6 +102,13 @@ def split(
     _make_folder(folder)
     write_together(list(writers.values()))
     return Halves(writers["device"].path, writers["upper"].path, model_fp(made_of))
+
+
+def checked_rows_at(k: int, rows_at: int | None) -> int:
+    """The layer that rows enter where the device half ends at layer `k`.  Raises UsageError."""
+    if rows_at is not None and not 0 < rows_at <= k:
+        raise UsageError(f"rows of layer {rows_at} from a device half cut at layer {k}: expected 1..{k}")
+    return rows_at or k
 
 
 def exits_below(whole: Weights, k: int, *, make_exit: bool = False) -> Exits:
@@ -123,7 +143,7 @@ def check_pair(device: Weights, upper: Weights, needed: Collection[str] = FOR_RO
     if roles[1] == "upper":
         ours = parts(upper)
     else:  # it takes the channels that the device names
-        ours = own_parts(upper, device.config.split_layer if "split" in needed else 0)
+        ours = own_parts(upper, Split.of(device.config) if "split" in needed else WHOLE)
         del ours["codec"]
     if found := compare(parts(device), ours, needed):
         raise MismatchError(

@@ -210,7 +210,7 @@ class LLM:
         config = weights.config
         if config.role == "upper":
             raise UsageError(
-                f"{path} is the upper half of a split model, layers [{config.split_layer}, {config.n_layers}), which "
+                f"{path} is the upper half of a split model, layers [{config.row_layer}, {config.n_layers}), which "
                 "takes rows and no text: open the device half, and serve this one to it"
             )
         check_dtype(kv_dtype)

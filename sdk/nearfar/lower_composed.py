@@ -65,7 +65,7 @@ class Composed:
             raise UsageError(f"layers {a.layers} below and {b.layers} above: they do not meet at layer {cut}")
         self.below, self.above, self.cut, self.round_trip = below, above, cut, round_trip
         exits = tuple(e for e in a.exits if e.layer <= cut)
-        self.config: ModelConfig = replace(a, role="full", split_layer=0, exits=exits)
+        self.config: ModelConfig = replace(a, role="full", split_layer=0, row_layer=0, exits=exits)
         self.name = below.name
         self.screens = above.screens
 

@@ -79,8 +79,8 @@ def test_a_wrong_token_is_told_with_the_seed_and_the_fewest_faults(
     real = suite.oracle_of
 
     @contextmanager
-    def wants_another(files: Files, k: int, codec: CodecSpec) -> Iterator[tuple[LLM, Callable[[Task], list[int]]]]:
-        with real(files, k, codec) as (llm, right):
+    def wants_another(files: Files, codec: CodecSpec) -> Iterator[tuple[LLM, Callable[[Task], list[int]]]]:
+        with real(files, codec) as (llm, right):
             yield llm, lambda task: [*right(task)[:-1], -1] if task.temperature == 0 else right(task)
 
     monkeypatch.setattr(suite, "oracle_of", wants_another)

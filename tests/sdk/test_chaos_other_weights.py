@@ -11,7 +11,7 @@ from nearfar.errors import MismatchError
 from nearfar.halves import Halves, check_pair, split
 from nearfar.llm import LLM
 from nearfar.weights import Weights
-from nearfar.wire.fingerprint import FOR_IDS, FOR_ROWS, compare, own_parts
+from nearfar.wire.fingerprint import FOR_IDS, FOR_ROWS, Split, compare, own_parts
 from tests.tiny import write_tiny
 
 
@@ -38,10 +38,10 @@ def test_the_upper_half_differs_in_its_weights_and_in_nothing_else(halves: Halve
 
 
 def test_a_whole_model_also_has_a_tokenizer_of_its_own_so_that_ids_know_it(model: Path, tmp_path: Path) -> None:
-    other = write_other(model, tmp_path / "o.gguf")
+    other, at = write_other(model, tmp_path / "o.gguf"), Split(2, 2)
     with Weights.open(model) as ours, Weights.open(other) as theirs:
-        assert [m.part for m in compare(own_parts(theirs, 2), own_parts(ours, 2), FOR_IDS)] == ["tokenizer"]
-        assert [m.part for m in compare(own_parts(theirs, 2), own_parts(ours, 2))] == ["tokenizer", "upper"]
+        assert [m.part for m in compare(own_parts(theirs, at), own_parts(ours, at), FOR_IDS)] == ["tokenizer"]
+        assert [m.part for m in compare(own_parts(theirs, at), own_parts(ours, at))] == ["tokenizer", "upper"]
 
 
 def test_it_runs_and_says_something_else(model: Path, tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ IDS = CodecSpec(CodecId.IDS)
 class Pair:
     """A whole model and its two halves."""
 
-    def __init__(self, folder: Path, arch: str = "llama", k: int = K) -> None:
+    def __init__(self, folder: Path, arch: str = "llama", k: int = K, rows_at: int | None = None) -> None:
         whole = Weights.open(write_tiny(folder / "m.gguf", arch, "F32", exits=(1, 2, 3), tau=0.02))
-        halves = split(whole, k, folder)
-        self.k = k
+        halves = split(whole, k, folder, rows_at=rows_at)
+        self.rows_at = rows_at or k
         self.whole = open_lower(whole)
         self.device, self.upper = open_lower(Weights.open(halves.device)), open_lower(Weights.open(halves.upper))
 
@@ -47,7 +47,7 @@ class Pair:
         lower: Lower = self.whole
         if codec.id != CodecId.IDS:
             round_trip = Codec.of(codec, self.whole.config.d_model).round_trip
-            lower = Composed(self.device, self.upper, self.k, round_trip)
+            lower = Composed(self.device, self.upper, self.rows_at, round_trip)
         engine = Engine(lower, MAX_LEN)
         s = engine.new_sequence(sampling, use_exits=False)
         s.continue_with(prompt)

@@ -313,7 +313,10 @@ def _copy(old: str, new: str) -> Edit:
             WeightsError,
             r"blk\.2\.attn_norm\.weight has no place in the upper half",
         ),
-        ("device", _set("nearfar.row_layer", 1), UnsupportedError, "nearfar.row_layer=1: this build takes rows where"),
+        ("device", _set("nearfar.row_layer", 3), WeightsError, r"nearfar.row_layer=3: expected 1\.\.2"),
+        ("upper", _set("nearfar.row_layer", 0), WeightsError, r"nearfar.row_layer=0: expected 1\.\.2"),
+        ("upper", _set("nearfar.row_layer", "1"), WeightsError, "nearfar.row_layer=1: expected the layer that rows"),
+        ("upper", _set("nearfar.row_layer", 1), WeightsError, r"no tensor blk\.1\.attn_norm.*layers \[1, 4\)"),
         (
             "device",
             _set("nearfar.exit_layers", [1]),

@@ -25,6 +25,8 @@ from nearfar.wire.codec import Codec, outlier_channels
 from nearfar.wire.fingerprint import (
     FOR_IDS,
     PARTS,
+    WHOLE,
+    Split,
     compare,
     declared_parts,
     model_fp,
@@ -53,9 +55,9 @@ def halves(seed: int = 0, tied: bool = True) -> Halves:
         return split(whole, 2, Path(mkdtemp()), outliers=CHANNELS, golden=as_json(GOLDEN))
 
 
-def parts_of(path: Path, k: int | None = None) -> dict[str, bytes]:
+def parts_of(path: Path) -> dict[str, bytes]:
     with Weights.open(path) as weights:
-        return parts(weights, k)
+        return parts(weights)
 
 
 def test_both_halves_name_the_same_pair() -> None:
@@ -77,7 +79,7 @@ def test_a_whole_model_serves_in_place_of_either_half(tied: bool) -> None:
         assert compare(theirs, ours) == []
         assert ours == {name: theirs[name] for name in ours}
         assert compare(theirs, own_parts(whole), FOR_IDS) == []
-        assert compare(theirs, own_parts(whole, 1))[0].part == "device"
+        assert compare(theirs, own_parts(whole, Split(1, 1)))[0].part == "device"
 
 
 def _tensor(name: str) -> Edit:
@@ -149,9 +151,14 @@ def test_a_part_that_the_other_side_lacks_is_a_difference() -> None:
 
 
 def test_parts_are_asked_of_a_place_where_the_model_can_be_cut() -> None:
-    for path, k in ((halves().device, 1), (halves().upper, 1), (whole_file(), 3), (whole_file(), -1)):
-        with Weights.open(path) as weights, pytest.raises(UsageError, match=f"no model cut at layer {k}"):
-            own_parts(weights, k)
+    one, beyond, below = Split(1, 1), Split(3, 3), Split(-1, -1)
+    for path, at in ((halves().device, one), (halves().upper, one), (whole_file(), beyond), (whole_file(), below)):
+        with Weights.open(path) as weights, pytest.raises(UsageError, match=f"no model cut at layer {at.k}$"):
+            own_parts(weights, at)
+    for path, at in ((halves().device, Split(2, 1)), (whole_file(), Split(1, 2)), (whole_file(), Split(2, 0))):
+        said = f"no model cut at layer {at.k}, with rows of layer {at.rows_at}$"
+        with Weights.open(path) as weights, pytest.raises(UsageError, match=said):
+            own_parts(weights, at)
 
 
 @pytest.mark.parametrize("text", ["tensors 00", "upper 0", "upper xy", "upper", "", "UPPER 00", f"upper {'00' * 65}"])
@@ -173,7 +180,8 @@ def test_damaged_channels_are_refused(value: object) -> None:
 
 @given(st.dictionaries(st.sampled_from(PARTS), st.binary(max_size=40)), st.integers(1, 1024))
 def test_parts_from_outside_never_break_anything(theirs: dict[str, bytes], n_layers: int) -> None:
-    assert 0 <= split_of(theirs, n_layers) < max(n_layers, 1)
+    at = split_of(theirs, n_layers)
+    assert at == WHOLE or 0 < at.rows_at <= at.k < n_layers
     ours = dict.fromkeys(PARTS, b"\x01" * 32)
     assert {m.part for m in compare(theirs, ours, PARTS)} == {n for n in PARTS if theirs.get(n) != ours[n]}
     for m in compare(theirs, ours, PARTS):
@@ -181,11 +189,11 @@ def test_parts_from_outside_never_break_anything(theirs: dict[str, bytes], n_lay
 
 
 def test_a_plain_split_is_read_back() -> None:
-    assert split_of({"split": b"2 of 3"}, 3) == 2
-    assert split_of({"split": b"2 of 3"}, 4) == 0
-    assert split_of({"split": b"3 of 3"}, 3) == 0
-    assert split_of({"split": b"2 of 3\n"}, 3) == 0
-    assert split_of({}, 3) == 0
+    assert split_of({"split": b"2 of 3"}, 3) == (2, 2)
+    assert split_of({"split": b"2 of 3, rows of 1"}, 3) == (2, 1)
+    for text in ("3 of 3", "0 of 3", "2 of 4", "2 of 3\n", "2 of 3, rows of 0", "1 of 3, rows of 2", "2 of 3, rows of"):
+        assert split_of({"split": text.encode()}, 3) == WHOLE
+    assert split_of({}, 3) == WHOLE
 
 
 # ---------------------------------------------------------------- the self-test

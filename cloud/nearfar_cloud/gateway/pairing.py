@@ -17,6 +17,7 @@ from nearfar.wire.fingerprint import (
     FOR_IDS,
     FOR_ROWS,
     Mismatch,
+    Split,
     codec_part,
     compare,
     declared_parts,
@@ -44,20 +45,20 @@ class Pairing:
 
     def __init__(self, weights: Weights, limits: Limits, epoch: int, region: str = "") -> None:
         self.weights, self.limits, self.epoch, self.region = weights, limits, epoch, region
-        self._parts: dict[int, asyncio.Task[dict[str, bytes]]] = {}  # by the layer where the model is cut
+        self._parts: dict[Split, asyncio.Task[dict[str, bytes]]] = {}  # by where the model is cut
         self._known: dict[str, bytes] = {}  # digests of tensors
         self._reading = asyncio.Lock()
 
     def prepare(self) -> None:
         """Begin to read the file, so that no device waits for it."""
-        self._of(self.weights.config.split_layer)
+        self._of(Split.of(self.weights.config))
 
     async def judge(self, hello: ClientHello) -> Judgement:
         """Match or not; if not, `why` of the answer names the part and both fingerprints."""
         if PROTOCOL not in hello.proto:
             return self._no(b"", f"it speaks protocol {list(hello.proto)}, this server {PROTOCOL}")
         config = self.weights.config
-        at = config.split_layer or split_of(hello.parts, config.n_layers)
+        at = Split.of(config) if config.split_layer else split_of(hello.parts, config.n_layers)
         ours = await asyncio.shield(self._of(at))
         whys = {codec: self._why_not(codec, hello.parts, ours) for codec in hello.codecs}
         fitting = [codec for codec, why in whys.items() if not why]
@@ -65,7 +66,8 @@ class Pairing:
         if not fitting:
             return self._no(model_fp(ours), said or "it offers no codec")
         yes = ServerHello(True, model_fp(ours), "", fitting[0], self.epoch, self.limits, region=self.region)
-        return Judgement(yes, frozenset((0 if codec.id == CodecId.IDS else at, codec) for codec in fitting), said)
+        fits = frozenset((0 if codec.id == CodecId.IDS else at.rows_at, codec) for codec in fitting)
+        return Judgement(yes, fits, said)
 
     def _why_not(self, codec: CodecSpec, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> str:
         """What keeps the two from using a codec; "": nothing."""
@@ -92,13 +94,13 @@ class Pairing:
         no = ServerHello(False, fingerprint, why, None, self.epoch, self.limits, region=self.region)
         return Judgement(no, why=why)
 
-    def _of(self, at: int) -> asyncio.Task[dict[str, bytes]]:
+    def _of(self, at: Split) -> asyncio.Task[dict[str, bytes]]:
         """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""
         if at not in self._parts:
             self._parts[at] = asyncio.create_task(self._read(at))
         return self._parts[at]
 
-    async def _read(self, at: int) -> dict[str, bytes]:
+    async def _read(self, at: Split) -> dict[str, bytes]:
         async with self._reading:  # what one of them has read the others know
             own = await asyncio.to_thread(own_parts, self.weights, at, self._known)
         return declared_parts(self.weights.file) | own

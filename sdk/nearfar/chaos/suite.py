@@ -49,7 +49,10 @@ MAX_RERUNS = 24  # of an answer that fails, to find out which faults matter
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is run.  `tau`: of the exits, None as calibrated; `n_tokens`: of all codecs together."""
+    """What is run.  `tau`: of the exits, None as calibrated; `n_tokens`: of all codecs together.
+
+    `rows_at`: the layer that hidden rows enter; None: k, where the device half ends.
+    """
 
     model: Path
     k: int
@@ -60,6 +63,7 @@ class Setting:
     n_tokens: int = 100_000
     n_lanes: int = 3
     profile: Profile = PROFILES["lan"]
+    rows_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ def run(setting: Setting, progress: Progress | None = None) -> list[Leg]:
     with TemporaryDirectory(prefix="nearfar-chaos-") as name, Weights.open(setting.model) as whole:
         folder = Path(name)
         has_exit = setting.k in [e.layer for e in whole.config.exits]
-        halves = split(whole, setting.k, folder, make_exit=not has_exit)
+        halves = split(whole, setting.k, folder, rows_at=setting.rows_at, make_exit=not has_exit)
         files = Files(setting.model, halves.device, halves.upper)
         for codec in setting.codecs:
             legs.append(_Run(setting, files, codec, folder, progress).leg())
@@ -112,10 +116,10 @@ def run(setting: Setting, progress: Progress | None = None) -> list[Leg]:
 
 
 @contextmanager
-def oracle_of(files: Files, k: int, codec: CodecSpec) -> Iterator[tuple[LLM, Right]]:
+def oracle_of(files: Files, codec: CodecSpec) -> Iterator[tuple[LLM, Right]]:
     """The composed model in this process; one answer at a time."""
     turn = threading.Lock()
-    with oracle(files, k, codec) as llm:
+    with oracle(files, codec) as llm:
 
         def right(task: Task) -> list[int]:
             sampling = Sampling(temperature=task.temperature, seed=task.seed)
@@ -149,7 +153,7 @@ class _Run:
             baseline = upper.held()
             layer = 0 if how.by_ids else config.row_layer
             pressure = Pressure(upper, hello, how.codec, layer, config.d_model, config.n_ctx)
-            with oracle_of(self.files, self.setting.k, how.codec) as (llm, right):
+            with oracle_of(self.files, how.codec) as (llm, right):
                 asked = asked_of(llm, self.setting.model, self.setting.plan.seed)
                 take = partial(self.setting.plan.task, prompts=asked, room=llm.max_len, name=self.codec)
                 self._lanes(upper, pressure, take, right)

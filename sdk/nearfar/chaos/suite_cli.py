@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nearfar.arguments import real, whole
 from nearfar.chaos.plan import FAULTS, Plan
 from nearfar.chaos.profiles import PROFILES
+from nearfar.cli.show import where_cut
 from nearfar.cli.verbs import SHIPPED, VerbParser, model_path, new_inner_parser
 from nearfar.errors import FileError, MissingExtraError, UsageError
 
@@ -40,6 +41,9 @@ def add_suite(chaos: VerbParser) -> None:
     )
     parser.add_argument("model", nargs="?", default=SHIPPED, help="a whole GGUF file (default: the shipped model)")
     parser.add_argument("--at", type=whole(1, 1024), metavar="K", help="cut before layer K (default: the last exit)")
+    parser.add_argument(
+        "--rows-at", type=whole(1, 1023), metavar="R", help="rows leave the device below layer R <= K (default: K)"
+    )
     parser.add_argument("--mode", choices=("lossless", "lossy", "cloud-only"), default="lossless")
     parser.add_argument("--codecs", default=",".join(CODECS), metavar="C,..", help="default: %(default)s")
     parser.add_argument("--tokens", type=whole(1, 1 << 40), default=10_000, metavar="N", help="default: %(default)s")
@@ -91,6 +95,7 @@ def _check_extras() -> None:
 def _setting(args: argparse.Namespace) -> Setting:
     """Raises UsageError, FileError."""
     from nearfar.chaos.suite import Setting
+    from nearfar.halves import checked_rows_at
     from nearfar.weights import Weights
 
     codecs = tuple(args.codecs.split(","))
@@ -109,7 +114,8 @@ def _setting(args: argparse.Namespace) -> Setting:
         raise UsageError(f"{path} has no exits: --at says where to cut")
     k = args.at or exits[-1]
     link = PROFILES[args.profile]
-    return Setting(path, k, plan, codecs, args.mode, args.tau, args.tokens, args.devices, link)
+    rows_at = checked_rows_at(k, args.rows_at)
+    return Setting(path, k, plan, codecs, args.mode, args.tau, args.tokens, args.devices, link, rows_at)
 
 
 def _show(leg: Leg, n_tokens: int) -> None:
@@ -124,6 +130,7 @@ def _result(args: argparse.Namespace, setting: Setting, legs: Sequence[Leg]) -> 
     return {
         "model": args.model,
         "cut": setting.k,
+        "rows_at": setting.rows_at or setting.k,
         "mode": setting.mode,
         "profile": setting.profile.name,
         "seed": setting.plan.seed,
@@ -156,7 +163,7 @@ def report(result: dict[str, Any]) -> str:
     n_faults = sum(result["faults"].values())
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(result["faults"].items()))
     lines = [
-        f"{result['model']}, cut at layer {result['cut']}, {result['mode']}, {result['profile']}, "
+        f"{result['model']}, {where_cut(result['cut'], result['rows_at'])}, {result['mode']}, {result['profile']}, "
         f"seed {result['seed']}: {result['tokens']} tokens in {result['answers']} answers, {result['seconds']:.0f} s",
         f"{n_faults} faults: {kinds or 'none'}",
     ]

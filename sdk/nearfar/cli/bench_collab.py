@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nearfar.arguments import real, whole
+from nearfar.cli.show import where_cut
 from nearfar.cli.verbs import SHIPPED, VerbParser, model_path, new_inner_parser
 from nearfar.errors import UsageError
 from nearfar.machine import cpu_name
@@ -74,6 +75,9 @@ def add_verb(outer: VerbParser) -> None:
     )
     parser.add_argument("--at", type=whole(1, 1024), metavar="K", help="cut before layer K (default: the last exit)")
     parser.add_argument(
+        "--rows-at", type=whole(1, 1023), metavar="R", help="rows leave the device below layer R <= K (default: K)"
+    )
+    parser.add_argument(
         "--profiles", default="lan,wifi,4g-good,4g-bad,sat", metavar="NAMES", help="default: %(default)s"
     )
     parser.add_argument("--systems", metavar="NAMES", help="some of the rows only, separated by commas")
@@ -93,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from nearfar.bench.collab.energy import Meter
     from nearfar.bench.collab.systems import Files
     from nearfar.chaos.profiles import profile
-    from nearfar.halves import split
+    from nearfar.halves import checked_rows_at, split
     from nearfar.weights import Weights
 
     profiles = [profile(name) for name in args.profiles.split(",")]
@@ -110,11 +114,12 @@ def run(args: argparse.Namespace) -> int:
         if args.at is None and not exits:
             raise UsageError(f"{path} has no exits: --at says where to cut")
         k = args.at or exits[-1]
-        halves = split(whole_model, k, folder, make_exit=k not in exits)
+        rows_at = checked_rows_at(k, args.rows_at)
+        halves = split(whole_model, k, folder, rows_at=rows_at, make_exit=k not in exits)
         files = Files(path, halves.device, halves.upper)
         runs = compare(
             files,
-            k,
+            rows_at,
             whole_model.config.n_layers,
             profiles,
             kinds,
@@ -131,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "model": args.model,
         "cut": k,
+        "rows_at": rows_at,
         "cpu": cpu_name(),
         "device_rate_ms": args.device_rate,
         "upper_rate_ms": args.upper_rate,
@@ -151,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
 def report(result: dict[str, Any]) -> str:
     """Two tables for each link and kind of prompt: when tokens come, and what they take."""
     lines = [
-        f"{result['model']}, cut at layer {result['cut']}, {result['cpu']}; emulated rates (ms a pass, ms a row): "
+        f"{result['model']}, {where_cut(result['cut'], result['rows_at'])}, {result['cpu']}; emulated rates (ms a pass, ms a row): "
         f"device {result['device_rate_ms']}, upper {result['upper_rate_ms']}",
         LEGEND,
     ]

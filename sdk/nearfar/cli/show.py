@@ -172,6 +172,11 @@ def picture(file: GGUFFile) -> str:
     return "\n".join(lines)
 
 
+def where_cut(k: int, rows_at: int) -> str:
+    """Where the device half ends, and where rows leave it, if that is earlier."""
+    return f"cut at layer {k}" + (f", rows of layer {rows_at}" if rows_at < k else "")
+
+
 def half_of(config: ModelConfig) -> str:
     """Which layers of a split model a file holds, for people."""
     first, last = config.layers

@@ -2,6 +2,8 @@
 
 rows    device layers -> codec -> upper layers     the oracle is both together, codec included (lower_composed.py)
 ids     device layers     whole model              the oracle is the whole model; the device's rows only draft
+
+Where rows leave below the device's last layers, these only draft, too.
 """
 
 from __future__ import annotations
@@ -47,14 +49,15 @@ def open_pair(
     below, weights = engine_of(llm), Weights.open(upper)
     with Weights.open(device) as half:
         check_pair(half, weights, FOR_IDS if codec is CodecId.IDS else FOR_ROWS)
-        k, channels = half.config.split_layer, outliers(half.file, half.config)
+        cut, channels = half.config.row_layer, outliers(half.file, half.config)
     if codec is CodecId.IDS and weights.config.role != "full":
         raise UsageError(f"{upper} is an upper half, which takes no ids: expected the whole model, or a codec of rows")
     lower = open_lower(weights, backend, options)
     if codec is not CodecId.IDS:
         spec = CodecSpec(codec, outliers=channels if GROUPS[codec] else ())
-        lower = Composed(below.lower, lower, k, Codec.of(spec, lower.config.d_model).round_trip)
+        lower = Composed(below.lower, lower, cut, Codec.of(spec, lower.config.d_model).round_trip)
     engine = Engine(lower, below.max_len, below.kv_dtype, below.kv_policy)
     name, config = f"{llm.backend} beside its upper layers", lower.config
     oracle = LLM(engine, llm.tokenizer, llm.metadata, max_len=llm.max_len, backend=name, config=config)
-    return Pair(oracle, below if codec is CodecId.IDS else engine)
+    has_all = codec is not CodecId.IDS and cut == below.lower.config.split_layer
+    return Pair(oracle, engine if has_all else below)

@@ -3,8 +3,8 @@
     tokenizer     the keys tokenizer.ggml.*
     arch          sizes, variants, rotation
     device        the tensors below the cut: embedding, layers [0, k), the head of the exits
-    upper         the tensors above it: layers [k, L), final norm, head; all tensors of a model that is not cut
-    split         "k of L", as plain text: a whole model learns from it where to cut
+    upper         the tensors that rows meet: layers [r, L), final norm, head; all tensors of a model that is not cut
+    split         "k of L", or "k of L, rows of r" where r < k, as plain text: a whole model learns from it where to cut
     exits         of the device: their layers and gains
     codec         the channels that travel beside the codes
     calibration   of the exits: temperatures, maps, thresholds
@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,26 @@ FOR_IDS = ("tokenizer", "sampler")  # any model with the same tokenizer may draf
 ExitArrays = tuple[NDArray[np.float32], ...]
 
 _DECLARED = re.compile(r"([a-z]{1,20}) ([0-9a-f]{2,128})")
-_SPLIT = re.compile(rb"(\d{1,4}) of (\d{1,4})")
+_SPLIT = re.compile(rb"(\d{1,4}) of (\d{1,4})(?:, rows of (\d{1,4}))?")
+
+
+class Split(NamedTuple):
+    """Where a model is cut: the device half has the layers below `k`, and rows enter layer `rows_at` <= k."""
+
+    k: int
+    rows_at: int
+
+    @classmethod
+    def of(cls, c: ModelConfig) -> Split:
+        return cls(c.split_layer, c.row_layer)
+
+    def text(self, n_layers: int) -> bytes:
+        """The part of the fingerprint."""
+        cut = b"%d of %d" % (self.k, n_layers)
+        return cut if self.rows_at == self.k else b"%s, rows of %d" % (cut, self.rows_at)
+
+
+WHOLE = Split(0, 0)  # not cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,41 +75,44 @@ class Mismatch:
         return f"{self.part} (theirs {shown(self.theirs)}, ours {shown(self.ours)})"
 
 
-def parts(weights: Weights, split_layer: int | None = None) -> dict[str, bytes]:
+def parts(weights: Weights, at: Split | None = None) -> dict[str, bytes]:
     """Every part that the file computes or carries.  Reads all its tensors: about a second a gigabyte.
 
-    `split_layer`: where a whole model is to be cut; a half knows.  Raises UsageError, WeightsError.
+    `at`: where a whole model is to be cut; a half knows.  Raises UsageError, WeightsError.
     """
-    return declared_parts(weights.file) | own_parts(weights, split_layer)
+    return declared_parts(weights.file) | own_parts(weights, at)
 
 
-def own_parts(
-    weights: Weights, split_layer: int | None = None, known: dict[str, bytes] | None = None
-) -> dict[str, bytes]:
+def own_parts(weights: Weights, at: Split | None = None, known: dict[str, bytes] | None = None) -> dict[str, bytes]:
     """The parts that the file computes from what it holds.
 
     `known`: digests of its tensors by name, which this call fills: another cut of the same file then reads nothing.
     """
     known = {} if known is None else known
     file, c = weights.file, weights.config
-    k = c.split_layer if split_layer is None else split_layer
-    if not 0 <= k < c.n_layers or (c.role != "full" and k != c.split_layer):
+    at = Split.of(c) if at is None else at
+    k, r = at
+    fits = at == WHOLE or 0 < r <= k < c.n_layers
+    if not fits or (c.role != "full" and at != Split.of(c)):
         first, last = c.layers
-        raise UsageError(f"{file.path} holds the layers [{first}, {last}) of {c.n_layers}: no model cut at layer {k}")
+        rows = "" if r == k else f", with rows of layer {r}"
+        raise UsageError(
+            f"{file.path} holds the layers [{first}, {last}) of {c.n_layers}: no model cut at layer {k}{rows}"
+        )
     found = {
         "arch": _digest([_arch(c)]),
         "codec": codec_part(outliers(file, c)),
         "sampler": _digest([_json(SAMPLER_VERSION)]),
     }
     if k > 0:
-        found["split"] = b"%d of %d" % (k, c.n_layers)
+        found["split"] = at.text(c.n_layers)
     if c.role != "upper":
         exits = {e: exit_arrays(weights, e) for e in c.exits if e.layer <= (k or c.n_layers)}
         found |= {"tokenizer": _tokenizer(file)} | exit_parts(exits)
         if k > 0:
             found["device"] = _tensors(file, device_names(file.tensors, k), known)
     if c.role != "device":
-        found["upper"] = _tensors(file, upper_names(file.tensors, k) + ["token_embd.weight"] * (k == 0), known)
+        found["upper"] = _tensors(file, upper_names(file.tensors, r) + ["token_embd.weight"] * (k == 0), known)
     return found
 
 
@@ -145,11 +168,14 @@ def compare(
     ]
 
 
-def split_of(parts: Mapping[str, bytes], n_layers: int) -> int:
-    """The layer k where the other side's model was cut; 0 if it was not, or is no model of `n_layers` layers."""
+def split_of(parts: Mapping[str, bytes], n_layers: int) -> Split:
+    """Where the other side's model was cut; `WHOLE` if it was not, or is no model of `n_layers` layers."""
     match = _SPLIT.fullmatch(parts.get("split", b""))
-    k = int(match[1]) if match and int(match[2]) == n_layers else 0
-    return k if k < n_layers else 0
+    if not match or int(match[2]) != n_layers:
+        return WHOLE
+    k = int(match[1])
+    found = Split(k, int(match[3] or k))
+    return found if 0 < found.rows_at <= k < n_layers else WHOLE
 
 
 def outliers(file: GGUFFile, c: ModelConfig) -> tuple[int, ...]:
@@ -173,8 +199,8 @@ def shown(part: bytes) -> str:
 
 def _arch(c: ModelConfig) -> bytes:
     """The facts that are the same in both halves."""
-    facts = {name: getattr(c, name) for name in c.__dataclass_fields__ if name not in ("exits", "role", "split_layer")}
-    return _json(facts)
+    own = ("exits", "role", "split_layer", "row_layer")
+    return _json({name: getattr(c, name) for name in c.__dataclass_fields__ if name not in own})
 
 
 def _tokenizer(file: GGUFFile) -> bytes:

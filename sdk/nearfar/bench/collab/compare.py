@@ -47,7 +47,7 @@ def names_of(text: str | None) -> tuple[str, ...]:
 
 def compare(
     files: Files,
-    k: int,
+    rows_at: int,
     n_layers: int,
     links: Sequence[Profile],
     kinds: Sequence[str],
@@ -64,11 +64,11 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for each link, kind of prompt and system: its name, what `summary` says, and its cost beside cloud-only's.
 
-    `meter`: of energy; `dollars_per_hour`: of the upper machine, None where nobody says.
+    `rows_at`: the first layer of the upper half; `meter`: of energy; `dollars_per_hour`: of the upper machine, None where nobody says.
     """
     rows: list[dict[str, Any]] = []
     codecs = [CodecSpec(i) for i in (CodecId.FP16, CodecId.INT8_OS, CodecId.IDS)]
-    right = _oracles(files, k, codecs, kinds, n_answers, max_tokens)
+    right = _oracles(files, codecs, kinds, n_answers, max_tokens)
     with ExitStack() as stack:
         of_rows = stack.enter_context(serving(files.upper, upper_rate))
         of_ids = stack.enter_context(serving(files.full, upper_rate))
@@ -76,7 +76,7 @@ def compare(
             with ExitStack() as wires:
                 ports = [wires.enter_context(running(("127.0.0.1", p), link, seed)) for p in (of_rows, of_ids)]
                 urls = [f"grpc://{address[0]}:{address[1]}" for address in (p.address for p in ports)]
-                every = systems(files, Serving(*urls), device_rate, k, n_layers)
+                every = systems(files, Serving(*urls), device_rate, rows_at, n_layers)
                 chosen = [system for system in every if system.name in wanted]
                 for kind in kinds:
                     if progress is not None:
@@ -121,12 +121,12 @@ def _take_turns(
 
 
 def _oracles(
-    files: Files, k: int, codecs: Iterable[CodecSpec], kinds: Sequence[str], n_answers: int, max_tokens: int
+    files: Files, codecs: Iterable[CodecSpec], kinds: Sequence[str], n_answers: int, max_tokens: int
 ) -> dict[tuple[CodecId, str], list[Answer]]:
     """What each answer should be, by codec and kind of prompt."""
     found = {}
     for codec in codecs:
-        with oracle(files, k, codec) as llm:
+        with oracle(files, codec) as llm:
             for kind in kinds:
                 texts = [llm.generate(p, max_tokens=max_tokens, exits=False).ids for p in prompts(kind, n_answers)]
                 found[codec.id, kind] = [Answer(ids, [0.0] * len(ids)) for ids in texts]

@@ -84,13 +84,13 @@ def open_device(path: Path, rate: Rate | None, upper: str | None = None, how: Co
     return llm
 
 
-def systems(files: Files, at: Serving, rate: Rate | None, k: int, n_layers: int) -> list[System]:
-    """The rows of the table."""
+def systems(files: Files, at: Serving, rate: Rate | None, rows_at: int, n_layers: int) -> list[System]:
+    """The rows of the table; hidden rows enter layer `rows_at`."""
 
     def shared(url: str, how: Collab) -> partial[LLM]:
         return partial(open_device, files.device, rate, url, how)
 
-    rows, ids = n_layers - k, n_layers
+    rows, ids = n_layers - rows_at, n_layers
     return [
         System("device only", partial(open_device, files.device, rate), IDS, 0),
         System("cloud-only", shared(at.ids_url, Collab(Mode.CLOUD_ONLY, IDS)), IDS, ids),
@@ -106,12 +106,13 @@ def systems(files: Files, at: Serving, rate: Rate | None, k: int, n_layers: int)
     ]
 
 
-def oracle(files: Files, k: int, codec: CodecSpec) -> LLM:
-    """The whole model in this process, with rows that go through the codec where the model is cut."""
+def oracle(files: Files, codec: CodecSpec) -> LLM:
+    """The whole model in this process, with rows that go through the codec where they leave the device."""
     if codec.id == CodecId.IDS:
         return LLM.open(files.full, threads=1)
     llm = LLM.open(files.device, threads=1)
     assert isinstance(llm.stepper, Engine)
     below, above = llm.stepper.lower, open_lower(Weights.open(files.upper))
-    composed = Composed(below, above, k, Codec.of(codec, below.config.d_model).round_trip)
+    c = below.config
+    composed = Composed(below, above, c.row_layer, Codec.of(codec, c.d_model).round_trip)
     return LLM(Engine(composed, llm.max_len), llm.tokenizer, llm.metadata, max_len=llm.max_len, backend="composed")

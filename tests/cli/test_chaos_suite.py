@@ -37,10 +37,14 @@ def words(model: Path, *more: str) -> list[str]:
     return ["chaos", "suite", str(model), "--at", "2", "--seed", "7", "--devices", "2", "--answer-tokens", "48", *more]
 
 
-def test_hundreds_of_tokens_under_faults_are_the_oracles(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rows_at", ["2", "1"])
+def test_hundreds_of_tokens_under_faults_are_the_oracles(
+    model: Path, capsys: pytest.CaptureFixture[str], rows_at: str
+) -> None:
     some = ("--codecs", "int8", "--tokens", "300", "--fault-every", "12", "--faults", "reset,cut,stall,stop,evict")
-    assert main(words(model, *some, "--json")) == 0
+    assert main(words(model, *some, "--rows-at", rows_at, "--json")) == 0
     result = json.loads(capsys.readouterr().out)
+    assert (result["cut"], result["rows_at"]) == (2, int(rows_at))
     assert result["tokens"] >= 300
     assert sum(result["faults"].values()) >= result["tokens"] // 16
     assert [leg["failures"] for leg in result["codecs"]] == [[]]

@@ -39,6 +39,14 @@ def test_split_tells_what_goes_where(model: Path, nearfar: Nearfar, tmp_path: Pa
     assert "a self-test of 4 prompts" in lines[-1]
 
 
+def test_rows_may_leave_the_device_below_its_last_layers(model: Path, nearfar: Nearfar, tmp_path: Path) -> None:
+    done = nearfar("split", model, "--at", "2", "--rows-at", "1", "--out", tmp_path, "--threads", "1")
+    assert done.code == 0, done.err
+    assert "a row of 256 numbers for each token below layer 1:" in done.out
+    assert "device half: layers [0, 2) of 4" in nearfar("show", tmp_path / "tiny-device.gguf").out
+    assert "upper half: layers [1, 4) of 4" in nearfar("show", tmp_path / "tiny-upper.gguf").out
+
+
 def test_split_says_the_same_to_programs(halves: Path, model: Path, nearfar: Nearfar, tmp_path: Path) -> None:
     facts = json.loads(nearfar("split", model, "--at", "2", "--out", tmp_path, "--threads", "1", "--json").out)
     for role in ("device", "upper"):
@@ -72,6 +80,7 @@ def test_without_the_test_nothing_is_computed(model: Path, nearfar: Nearfar, tmp
         (["--at", "3"], 2, "no exit after layer 3 (the model has exits after 2)"),
         (["--at", "4"], 2, "cut at layer 4: the model has 4 layers, expected 1..3"),
         (["--at", "0"], 2, "expected a whole number 1..1023"),
+        (["--at", "2", "--rows-at", "3"], 2, "rows of layer 3 from a device half cut at layer 2: expected 1..2"),
         ([], 2, "--at"),
     ],
 )

@@ -81,6 +81,16 @@ def test_channels_beyond_the_width_fit_nothing() -> None:
     assert "of rows of width 256" in judged(of_device).answer.why
 
 
+def test_rows_enter_the_layer_that_the_device_names(tmp_path: Path) -> None:
+    """Where they leave it below its last layers."""
+    with Weights.open(whole()) as weights:
+        two = split(weights, 3, tmp_path, rows_at=1, make_exit=True)
+    device = hello(two.device)
+    assert judged(device).fits == {(1, BY_ROWS), (0, BY_IDS)}
+    assert judged(device, two.upper).fits == {(1, BY_ROWS)}
+    assert "split (theirs 3 of 4, rows of 1, ours 2 of 4)" in judged(device, halves().upper).why
+
+
 # ---------------------------------------------------------------- connections
 
 

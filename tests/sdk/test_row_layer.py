@@ -27,7 +27,7 @@ from nearfar.wire.fingerprint import FOR_ROWS, compare, own_parts, parts, split_
 from nearfar.wire.golden import Golden, as_json
 from nearfar.wire.messages import CodecId, CodecSpec, Mode
 from tests.paths import SHARED, needs_shared
-from tests.sdk.test_collab import CODECS, GREEDY, IDS, MAX_LEN, N, PROMPT, WARM, Pair, answer, flaky, ids
+from tests.sdk.test_collab import CODECS, GREEDY, IDS, MAX_LEN, PROMPT, WARM, N, Pair, answer, flaky, ids
 from tests.tiny import write_tiny
 
 PLACES = [(1, 2), (1, 3), (2, 3)]  # (R, K) of a model of four layers with exits after 1, 2 and 3

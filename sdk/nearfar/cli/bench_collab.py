@@ -157,8 +157,8 @@ def run(args: argparse.Namespace) -> int:
 def report(result: dict[str, Any]) -> str:
     """Two tables for each link and kind of prompt: when tokens come, and what they take."""
     lines = [
-        f"{result['model']}, {where_cut(result['cut'], result['rows_at'])}, {result['cpu']}; emulated rates (ms a pass, ms a row): "
-        f"device {result['device_rate_ms']}, upper {result['upper_rate_ms']}",
+        f"{result['model']}, {where_cut(result['cut'], result['rows_at'])}, {result['cpu']}; "
+        f"emulated rates (ms a pass, ms a row): device {result['device_rate_ms']}, upper {result['upper_rate_ms']}",
         LEGEND,
     ]
     if result["energy"]["why_not"]:

@@ -29,8 +29,8 @@ def add_verb(verbs: Verbs) -> None:
         "nearfar split model.gguf --at 16 --rows-at 8",
         detail="The device half has the layers [0, K), the tokenizer and the exits up to layer K, where it must have "
         "one; alone it is a model of its own. The upper half has the layers [K, L) and the head, and takes rows. The "
-        "whole model serves in place of either. With --rows-at R both have the layers [R, K): rows leave early, and the "
-        "device's exits above R only draft.",
+        "whole model serves in place of either. With --rows-at R rows leave the device earlier, "
+        "and both halves have the layers [R, K).",
     )
     parser.add_argument("model", help="nano, or the path of a GGUF file")
     parser.add_argument(

@@ -64,7 +64,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for each link, kind of prompt and system: its name, what `summary` says, and its cost beside cloud-only's.
 
-    `rows_at`: the first layer of the upper half; `meter`: of energy; `dollars_per_hour`: of the upper machine, None where nobody says.
+    `rows_at`: the first layer of the upper half; `meter`: of energy; `dollars_per_hour`: of the upper machine, None
+    where nobody says.
     """
     rows: list[dict[str, Any]] = []
     codecs = [CodecSpec(i) for i in (CodecId.FP16, CodecId.INT8_OS, CodecId.IDS)]

@@ -232,9 +232,8 @@ class Engine:
             stage.computed = s.n_cached
         self.holding[s.id] = s
         self.counts.cached_tokens += s.n_cached
-        if self._is_kept(s):
-            self.counts.prefix_hits += len(blocks)
-            self.counts.prefix_misses += (s.n_known - 1) // BLOCK - len(blocks)
+        if self.prefix_cache:
+            self.counts.found(len(blocks), (s.n_known - 1) // BLOCK - len(blocks), rows=s.req.entry > 0)
 
     def _copy(self, move: Callable[[int, Ids], None], s: Seq, blocks: Sequence[int]) -> None:
         """Blocks of `s` to where they wait, or back; what one took is learned."""
@@ -274,8 +273,8 @@ class Engine:
             s.outside.seconds += seconds
         finish = self._decide(s, w, result) if w.sample else None
         self.counts.generated_tokens += s.n_out - n_out
-        if s.computed >= BLOCK * (s.n_published + 1) and self._is_kept(s):
-            chain = self._chain(s).upto(s.ids, s.computed)
+        if s.computed >= BLOCK * (s.n_published + 1) and self.prefix_cache:
+            chain = self._chain(s).upto(s.text, s.computed)
             for i in range(s.n_published, len(chain)):
                 self.pool.publish(s.blocks[i], chain[i])
             s.n_published = max(s.n_published, len(chain))
@@ -368,19 +367,15 @@ class Engine:
 
     # ------------------------------------------------------------ the prefix cache
 
-    def _is_kept(self, s: Seq) -> bool:
-        """Whether full blocks of `s` serve later sequences."""
-        return self.prefix_cache and not s.req.entry
-
     def _chain(self, s: Seq) -> prefix.Chain:
         if s.id not in self._chains:
-            salt = prefix.salt(s.req.objective.tenant, self.facts.fingerprint)
+            salt = prefix.salt(s.req.objective.tenant, self.facts.fingerprint, f"layer {s.req.entry}")
             self._chains[s.id] = prefix.Chain(salt)
         return self._chains[s.id]
 
     def _hit(self, s: Seq) -> tuple[tuple[int, ...], int]:
         """Blocks that hold the beginning of `s`; at least one row stays to be run, for its logits."""
-        if not self._is_kept(s) or s.req.pooled:  # a mean needs all rows
+        if not self.prefix_cache or s.req.pooled:  # a mean needs all rows
             return (), 0
-        blocks = self.pool.match(self._chain(s).upto(s.ids, s.n_known - 1))
+        blocks = self.pool.match(self._chain(s).upto(s.text, s.n_known - 1))
         return tuple(blocks), self.pool.n_idle(blocks)

@@ -9,7 +9,9 @@ waiting                                               |------>  nobody has asked
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +32,12 @@ class RowStore(Protocol):
     def take(self, first: int, n: int) -> Array:
         """Rows first..first+n-1, f32 [n, D].  Raises for rows that cannot be read: that ends their sequence."""
 
+    def content(self, first: int, n: int) -> Iterator[bytes]:
+        """These rows as bytes for a hash: of two stores equal only if `take` gives equal rows.
+
+        Each row begins with a mark of 16 bytes that says what the rest of it means, and how long that is.
+        """
+
     def truncate(self, n: int) -> None:
         """Forget all but the first `n`."""
 
@@ -48,8 +56,19 @@ class ArrayRows:
     def take(self, first: int, n: int) -> Array:
         return self._rows[first : first + n]
 
+    def content(self, first: int, n: int) -> Iterator[bytes]:
+        mark = mark_of(f"f32 {self.width}")
+        for row in self._rows[first : first + n]:
+            yield mark
+            yield row.tobytes()
+
     def truncate(self, n: int) -> None:
         self._rows = self._rows[:n]
+
+
+def mark_of(form: str) -> bytes:
+    """What `RowStore.content` puts before each row of a form."""
+    return blake2b(form.encode(), digest_size=16).digest()
 
 
 class RowPieces:
@@ -73,19 +92,29 @@ class RowPieces:
 
     def take(self, first: int, n: int) -> Array:
         """f32 [n, D], a copy.  ValueError: a piece gave other rows than it was asked for."""
-        assert n > 0
-        assert 0 <= first <= self._n - n, (first, n, self._n)
         parts: list[Array] = []
-        i, end = bisect_right(self._starts, first) - 1, first + n
-        while first < end:
-            piece, at = self._pieces[i], first - self._starts[i]
-            n_here = min(end - first, len(piece) - at)
+        for piece, at, n_here in self._parts(first, n):
             part = piece.take(at, n_here)
             if part.shape != (n_here, piece.width) or part.dtype != np.float32:
                 raise ValueError(f"rows of {part.dtype} {part.shape}: expected f32 {(n_here, piece.width)}")
             parts.append(part)
-            first, i = first + n_here, i + 1
         return np.concatenate(parts)
+
+    def content(self, first: int, n: int) -> Iterator[bytes]:
+        """As of `RowStore`, whatever the pieces."""
+        for piece, at, n_here in self._parts(first, n):
+            yield from piece.content(at, n_here)
+
+    def _parts(self, first: int, n: int) -> Iterator[tuple[RowStore, int, int]]:
+        """Where rows first..first+n-1 lie: a piece, the first row in it, how many."""
+        assert n > 0
+        assert 0 <= first <= self._n - n, (first, n, self._n)
+        i, end = bisect_right(self._starts, first) - 1, first + n
+        while first < end:
+            piece, at = self._pieces[i], first - self._starts[i]
+            n_here = min(end - first, len(piece) - at)
+            yield piece, at, n_here
+            first, i = first + n_here, i + 1
 
     def truncate(self, n: int) -> None:
         while self._n > n:

@@ -156,7 +156,12 @@ class Seq:
     @property
     def n_positions(self) -> int:
         """Positions that are there."""
-        return len(self.ids) if self.outside is None or self.outside.rows is None else len(self.outside.rows)
+        return len(self.text)
+
+    @property
+    def text(self) -> list[int] | RowPieces:
+        """What the positions are: ids, or rows."""
+        return self.ids if self.outside is None or self.outside.rows is None else self.outside.rows
 
     @property
     def question(self) -> Question | None:

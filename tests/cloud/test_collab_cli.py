@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import ssl
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -21,6 +23,7 @@ pytest.importorskip("grpc", reason="grpcio is not installed (extra [cloud])")
 pytest.importorskip("nearfar_native", reason="the compiled extension is not built")
 
 from nearfar.cli.main import main
+from nearfar.ledger import Ledger
 from nearfar.upper_remote import RemoteUpper
 from nearfar.wire.tls import Credentials
 from nearfar_cloud.gateway.certificates import make_folder
@@ -52,6 +55,25 @@ def test_a_device_gets_its_whole_answer_from_a_server_that_is_told_to_stop() -> 
         assert server.wait(60) == 0
         assert server.stderr is not None
         assert server.stderr.read() == ""  # no warning, no trace, no id
+
+
+@pytest.mark.parametrize("options", [(), ("--no-prefix-cache",)], ids=["as it is", "without"])
+def test_a_server_may_be_told_to_find_nothing_of_earlier_answers(options: tuple[str, ...]) -> None:
+    with process(whole(), "--collab-port", "0", *options) as (_, facts):
+        upper = RemoteUpper(facts["collab"].replace("127.0.0.1", "localhost"), hello=hello())
+        told = []
+        for name in ("first", "second"):
+            link = upper.open(opening(BY_ROWS, name.encode().ljust(16)))
+            device = Device(link, new_lower(), BY_ROWS)
+            device.ledger = Ledger([i * 37 % 300 for i in range(70)])
+            told.append(device.answer(4))
+            finish(device)
+        assert told[0] == told[1]
+        upper.close()
+        metrics = urlopen(f"{facts['url'].removesuffix('/v1')}/metrics").read().decode()
+    hits = re.search(r'prefix_row_blocks_total\{what="hit"\} (.*)', metrics)
+    assert hits is not None
+    assert (float(hits[1]) > 0) == (not options)
 
 
 def test_other_machines_come_in_with_tls_1_3_and_a_certificate(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed (extra [cloud])")
@@ -267,6 +268,29 @@ def test_what_cannot_be_served_is_refused_at_once(fields: dict[str, Any], messag
         await world.quiet()
 
     check()
+
+
+def some_rows(n: int) -> Rows:
+    """The rows of a text of `n` ids."""
+    lower = new_lower()
+    text = np.asarray([i * 37 % 300 for i in range(n)], np.int32)
+    rows = Codec.of(BY_ROWS, 256).encode(lower.forward(lower.embed(text), lower.new_kv(n), 0, 2))
+    return Rows(0, 0, tuple(rows), tuple(map(crc32, rows)))
+
+
+@in_world()
+async def test_rows_that_a_session_of_the_same_key_brought_are_not_computed_again(world: World) -> None:
+    told = []
+    for name, key in (("first", Key("alice")), ("second", Key("alice")), ("other", Key("bob"))):
+        connection, line, _ = await world.opened(name, codec=BY_ROWS, key=key)
+        connection.on(some_rows(70))
+        connection.on(Ask(1, 0, 69, 69))
+        verdict = await line.next(Verdict)
+        told.append((verdict.ids, verdict.margin, verdict.state_hash))
+        connection.on(Close())
+    assert len(set(told)) == 1
+    assert (world.engine.counts.row_hits, world.engine.counts.cached_tokens) == (1, 64)
+    await world.quiet()
 
 
 # ---------------------------------------------------------------- time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -109,7 +109,8 @@ def answer(e: Engine, seq: int, question: Question) -> Output:
 
 
 def some_ids(seed: int, n: int) -> tuple[int, ...]:
-    return tuple(random.Random(f"ids {seed}").randrange(320) for _ in range(n))
+    rng = random.Random(f"ids {seed}")
+    return tuple(rng.randrange(320) for _ in range(n))
 
 
 def reads_what_was_cut() -> None:
@@ -133,6 +134,25 @@ def reads_what_was_cut() -> None:
 
 def test_a_cut_leaves_blocks_alone_that_others_may_read() -> None:
     reads_what_was_cut()
+
+
+def finds_rows_of_others() -> None:
+    """Texts that part in the middle of a block: only what is before it is found, and each is answered as alone."""
+    e = engine(model=packed(*MODELS[0]))
+    for text in (some_ids(1, 140), (*some_ids(1, 100), *some_ids(2, 40))):
+        reference = Reference(file(*MODELS[0]), Sampling(), 2)
+        reference.read(text)
+        seq = submit(e, rows=ArrayRows(reference.rows), entry=2)
+        out = answer(e, seq, Question(1, 139, 139))
+        assert (out.ids, out.answer.margin) == ((reference.decides(139),), reference.margin(139))  # type: ignore[union-attr]
+        e.abort(seq)
+    e.step()
+    assert e.counts.row_hits == 1
+    check_empty(e)
+
+
+def test_rows_that_another_session_has_computed_are_found_up_to_where_texts_part() -> None:
+    finds_rows_of_others()
 
 
 def test_positions_wait_until_somebody_asks_and_all_who_ask_are_one_pass() -> None:
@@ -351,7 +371,11 @@ def moved_rows(self: RowPieces, first: int, n: int) -> np.ndarray:
     return take(self, max(0, first - 1) if first + n <= len(self) else first, n)
 
 
-decided, rewind, take = Asks.decided, Asks._rewind, RowPieces.take
+def first_row_alone(self: RowPieces, first: int, n: int) -> Iterator[bytes]:
+    return content(self, first, 1)
+
+
+decided, rewind, take, content = Asks.decided, Asks._rewind, RowPieces.take, RowPieces.content
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a preempted sequence forgets its drafts": (Engine, "_preempt", forgets_its_drafts),
     "a part of the drafts is checked": (Asks, "decided", believes_what_is_unchecked),
@@ -361,6 +385,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "ids that were taken back are still hashed": (Chain, "cut", lambda self, n: None),
     "rows that were taken back are still there": (RowPieces, "truncate", lambda self, n: None),
     "rows lie one off": (RowPieces, "take", moved_rows),
+    "rows are told apart by those that blocks begin with": (RowPieces, "content", first_row_alone),
 }
 
 
@@ -368,7 +393,11 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
 def test_a_planted_fault_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """The properties above are worth something: without one line that matters they fail."""
     monkeypatch.setattr(*FAULTS[fault])
-    assert _fails(reads_what_was_cut) or any(_fails(lambda seed=seed: shaken_up(seed)) for seed in range(100))
+    assert (
+        _fails(reads_what_was_cut)
+        or _fails(finds_rows_of_others)
+        or any(_fails(lambda seed=seed: shaken_up(seed)) for seed in range(100))
+    )
 
 
 def _fails(check: Callable[[], None]) -> bool:

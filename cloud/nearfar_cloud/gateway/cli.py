@@ -83,6 +83,12 @@ def add_serve(verbs: Any) -> None:
         "--kv-memory", type=whole(1, 1 << 20), default=512, metavar="MIB", help="keys and values (default: 512)"
     )
     parser.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute everything anew, also what an earlier answer began with",
+    )
+    parser.add_argument(
         "--max-queued", type=whole(1, 1 << 20), default=1024, metavar="N", help="sequences at a time (default: 1024)"
     )
     parser.add_argument(
@@ -206,7 +212,14 @@ def _opened(args: argparse.Namespace) -> Iterator[Served]:
     if args.workers is None:
         if threads:
             torch.set_num_threads(threads)
-        served = open_served(args.model, name=args.name, form=args.weights, kv=args.kv, kv_bytes=kv_bytes)
+        served = open_served(
+            args.model,
+            name=args.name,
+            form=args.weights,
+            kv=args.kv,
+            kv_bytes=kv_bytes,
+            prefix_cache=args.prefix_cache,
+        )
         if args.at_least is not None:
             slow_down(served.engine, *args.at_least)
         yield served
@@ -217,7 +230,8 @@ def _opened(args: argparse.Namespace) -> Iterator[Served]:
     described = describe(args.model, args.name, args.weights)
     if described.tokenizer is None:
         raise UsageError(f"{args.model} has upper layers alone, for devices, who ask one engine: leave --workers out")
-    options = {"form": args.weights, "kv": args.kv, "kv_bytes": kv_bytes, "threads": threads, "ray": args.ray}
+    options = {"form": args.weights, "kv": args.kv, "kv_bytes": kv_bytes, "prefix_cache": args.prefix_cache}
+    options |= {"threads": threads, "ray": args.ray}
     with open_fleet(args.model, args.workers, **options) as fleet:
         yield described.served_by(fleet)
 

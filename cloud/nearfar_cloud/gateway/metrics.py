@@ -116,6 +116,8 @@ class _OfEngine(Collector):
         )
         found = {"hit": c.prefix_hits, "miss": c.prefix_misses, "evicted": c.prefix_evicted}
         yield _family(CounterMetricFamily, "prefix_blocks", "full blocks of prompts", "what", found)
+        found = {"hit": c.row_hits, "miss": c.row_misses}
+        yield _family(CounterMetricFamily, "prefix_row_blocks", "of these such as came as rows", "what", found)
         status = {"waiting": load.n_waiting, "running": load.n_running, "swapped": load.n_swapped}
         yield _family(GaugeMetricFamily, "seqs", "sequences", "status", status)
         yield GaugeMetricFamily(

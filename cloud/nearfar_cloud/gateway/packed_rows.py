@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from nearfar.wire.codec import Codec
-from nearfar_cloud.outside import Array
+from nearfar_cloud.outside import Array, mark_of
 
 
 class PackedRows:
@@ -18,6 +20,14 @@ class PackedRows:
     def take(self, first: int, n: int) -> Array:
         """f32 [n, D].  Raises WireError for rows that hold no numbers."""
         return self._codec.decode(self._rows[first : first + n])
+
+    def content(self, first: int, n: int) -> Iterator[bytes]:
+        """The packed bytes: what they are decoded to depends on them, the codec and the width alone."""
+        spec = self._codec.spec
+        mark = mark_of(f"{spec.id.name} {spec.group} {spec.outliers} {self.width}")
+        for row in self._rows[first : first + n]:
+            yield mark
+            yield row
 
     def truncate(self, n: int) -> None:
         self._rows = self._rows[:n]

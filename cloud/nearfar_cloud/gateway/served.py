@@ -52,6 +52,7 @@ def open_served(
     form: Form | None = None,
     kv: KV = "auto",
     kv_bytes: int = 1 << 29,
+    prefix_cache: bool = True,
 ) -> Served:
     """`model`: nano, the path of a GGUF file, or a folder as Hugging Face writes it.
 
@@ -59,10 +60,11 @@ def open_served(
     "bf16": as most folders have them; "w8", "q8_0", "q4_0": a folder's, rounded; "fp32": in torch, as are mixtures of
     experts.  None: "file" for files, "bf16" for folders where the extension is built, else "fp32".
     `kv`: keys and values as the form has them, or "int8": half the memory, other tokens.
-    `kv_bytes`: memory for them.  Raises FileError, UnsupportedError, UsageError.
+    `kv_bytes`: memory for them; `prefix_cache`: whether they serve later requests that begin alike.
+    Raises FileError, UnsupportedError, UsageError.
     """
     described = describe(model, name, form)
-    return described.served_by(_engine(_load(described.path, form), kv, kv_bytes))
+    return described.served_by(_engine(_load(described.path, form), kv, kv_bytes, prefix_cache))
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ def _name(path: Path) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
-def _engine(loaded: Loaded | Packed, kv: KV, kv_bytes: int) -> Engine:
+def _engine(loaded: Loaded | Packed, kv: KV, kv_bytes: int, prefix_cache: bool) -> Engine:
     c = loaded.config
     a_block = 2 * (c.layers[1] - c.layers[0]) * c.n_kv_heads * head_bytes(c.head_dim, kv_dtype(loaded, kv))
     n_blocks = min(kv_bytes // a_block, MOST_CONTEXTS * n_blocks_of(c.n_ctx))
     if n_blocks < 2:
         raise UsageError(f"{kv_bytes} bytes for keys and values: this model needs at least {2 * a_block}")
     return Engine(
-        LocalExecutor(loaded, n_blocks, kv=kv, swap_bytes=kv_bytes // 2),
+        LocalExecutor(loaded, n_blocks, kv=kv, swap_bytes=kv_bytes // 2, prefix_cache=prefix_cache),
         Composer(standard(), "cheaper"),
         speculation=Speculation(),
     )

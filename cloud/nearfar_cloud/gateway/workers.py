@@ -20,10 +20,12 @@ from nearfar_cloud.gateway.served import Form, open_served
 ENTRY = f"{__name__}:open_worker"
 
 
-def open_worker(model: str, form: Form | None, kv: KV, kv_bytes: int, threads: int) -> tuple[Engine, MakeHook]:
+def open_worker(
+    model: str, form: Form | None, kv: KV, kv_bytes: int, prefix_cache: bool, threads: int
+) -> tuple[Engine, MakeHook]:
     """In the worker: as `open_served`, with so many threads."""
     torch.set_num_threads(threads)
-    served = open_served(model, form=form, kv=kv, kv_bytes=kv_bytes)
+    served = open_served(model, form=form, kv=kv, kv_bytes=kv_bytes, prefix_cache=prefix_cache)
     assert isinstance(served.engine, Engine)
     assert served.tokenizer is not None  # or `describe` in front would have said so
     return served.engine, Grammars(served.tokenizer).make
@@ -37,6 +39,7 @@ def open_fleet(
     form: Form | None = None,
     kv: KV = "auto",
     kv_bytes: int = 1 << 29,
+    prefix_cache: bool = True,
     threads: int | None = None,
     ray: str | None = None,
 ) -> Iterator[Fleet]:
@@ -51,6 +54,7 @@ def open_fleet(
         "form": form,
         "kv": kv,
         "kv_bytes": kv_bytes // n,
+        "prefix_cache": prefix_cache,
         "threads": n_threads,
     }
     if ray is None:

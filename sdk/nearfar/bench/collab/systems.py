@@ -59,6 +59,7 @@ def serving(model: Path, rate: Rate | None, threads: int = 1) -> Iterator[int]:
     """`nearfar cloud serve` in a process of its own; the port that it takes devices on.  Raises NearfarError."""
     command = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve", str(model), "--port", "0"]
     command += ["--collab-port", "0", "--threads", str(threads), "--json"]
+    command += ["--no-prefix-cache"]  # no system gains by what another one has computed, nor one that resends by itself
     if rate is not None:
         command += ["--at-least", f"{rate.step_ms},{rate.row_ms}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -19,6 +19,8 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
+
 from nearfar.alarm import Alarm, is_audited
 from nearfar.cancel import Cancel
 from nearfar.collab_options import Collab
@@ -28,7 +30,7 @@ from nearfar.engine import Engine, Stage, Token, stages
 from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
 from nearfar.exit import decayed, should_exit
 from nearfar.journal import Journal, JournalHead, JournalState
-from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewind, Send
+from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Remake, Retract, Rewind, Send
 from nearfar.lower import Array
 from nearfar.pace import MAX_WINDOW, Pace
 from nearfar.sampling import Sampling
@@ -133,14 +135,14 @@ class Collaboration:
         session, ends = secrets.token_bytes(16), tuple(sorted(s.ends))
         opening = Open(session, 0, how.mode, how.codec, self.row_layer, s.sampling, ends)
         check_sampling(opening)
-        ledger = Ledger(s.ids, by_ids=how.by_ids)
+        ledger = Ledger(s.ids, by_ids=how.by_ids, max_row_bytes=how.max_row_bytes)
         s.ready.clear()  # of an earlier text that ended before all of it was told
         path, left = s.journal_path, None
         if path is not None and path.exists():
             left = self._resume_journal(s, opening, path)
             opening = replace(opening, session=left.head.session)
-            ledger = Ledger(left.text, by_ids=how.by_ids, n_prompt=len(s.ids), is_resumed=True)
-        ledger.add_rows(0, s.ledger.rows[: s.n_run])  # of an earlier text that began alike
+            ledger = Ledger(left.text, how.by_ids, True, how.max_row_bytes, n_prompt=len(s.ids))
+        ledger.begins_like(s.ledger, s.n_run)
         opening = self._goes_on(s, opening, ledger)
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
@@ -167,7 +169,7 @@ class Collaboration:
             return opening
         same = zip(s.ledger.ids, ledger.ids, strict=False)
         n_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
-        ledger.goes_on(s.ledger, n_alike if self.how.by_ids else len(ledger.rows))
+        ledger.goes_on(s.ledger, n_alike if self.how.by_ids else ledger.n_rows)
         return replace(opening, session=kept.session)
 
     def _resume_journal(self, s: Shared, opening: Open, path: Path) -> JournalState:
@@ -468,13 +470,29 @@ class Collaboration:
                         s.link.send(message)
                 case Rewind(n):
                     s.rewind(n)
-                    s.hope, s.ended = 1.0, False
+                    s.hope, s.ended, s.candidate = 1.0, False, None
                 case Final():
                     self._tell(s, effect)
                 case Retract(index):
                     s.tell(Notice("retract", index - s.ledger.n_prompt))
                 case Rebuild(n):
                     s.tell(Notice("rebuilding", n))
+                case Remake(first, end):
+                    self._remake(s, first, end)
+
+    def _remake(self, s: Shared, first: int, end: int) -> None:
+        """Dropped rows once more.  A row needs those before it, which the cache has, but not as rows: from 0 on."""
+        assert self.codec is not None
+        started, engine, lower = time.perf_counter(), self.engine, self.engine.lower
+        kv = lower.new_kv(engine.max_len, engine.kv_dtype, engine.kv_policy)
+        for at in range(0, end, CHUNK):
+            ids = np.asarray(s.ids[at : min(at + CHUNK, end)], np.int32)
+            h = lower.forward(lower.embed(ids), kv, 0, self.row_layer, s.cancel)
+            if len(rows := self.codec.encode(h)[max(0, first - at) :]):
+                self._do(s, s.ledger.remade(rows))
+            if not s.ledger.dropped:  # one has come out otherwise
+                break
+        s.shares.device_s += time.perf_counter() - started
 
     def _tell(self, s: Shared, f: Final) -> None:
         """A token is final: `step` returns it."""

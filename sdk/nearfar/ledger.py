@@ -5,11 +5,15 @@ A pure machine: events go in as method calls, effects come out as a list, and no
 
     ids      | prompt ......... | final ......... | provisional ...... |
                                  n_prompt          final               len(ids)
-    rows     | ............................... asked ........ n_rows           (n_rows <= len(ids))
+    rows     | dropped ....................... asked ........ n_rows           (n_rows <= len(ids))
 
 Row i belongs to ids[i] and decides ids[i + 1].  Rows below `asked` have been asked about, each exactly once: an ask for
 rows asked..p brings how many drafts hold and the token at the first place where they end.  Verdicts are applied in the
 order of their asks, so each one speaks of a text whose beginning is final already.
+
+Rows below `dropped` have been sent, belong to final tokens and are not kept, for the sake of memory; their checksums
+are.  Should the other side want them again, they are made again of the ids (`Remake`), and used if they are what they
+were.
 
 Whatever was said in vain (rows of drafts that do not hold, asks that nobody waits for) is left behind by a new
 generation, a `Cut`: messages of an earlier one are dropped on both sides.
@@ -81,7 +85,15 @@ class Rebuild:
     n: int
 
 
-Effect: TypeAlias = Send | Rewind | Final | Retract | Rebuild
+@dataclass(frozen=True, slots=True)
+class Remake:
+    """The dropped rows first..end - 1 are wanted: make them of the ids, in order, and give them to `Ledger.remade`."""
+
+    first: int
+    end: int
+
+
+Effect: TypeAlias = Send | Rewind | Final | Retract | Rebuild | Remake
 
 
 @dataclass(slots=True)
@@ -112,6 +124,7 @@ class Counts:
     rows_asked: int = 0  # rows that the upper side had to run for them; those of `replayed` not again
     stale: int = 0  # messages of an earlier generation, dropped
     replayed: int = 0  # rows sent again
+    remade: int = 0  # ... that had been dropped
     near_ties: int = 0  # verdicts whose two largest logits are closer than 1e-4
     checked: int = 0  # tokens of the device that the upper side has decided too; where nobody was sure, or of an audit
     sure: int = 0  # ... that an exit was sure of
@@ -124,11 +137,13 @@ class Ledger:
     """The state of one answer on the device.  `by_ids`: positions travel as token ids instead of rows.
 
     `is_resumed`: the ids are a journal's, and the process that knew the rest is gone.  Nothing is sent before `Opened`.
+    `max_row_bytes`: more of them are not kept of rows that could be made again; None: all are.
     """
 
     ids: list[int]
     by_ids: bool = False
     is_resumed: bool = False
+    max_row_bytes: int | None = None
     gen: int = 0
     n_prompt: int = 0
     final: int = 0  # positions below it are final
@@ -136,8 +151,9 @@ class Ledger:
     sent: int = 0  # rows below it have been sent in this generation
     run: int = 0  # rows below it the other side has run for an ask, or will
     drafts: dict[int, Draft] = field(default_factory=dict)  # of provisional positions
-    rows: list[bytes] = field(default_factory=list)  # packed; empty with ids
-    crcs: list[int] = field(default_factory=list)
+    rows: list[bytes] = field(default_factory=list)  # packed, from position `dropped` on; empty with ids
+    dropped: int = 0
+    crcs: list[int] = field(default_factory=list)  # of dropped rows too
     hashes: list[bytes] = field(default_factory=list)  # chain over crcs: what both sides have to agree on
     cuts: list[Cut] = field(default_factory=list)
     open: dict[int, OpenAsk] = field(default_factory=dict)  # by request number, in the order of asking
@@ -155,7 +171,7 @@ class Ledger:
     @property
     def n_rows(self) -> int:
         """Positions that could be sent."""
-        return len(self.ids) if self.by_ids else len(self.rows)
+        return len(self.ids) if self.by_ids else self.dropped + len(self.rows)
 
     @property
     def n_provisional(self) -> int:
@@ -165,6 +181,13 @@ class Ledger:
     def n_unasked(self) -> int:
         """Rows that nobody has asked about."""
         return self.n_rows - self.asked
+
+    def begins_like(self, earlier: Ledger, n: int) -> None:
+        """The first `n` positions are those of `earlier`: as many of its rows are there already."""
+        if not self.by_ids:
+            n = min(n, earlier.n_rows)
+            self.dropped = min(earlier.dropped, n)
+            self.rows, self.crcs = earlier.rows[: n - self.dropped], earlier.crcs[:n]
 
     def goes_on(self, earlier: Ledger, n: int) -> None:
         """`earlier` was the text of this session, and its first `n` positions are this one's, too.  Before `Opened`.
@@ -178,8 +201,8 @@ class Ledger:
 
     def add_rows(self, pos0: int, rows: Sequence[bytes]) -> None:
         """Packed rows of the positions from `pos0` on; those that are there already stay."""
-        assert pos0 <= len(self.rows), (pos0, len(self.rows))
-        new = rows[len(self.rows) - pos0 :]
+        assert pos0 <= self.n_rows, (pos0, self.n_rows)
+        new = rows[self.n_rows - pos0 :]
         self.rows += new
         self.crcs += [crc32(row) for row in new]
 
@@ -257,17 +280,58 @@ class Ledger:
         end = self.n_rows if upto is None else upto
         effects: list[Effect] = []
         while self.sent < end and not self.is_resumed:
-            message = self._ids_from(self.sent, end) if self.by_ids else self._rows_from(self.sent, end)
+            if self.sent < self.dropped:
+                return [*effects, Remake(self.sent, self.dropped)]
+            first = self.sent - self.dropped
+            message = (
+                self._ids_from(self.sent, end) if self.by_ids else self._first_of(self.rows[first : end - self.dropped])
+            )
             self.sent = message.pos0 + len(message.ids if isinstance(message, Ids) else message.data)
             effects.append(Send(message))
+        self._drop()
         return effects
+
+    def remade(self, rows: Sequence[bytes]) -> list[Effect]:
+        """Dropped rows from `sent` on, made again; if one has come out otherwise, it fits none of the others."""
+        if [crc32(row) for row in rows] != self.crcs[self.sent : self.sent + len(rows)]:
+            return self._start_over()
+        effects: list[Effect] = []
+        self.counts.remade += len(rows)
+        while rows:
+            message = self._first_of(rows)
+            rows, self.sent = rows[len(message.data) :], self.sent + len(message.data)
+            effects.append(Send(message))
+        return effects if self.sent < self.dropped else [*effects, *self.unsent()]
+
+    def _start_over(self) -> list[Effect]:
+        """No row is what it was: what is final stays, and everything is computed and sent anew."""
+        effects: list[Effect] = []
+        if self.n_provisional:
+            self.counts.retracted += self.n_provisional
+            effects.append(Retract(self.final))
+            self.drafts.clear()
+            del self.ids[self.final :]
+        self.open.clear()
+        self.dropped, self.asked = 0, len(self.ids) - 1
+        return [*effects, Rewind(0), self._cut(0)]
+
+    def _drop(self) -> None:
+        """The oldest rows that are final and have been sent, as far as there are too many bytes of them."""
+        if self.max_row_bytes is None or not self.rows:
+            return
+        n_over = len(self.rows) - self.max_row_bytes // max(1, len(self.rows[0]))
+        n = min(n_over, min(self.final, self.sent) - self.dropped)
+        if n > 0:
+            del self.rows[:n]
+            self.dropped += n
 
     def _ids_from(self, first: int, end: int) -> Ids:
         return Ids(self.gen, first, tuple(self.ids[first : min(end, first + MAX_MESSAGE // 4)]))
 
-    def _rows_from(self, first: int, end: int) -> Rows:
-        n = min(end - first, max(1, MAX_MESSAGE // max(1, len(self.rows[first]))))
-        return Rows(self.gen, first, tuple(self.rows[first : first + n]), tuple(self.crcs[first : first + n]))
+    def _first_of(self, rows: Sequence[bytes]) -> Rows:
+        """As many as one message takes; they follow what has been sent."""
+        n = min(len(rows), max(1, MAX_MESSAGE // max(1, len(rows[0]))))
+        return Rows(self.gen, self.sent, tuple(rows[:n]), tuple(self.crcs[self.sent : self.sent + n]))
 
     def _hash(self, row: int) -> bytes:
         """Of rows 0..row: the upper side has the same, or the two have diverged."""
@@ -363,7 +427,7 @@ class Ledger:
 
     def _cut(self, keep: int) -> Send:
         """Rows from `keep` on never were."""
-        del self.rows[keep:], self.crcs[keep:], self.hashes[keep:]
+        del self.rows[keep - self.dropped :], self.crcs[keep:], self.hashes[keep:]
         self.sent = min(self.sent, keep)
         return self._new_generation(keep)
 

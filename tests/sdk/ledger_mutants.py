@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -20,6 +21,7 @@ RUNS = {"mode": Mode.CLOUD_ONLY, "by_ids": True, "run": 100, "repeats": False, "
 KILLS = {"mode": Mode.LOSSLESS, "finishes": False, "is_eager": True, "faults": ("reset", "kill")}
 AUDITS = {"mode": Mode.LOSSY, "by_ids": True, "audit": 1.0, "finishes": False, "right": 0.3, "sure": 0.9}
 EVICTS = {"repeats": False, "faults": ("evict",)}
+DROPS = {"mode": Mode.LOSSLESS, "by_ids": False, "most_rows": 0, "faults": ("evict", "restart")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,22 @@ def without_audits(original: Any, self: Ledger) -> Any:
     return effects
 
 
+def rows_of_two_kernels(original: Any, self: Ledger, rows: list[bytes]) -> Any:
+    self.crcs[self.sent : self.sent + len(rows)] = [crc32(row) for row in rows]
+    return original(self, rows)
+
+
+def dropped_and_not_missed(original: Any, self: Ledger, *args: Any) -> Any:
+    self.sent = max(self.sent, self.dropped)
+    return original(self, *args)
+
+
+def drafts_dropped(original: Any, self: Ledger) -> None:
+    final, self.final = self.final, self.sent
+    original(self)
+    self.final = final
+
+
 # ------------------------------------------------------------ of the upper side
 
 
@@ -167,6 +185,15 @@ MUTANTS = {
     "settled rows are not asked again": Mutant(Ledger, "settle", asked_to_the_end, ALONE),
     "a failed audit is not cut": Mutant(Ledger, "_on_audit", lambda f, *args: f(*args)[:0], AUDITS),
     "audits are not repeated": Mutant(Ledger, "repeat", without_audits, AUDITS | {"faults": ("reset",)}),
+    "rows of two kernels are mixed": Mutant(Ledger, "remade", rows_of_two_kernels, DROPS | {"wobbles": 1.0}),
+    "dropped rows are not missed": Mutant(Ledger, "unsent", dropped_and_not_missed, DROPS),
+    "rows of drafts are dropped": Mutant(Ledger, "_drop", drafts_dropped, DROPS),
+    "another kernel, and no cut": Mutant(
+        Ledger, "_start_over", lambda f, self: without(f(self), Send), DROPS | {"wobbles": 1.0}
+    ),
+    "another kernel, and the cache stays": Mutant(
+        Ledger, "_start_over", lambda f, self: without(f(self), Rewind), DROPS | {"wobbles": 1.0}
+    ),
     "a cut keeps a row": Mutant(UpperSession, "_cut", one_row_too_many),
     "a cut keeps verdicts": Mutant(UpperSession, "_truncate", verdicts_that_stay),
     "cuts of any generation": Mutant(UpperSession, "_cut", cuts_of_any_generation, LATE),

@@ -19,9 +19,11 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from zlib import crc32
 
 from nearfar.journal import Journal, JournalHead
 from nearfar.ledger import Final, Ledger
+from nearfar.wire.hashes import crc_of_id
 from nearfar.wire.messages import Close, CodecId, CodecSpec, Mode, Open, Up
 from tests.sdk.world_device import Device, Killed
 from tests.sdk.world_oracle import BREAKS, Setting, Unsound, oracle, rows_of, token_of
@@ -40,9 +42,11 @@ class World:
         self.opening = Open(rng.randbytes(16), 0, s.mode, codec, 0 if s.by_ids else 3, stop_ids=tuple(range(s.n_stops)))
         self.journal = Journal.in_memory(JournalHead(self.opening.session, b"s" * 16, b"", tuple(self.prompt)))
         self.network, self.server = Network(), Server(self)
-        self.device = Device(self, Ledger(list(self.prompt), by_ids=s.by_ids))
+        self.kernel = b""  # that computes the device's rows: another one, other rows
+        self.max_row_bytes = None if s.most_rows is None else 8 * s.most_rows
+        self.device = Device(self, Ledger(list(self.prompt), s.by_ids, max_row_bytes=self.max_row_bytes))
         self.counts: Counter[str] = Counter()
-        self.n_asks = self.n_retracts = self.n_steps = self.n_late = self.n_audits = 0
+        self.n_asks = self.n_retracts = self.n_steps = self.n_late = self.n_audits = self.n_remade = 0
         self.most_steps = 200 * (s.n_tokens + 20)
         self.ambush: tuple[str, int] | None = None  # a break that strikes as soon as so many messages are under way
         self.storm = 0  # steps in which faults strike far more often
@@ -188,8 +192,8 @@ class World:
             stream.down.clear()  # nobody is there to hear it
         self.notice()
         self.is_new_process, self.will_die = True, False
-        if self.s.finishes:
-            n_lost = 0  # what the device decided by itself may come out otherwise
+        if self.s.finishes or self.kernel:
+            n_lost = 0  # what the device decided by itself, or by another kernel's rows, may come out otherwise
         state = self.journal.state()
         n = max(0, len(state.ids) - n_lost)
         self.journal = Journal.in_memory(state.head)
@@ -197,7 +201,12 @@ class World:
         self.journal.append(range(n_prompt, n_prompt + n), state.ids[:n], state.crcs[:n])
         ids = [*state.head.prompt, *state.ids[:n]]
         self.tell(ids[len(self.text) :])  # the user's side takes up at its own last index
-        self.device = Device(self, Ledger(ids, by_ids=self.s.by_ids, is_resumed=True, n_prompt=n_prompt))
+        self.device = Device(self, Ledger(ids, self.s.by_ids, True, self.max_row_bytes, n_prompt=n_prompt))
+
+    def other_kernel(self) -> None:
+        """From now on the device's rows are others, and so is what the upper layers say behind them."""
+        self.kernel += b"'"
+        self.last_row = rows_of(self.text, self.kernel)[-1]
 
     # ---- what the world looks at
 
@@ -234,9 +243,14 @@ class World:
         d, u = self.device, self.server
         if d.cached != d.ledger.ids[: len(d.cached)]:
             raise Unsound("the device's cache holds rows of another text")
+        if not self.s.by_ids and d.cache != rows_of(d.cached, self.kernel):
+            raise Unsound("the device's cache holds rows of two kernels")
+        if not self.s.by_ids and d.ledger.n_rows != len(d.ledger.crcs):
+            raise Unsound(f"{len(d.ledger.crcs)} checksums of {d.ledger.dropped} dropped rows and {len(d.ledger.rows)}")
         if u.session is None or u.session.gen != d.ledger.gen or d.ledger.is_resumed:
             return
-        ours, theirs = (d.ledger.ids, u.ids) if self.s.by_ids else (d.ledger.rows, u.rows)
+        ours = [crc_of_id(i) for i in d.ledger.ids] if self.s.by_ids else d.ledger.crcs
+        theirs = [crc_of_id(i) for i in u.ids] if self.s.by_ids else [crc32(row) for row in u.rows]
         n = min(len(ours), len(theirs))
         if ours[:n] != theirs[:n]:
             raise Unsound(f"generation {d.ledger.gen}: the upper side holds other rows than the device")
@@ -244,7 +258,7 @@ class World:
     def check_end(self) -> None:
         """The whole text, and what it took."""
         n = len(self.oracle)
-        if self.s.mode != Mode.LOSSY and not self.s.finishes and self.text[:n] != self.oracle:
+        if self.s.mode != Mode.LOSSY and not self.s.finishes and not self.kernel and self.text[:n] != self.oracle:
             raise Unsound("the text is not the oracle's")
         state = self.journal.state()
         if state.text[: len(self.text)] != self.text[: len(state.text)]:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nearfar.cancel import Cancel
@@ -15,7 +16,7 @@ from nearfar.engine import Engine, Token
 from nearfar.errors import ContextError, FileError, MismatchError, UpperError, UsageError
 from nearfar.halves import split
 from nearfar.journal import Journal
-from nearfar.lower import Lower, open_lower
+from nearfar.lower import Array, Lower, open_lower
 from nearfar.lower_composed import Composed
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice
@@ -249,6 +250,65 @@ def test_a_link_that_breaks_and_returns_changes_no_token(pair: Pair, codec: Code
         told.append(c.step(s).id)
     assert told == pair.oracle(codec, WARM)
     assert s.shares.opened > 6
+
+
+@pytest.mark.parametrize("mode", [Mode.LOSSLESS, Mode.LOSSY])
+@pytest.mark.parametrize("most", [0, 700])
+def test_rows_over_the_cap_are_dropped_and_made_again_for_an_upper_side_that_forgets(
+    pair: Pair, mode: Mode, most: int
+) -> None:
+    how = Collab(mode, CODECS[1], 0.01 if mode == Mode.LOSSLESS else 1.0, max_row_bytes=most)
+    c, upper = flaky(pair, how, forgets=True)
+    s = c.new_sequence(WARM, use_exits=True)
+    s.continue_with(PROMPT)
+    told = []
+    for i in range(N):
+        if i % 10 == 9:
+            upper.links[0].cut()
+            c._listen(s, 0.0)
+            upper.links[0].mend()
+        told.append(c.step(s).id)
+    assert told == pair.oracle(CODECS[1], WARM)
+    ledger = s.ledger
+    assert ledger.counts.remade > N
+    assert c.codec is not None
+    assert len(ledger.rows) <= max(most // c.codec.row_bytes, ledger.n_rows - ledger.final + 1)
+
+
+class OtherKernel:
+    """A device whose second cache computes other rows, as after a change of kernels."""
+
+    def __init__(self, lower: Lower) -> None:
+        self.lower, self.caches = lower, list[object]()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.lower, name)
+
+    def new_kv(self, *args: object) -> object:
+        self.caches.append(self.lower.new_kv(*args))  # type: ignore[arg-type]
+        return self.caches[-1]
+
+    def forward(self, h: Array, kv: object, first: int, last: int, cancel: Cancel | None = None) -> Array:
+        rows = self.lower.forward(h, kv, first, last, cancel)  # type: ignore[arg-type]
+        return rows if kv is self.caches[0] else rows * np.float32(1.5)
+
+
+@pytest.mark.parametrize("mode", [Mode.LOSSLESS, Mode.LOSSY])
+def test_rows_that_are_not_what_they_were_are_never_mixed_with_the_old_ones(pair: Pair, mode: Mode) -> None:
+    upper = Flaky(LocalUpper(pair.upper, MAX_LEN), forgets=True)
+    device: Lower = OtherKernel(pair.device)  # type: ignore[assignment]
+    how = Collab(mode, CODECS[0], 0.01 if mode == Mode.LOSSLESS else 1.0, max_row_bytes=0)
+    c = Collaboration(Engine(device, MAX_LEN), upper, how)
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    told = [c.step(s).id for _ in range(12)]
+    upper.links[0].cut()
+    c._listen(s, 0.0)
+    upper.links[0].mend()
+    told += [c.step(s).id for _ in range(12)]
+    assert told == pair.oracle(CODECS[0], GREEDY, 24)  # the device's own cache made them all in the end
+    assert any(cut.keep == 0 for cut in s.ledger.cuts)
+    assert s.ledger.counts.remade == 0
 
 
 def test_a_device_that_may_goes_on_alone_and_is_checked_again_when_the_link_is_back(pair: Pair) -> None:

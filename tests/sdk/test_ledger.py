@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import Diverged, WireError
-from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Retract, Rewind, Send
+from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Remake, Retract, Rewind, Send
 from nearfar.wire.messages import Ask, Commit, Cut, Ids, Mode, Need, Opened, Rows, Verdict
 from tests.sdk.ledger_mutants import MUTANTS
 from tests.sdk.ledger_world import World
@@ -58,6 +58,8 @@ SETTINGS = st.builds(
     repeats=st.booleans(),
     finishes=st.booleans(),
     audit=st.sampled_from((0.0, 0.3, 1.0)),
+    most_rows=st.sampled_from((None, 0, 2)),
+    wobbles=st.sampled_from((0.0, 0.5)),
 )
 
 
@@ -81,7 +83,7 @@ def test_a_hundred_thousand_tokens_with_a_fault_in_twenty_are_the_oracles() -> N
 def test_the_world_is_not_tame() -> None:
     """Each fault, and what it leads to, happens often enough to be noticed."""
     seen = {"retracted": 0, "stale": 0, "replayed": 0, "late": 0}
-    n_audits = 0
+    n_audits = n_remade = 0
     kinds = dict.fromkeys(Setting().faults, 0)
     for seed in range(2 * QUICK):
         world = play(seed)
@@ -91,11 +93,21 @@ def test_the_world_is_not_tame() -> None:
         seen["replayed"] += counts.replayed
         seen["late"] += world.n_late
         n_audits += world.n_audits
+        n_remade += world.n_remade
         for kind in kinds:
             kinds[kind] += world.counts[kind]
     assert min(seen.values()) > QUICK, seen
     assert min(kinds.values()) > QUICK // 5, kinds
     assert n_audits > QUICK // 5
+    assert n_remade > QUICK // 2
+
+
+def test_a_device_that_keeps_few_rows_and_changes_its_kernel_tells_what_is_behind_its_rows() -> None:
+    n_kernels = 0
+    for seed in range(QUICK):
+        world = play(30_000 + seed, mode=Mode.LOSSLESS, by_ids=False, most_rows=seed % 3, wobbles=0.5)
+        n_kernels += len(world.kernel)
+    assert n_kernels > QUICK // 5
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -318,3 +330,53 @@ def test_rows_travel_in_messages_of_bounded_size() -> None:
     assert [m.pos0 for m in messages] == list(range(0, 100, 16))
     ledger.add_rows(100, [bytes(70000)] * 2)
     assert [len(m.data) for m in sent(ledger.unsent())] == [1, 1]
+
+
+def capped() -> Ledger:
+    """Four final positions whose rows were sent, and a draft; two rows are kept."""
+    ledger = Ledger([1, 2, 3, 4], max_row_bytes=8)
+    ledger.add_rows(0, of_rows(1, 2, 3, 4))
+    ledger.add_draft(5, HEAD)
+    ledger.add_rows(4, of_rows(5))
+    return ledger
+
+
+def test_rows_that_are_final_and_sent_are_dropped_as_far_as_there_are_too_many() -> None:
+    ledger = capped()
+    assert (ledger.dropped, len(ledger.rows)) == (0, 5)  # nothing has been sent
+    ledger.unsent()
+    assert (ledger.dropped, ledger.n_rows, ledger.rows) == (3, 5, of_rows(4, 5))
+    ledger.max_row_bytes = 0
+    ledger.unsent()
+    assert (ledger.dropped, ledger.n_rows, ledger.rows) == (4, 5, of_rows(5))  # that of a draft stays
+
+
+def test_dropped_rows_are_made_again_when_they_are_wanted_and_the_others_follow() -> None:
+    ledger = capped()
+    ledger.unsent()
+    assert ledger.on_need(Need(0, 1)) == [Rebuild(4), Remake(1, 3)]
+    assert [m.pos0 for m in sent(ledger.remade(of_rows(2)))] == [1]
+    messages = sent(ledger.remade(of_rows(3)))
+    assert [(m.pos0, list(m.data)) for m in messages] == [(2, of_rows(3)), (3, of_rows(4, 5))]
+    assert (ledger.sent, ledger.counts.remade) == (5, 2)
+    assert ledger.on_need(Need(0, 3))[1:] == [Send(messages[1])]  # those are still here
+
+
+def test_a_row_that_comes_out_otherwise_makes_everything_start_over() -> None:
+    ledger = capped()
+    ledger.unsent()
+    ledger.on_need(Need(0, 0))
+    assert ledger.remade(of_rows(1, 9)) == [Retract(4), Rewind(0), Send(Cut(1, 0))]
+    assert (ledger.ids, ledger.n_rows, ledger.dropped, ledger.sent) == ([1, 2, 3, 4], 0, 0, 0)
+    ledger.add_rows(0, of_rows(1, 9, 3, 4))
+    assert [type(m) for m in sent(ledger.make_ask())] == [Rows, Ask]
+
+
+def test_a_text_that_begins_like_an_earlier_one_has_its_rows_and_what_was_dropped() -> None:
+    earlier = capped()
+    earlier.unsent()
+    for n, dropped, rows in ((2, 2, []), (4, 3, of_rows(4)), (5, 3, of_rows(4, 5))):
+        ledger = Ledger([1, 2, 3, 4, 5, 6])
+        ledger.begins_like(earlier, n)
+        assert (ledger.n_rows, ledger.dropped, ledger.rows) == (n, dropped, rows)
+        assert ledger.unsent() == [Remake(0, dropped)]

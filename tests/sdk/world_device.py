@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nearfar.ledger import Draft, Effect, Final, Ledger, Retract, Rewind, Send
+from nearfar.ledger import Draft, Effect, Final, Ledger, Remake, Retract, Rewind, Send
 from nearfar.wire.messages import Down, Err, Mode, Need, Opened, Verdict
 from tests.sdk.world_oracle import Unsound, rows_of, token_of
 
@@ -42,7 +42,7 @@ class Device:
     @property
     def n_askable(self) -> int:
         n = len(self.ledger.ids) - self.ended
-        return n if self.s.by_ids else min(n, len(self.ledger.rows))
+        return n if self.s.by_ids else min(n, self.ledger.n_rows)
 
     def can_run(self) -> bool:
         return len(self.cache) < len(self.ledger.ids) - self.ended
@@ -84,7 +84,7 @@ class Device:
         return self.is_alone() and not self.ledger.n_provisional
 
     def can_audit(self) -> bool:
-        is_there = self.s.by_ids or len(self.ledger.rows) == len(self.ledger.ids)
+        is_there = self.s.by_ids or self.ledger.n_rows == len(self.ledger.ids)
         return self.s.mode == Mode.LOSSY and self.is_open and is_there and len(self.ledger.audits) < 8
 
     def is_alone(self) -> bool:
@@ -99,7 +99,7 @@ class Device:
         """Rows of some of the positions that are owed, in one batch."""
         first, ids = len(self.cache), self.ledger.ids
         new = ids[first : self.rng.randint(first + 1, len(ids) - self.ended)]
-        self.cache += rows_of(new, self.cache[-1] if self.cache else b"")
+        self.cache += rows_of(new, self.cache[-1] if self.cache else self.world.kernel)
         self.cached += new
         if not self.s.by_ids:
             self.ledger.add_rows(first, self.cache[first:])
@@ -141,7 +141,8 @@ class Device:
     def _guess(self) -> int:
         """The oracle's token, or another one."""
         n = min(len(self.cache), len(self.ledger.ids))
-        rows = [b"", *self.cache[:n], *rows_of(self.ledger.ids[n:], self.cache[n - 1] if n else b"")]
+        before = [self.world.kernel, *self.cache[:n]]
+        rows = [*before, *rows_of(self.ledger.ids[n:], before[-1])]
         right = token_of(rows[-1], self.s.n_vocab)
         if self.rng.random() < self.s.right:
             return right
@@ -173,10 +174,23 @@ class Device:
         self.do(self.ledger.on_verdict(v))
         if audit is None or counts.sure == n_sure:
             return
-        is_wrong = audit.told != token_of(rows_of(self.ledger.ids[: audit.ask.pos + 1])[-1], self.s.n_vocab)
+        is_wrong = audit.told != token_of(
+            rows_of(self.ledger.ids[: audit.ask.pos + 1], self.world.kernel)[-1], self.s.n_vocab
+        )
         if (counts.sure, counts.sure_wrong) != (n_sure + 1, n_wrong + is_wrong):
             raise Unsound(f"the audit of position {v.pos0} was counted as another one")
         self.world.n_audits += 1
+
+    def remake(self, first: int, end: int) -> None:
+        """Rows that were dropped, in pieces; now and then they come out otherwise, as on another kernel."""
+        if self.n_final == len(self.world.text) and self.rng.random() < self.s.wobbles:
+            self.world.other_kernel()
+        self.world.n_remade += 1
+        rows = rows_of(self.ledger.ids[:end], self.world.kernel)
+        while first < end and self.ledger.dropped:
+            n = self.rng.randint(1, end - first)
+            self.do(self.ledger.remade(rows[first : first + n]))
+            first += n
 
     def do(self, effects: list[Effect]) -> None:
         """Journal first, then the rest in order."""
@@ -190,6 +204,8 @@ class Device:
                 case Rewind(n):
                     del self.cache[n:], self.cached[n:]
                     self.unsure = False
+                case Remake(first, end):
+                    self.remake(first, end)
                 case Final():
                     self.n_final = effect.index + 1
                     self.world.told(effect)

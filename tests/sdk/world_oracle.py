@@ -39,6 +39,8 @@ class Setting:
     is_eager: bool = False  # the device sends before `Opened` has come
     repeats: bool = False  # asks are repeated after a while; without it, nothing may depend on that
     finishes: bool = False  # lossy: the device decides while it waits; lossless: it goes on without a link
+    most_rows: int | None = None  # that the device keeps; None: all
+    wobbles: float = 0.0  # chance that dropped rows come out otherwise when they are made again
     audit: float = 0.0  # lossy: chance that the upper side is asked behind a token that the device decides
 
 
@@ -64,6 +66,8 @@ def setting(rng: random.Random, n_tokens: int = 30, p_fault: float = 0.02) -> Se
         repeats=rng.random() < 0.3,
         finishes=rng.random() < 0.4,
         audit=rng.choice((0.0, 0.1, 1.0)),
+        most_rows=rng.choice((None, 0, 1, 10)),
+        wobbles=rng.choice((0.0, 0.5)),
     )
 
 

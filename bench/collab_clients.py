@@ -35,12 +35,29 @@ from nearfar.weights import Weights
 from nearfar.wire.address import Address
 from nearfar.wire.codec import Codec
 from nearfar.wire.dial import Call, Connection
-from nearfar.wire.messages import Ask, Close, CodecId, CodecSpec, Cut, Down, Ids, Mode, Open, Opened, Rows, Up, Verdict
-from nearfar.wire.pack import pack_up
+from nearfar.wire.fingerprint import Split, model_fp, parts
+from nearfar.wire.messages import (
+    Ask,
+    ClientHello,
+    Close,
+    CodecId,
+    CodecSpec,
+    Cut,
+    Down,
+    Ids,
+    Mode,
+    Open,
+    Opened,
+    Rows,
+    Up,
+    Verdict,
+)
+from nearfar.wire.pack import pack_client_hello, pack_up
 from nearfar.wire.tls import Credentials
 
 NANO = Path(__file__).parent.parent / "sdk" / "nearfar" / "models" / "nano.gguf"
 CODECS = {"int8": CodecId.INT8_OS, "fp16": CodecId.FP16, "int4": CodecId.INT4_OS, "ids": CodecId.IDS}
+REPLY_S = 60.0  # to a hello: the first one waits until the server has read its file
 N_TEXTS = 8  # that devices share; each begins with a token of its own
 
 
@@ -156,10 +173,15 @@ class Device:
 # ---------------------------------------------------------------- runs
 
 
-async def run(n: int, texts: list[Text], opening: Open, facts: dict[str, str], args: argparse.Namespace) -> Figures:
+async def run(
+    n: int, texts: list[Text], hello: ClientHello, opening: Open, facts: dict[str, str], args: argparse.Namespace
+) -> Figures:
     """`n` devices at a time, each with one answer after the other until `--seconds` have passed."""
     address = Address.parse(facts["collab"])
     connections = [Connection.dial(address, Credentials()) for _ in range(n)]
+    for connection in connections:
+        if not (server := await connection.hello(pack_client_hello(hello), REPLY_S)).match:
+            sys.exit(f"the server does not fit: {server.why}")
     before, started = counts(facts["url"]), time.perf_counter()
     seconds: list[float] = []
     n_tokens = 0
@@ -220,17 +242,20 @@ def main() -> None:
     parser.add_argument("--at-least", metavar="STEP,ROW", help="milliseconds of a step of n rows: STEP + n ROW")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each number of devices")
     args = parser.parse_args()
-    lower = open_lower(Weights.open(args.model), "native", EngineOptions(threads=1))
+    weights = Weights.open(args.model)
+    lower = open_lower(weights, "native", EngineOptions(threads=1))
     codec = CodecSpec(CODECS[args.codec])
     row_layer = 0 if args.codec == "ids" else max(1, lower.config.n_layers // 2)
     opening = Open(b"." * 16, 0, Mode.LOSSLESS, codec, row_layer)
+    found = parts(weights, Split(row_layer, row_layer))
+    hello = ClientHello(model_fp(found), found, (codec,))
     texts = [write_text(lower, opening, first, args.prompt, args.tokens) for first in range(300, 300 + N_TEXTS)]
     say(f"{args.model.name}, {args.codec}, rows of layer {row_layer}, {machine()}")
     with server(args) as facts:
-        asyncio.run(run(1, texts, opening, facts, argparse.Namespace(**vars(args) | {"seconds": 2})))  # warms up
+        asyncio.run(run(1, texts, hello, opening, facts, argparse.Namespace(**vars(args) | {"seconds": 2})))  # warms up
         alone = None
         for n in map(int, args.devices.split(",")):
-            f = asyncio.run(run(n, texts, opening, facts, args))
+            f = asyncio.run(run(n, texts, hello, opening, facts, args))
             alone = alone or f
             times = f.p95 / alone.p95
             print(json.dumps(vars(f) | {"codec": args.codec, "p95_by_alone": times}) if args.json else told(f, times))

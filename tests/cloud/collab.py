@@ -24,7 +24,7 @@ from nearfar.upper_remote import RemoteUpper
 from nearfar.weights import Weights
 from nearfar.wire import fingerprint, rpc
 from nearfar.wire.messages import ClientHello, Close, CodecSpec, Down, Open, Opened, Up
-from nearfar.wire.pack import pack_up
+from nearfar.wire.pack import pack_client_hello, pack_up
 from nearfar.wire.rpc import Stream
 from nearfar.wire.tls import Credentials
 from nearfar.wire.unpack import unpack_down
@@ -138,12 +138,15 @@ def finish(device: Device) -> None:
 
 
 class RawStream:
-    """A device's stream, message by message or byte by byte."""
+    """A device's stream behind its hello (`greets`), message by message or byte by byte."""
 
-    def __init__(self, port: int, key: str = "") -> None:
+    def __init__(self, port: int, key: str = "", *, greets: bool = True) -> None:
         self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
         self._out: SimpleQueue[bytes | None] = SimpleQueue()
         metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        if greets:
+            said = pack_client_hello(hello())
+            self._channel.unary_unary(rpc.HELLO)(said, metadata=metadata, timeout=60, wait_for_ready=True)
         self._call = self._channel.stream_stream(rpc.SESSION)(iter(self._out.get, None), metadata=metadata)
         self._n = 0
 

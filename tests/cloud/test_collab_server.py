@@ -186,7 +186,7 @@ def test_a_codec_that_nobody_knows_ends_one_call() -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 channel.unary_unary(rpc.HELLO)(b"\x12\x10" + b"f" * 16 + b"\x22\x02\x08\x63", timeout=30)
             assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        raw = RawStream(found.port)
+        raw = RawStream(found.port, greets=False)
         raw.say_bytes(b"\x08\x01\x12\x1a\x0a\x10" + b"s" * 16 + b"\x18\x02\x22\x04\x08\x63\x10\x40")
         assert raw.next(Err).code == Code.BAD_FRAME
         raw.leave()
@@ -211,7 +211,7 @@ def test_a_key_of_this_server_lets_in_and_another_one_does_not(tmp_path: Path) -
             upper = found.dial(credentials=Credentials(token=token))
             with pytest.raises(UpperError, match="PERMISSION_DENIED"):
                 upper.open(opening(BY_IDS))
-            raw = RawStream(found.port, token)
+            raw = RawStream(found.port, token, greets=False)
             raw.say(opening(BY_IDS))
             assert raw.next(Err).code == Code.DENIED
             raw.leave()
@@ -274,15 +274,32 @@ def test_certificates_say_who_a_device_is_and_out_of_date_ones_say_nothing(tmp_p
         finish(device)
 
 
-def test_other_weights_between_two_answers_get_no_row(tmp_path: Path) -> None:
+def test_a_connection_without_a_hello_opens_nothing() -> None:
+    with asking() as found:
+        raw = RawStream(found.port, greets=False)
+        raw.say(opening(BY_IDS))
+        err = raw.next(Err)
+        assert (err.code, err.retryable, "no hello has come" in err.text) == (Code.MISMATCH, True, True)
+        with pytest.raises(grpc.RpcError) as hung_up:
+            raw.next(Opened)
+        assert hung_up.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert found.contexts.counts.opened == 0
+        raw.leave()
+        neighbour(found)
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["tls", "plain"])
+def test_other_weights_between_two_answers_get_no_row(tmp_path: Path, secure: bool) -> None:
     """gRPC makes the idle connection of a server that was started again anew, and says no hello on it."""
     folder = tmp_path / "lan"
     make_folder(folder, ["localhost"], [], 30)
     endpoint = Endpoint(certificate=folder / "server.pem", private_key=folder / "server-key.pem")
+    if not secure:
+        endpoint = Endpoint()
     other = open_served(str(write_tiny(tmp_path / "other.gguf", n_ctx=512, seed=4)), kv_bytes=64 * A_BLOCK)
     with ExitStack() as stack:
         with asking(endpoint=endpoint) as found:
-            files = Credentials.read(folder / "ca.pem")
+            files = Credentials.read(folder / "ca.pem") if secure else None
             upper = stack.enter_context(
                 closing(RemoteUpper(found.url, hello=hello(codecs=(BY_ROWS,)), credentials=files))
             )

@@ -21,7 +21,7 @@ from nearfar.weights import Weights
 from nearfar.wire.fingerprint import codec_part
 from nearfar.wire.messages import ClientHello, Code, CodecId, CodecSpec, Err, Limits, ServerHello
 from nearfar.wire.rpc import Refused
-from nearfar_cloud.gateway import greetings
+from nearfar_cloud.gateway import greetings, pairing
 from nearfar_cloud.gateway.greetings import Greetings
 from nearfar_cloud.gateway.pairing import Judgement, Pairing
 from tests.cloud.collab import halves, hello, whole
@@ -91,10 +91,50 @@ def test_rows_enter_the_layer_that_the_device_names(tmp_path: Path) -> None:
     assert "split (theirs 3 of 4, rows of 1, ours 2 of 4)" in judged(device, halves().upper).why
 
 
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_for_the_next_hello(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, device = Weights.open(whole()), hello()
+    real, reads = weights.file.raw, list[str]()
+
+    def raw(name: str) -> Any:
+        reads.append(name)
+        if len(reads) == 6:
+            raise OSError(5, "Input/output error")
+        return real(name)
+
+    monkeypatch.setattr(weights.file, "raw", raw)
+
+    async def judge() -> Judgement:
+        pairing = Pairing(weights, LIMITS, epoch=1)
+        with pytest.raises(OSError, match="Input/output"):
+            await pairing.judge(device)
+        return await pairing.judge(device)
+
+    assert asyncio.run(judge()).fits == {(ROW_LAYER, BY_ROWS), (0, BY_IDS)}
+    assert reads.count(reads[5]) == 2  # what had been read before is still known
+    assert len(reads) == len(set(reads)) + 1
+
+
+def test_only_so_many_ways_to_cut_a_model_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "MOST_SPLITS", 2)
+    device = hello()
+
+    async def judge() -> None:
+        of = Pairing(Weights.open(whole()), LIMITS, epoch=1)
+        for split_part in (b"1 of 4", b"2 of 4, rows of 1", b"3 of 4", b"3 of 4, rows of 1"):
+            answer = await of.judge(replace(device, parts={**device.parts, "split": split_part}, codecs=(BY_ROWS,)))
+            assert "device (theirs" in answer.why or "upper (theirs" in answer.why
+            assert len(of._parts) <= 2
+        assert (await of.judge(device)).fits == {(ROW_LAYER, BY_ROWS), (0, BY_IDS)}
+
+    asyncio.run(judge())
+
+
 # ---------------------------------------------------------------- connections
 
 
-def check(test: Callable[[Greetings], Coroutine[Any, Any, None]], within_s: float | None = 0.05) -> None:
+def check(test: Callable[[Greetings], Coroutine[Any, Any, None]], within_s: float = 0.05) -> None:
     async def within() -> None:
         async with asyncio.timeout(30):
             await test(Greetings(within_s))
@@ -178,15 +218,6 @@ def test_without_a_hello_a_device_is_told_to_dial_again() -> None:
         )
 
     check(test)
-
-
-def test_where_nobody_needs_a_hello_one_that_came_counts_all_the_same() -> None:
-    async def test(of: Greetings) -> None:
-        await of.check("alice", "a:1", opening(BY_ROWS))
-        await of.answer("alice", "a:1", judgement(why="other weights"))
-        assert (await refusal(of, "alice", "a:1")).text == "other weights"
-
-    check(test, within_s=None)
 
 
 def test_the_last_hello_of_a_connection_counts_and_only_of_this_one() -> None:

@@ -451,6 +451,28 @@ def test_the_next_answer_tries_a_server_that_was_refused_again(lower: Lower, ser
     upper.close()
 
 
+def test_a_connection_that_was_lost_between_two_answers_begins_with_a_hello_again(
+    lower: Lower, server: WireServer
+) -> None:
+    """gRPC would connect again by itself, and say none."""
+    upper = RemoteUpper(server.url, hello=HELLO)
+    first = Device(upper.open(opening(BY_IDS)), lower, BY_IDS)
+    first.answer(2)
+    first.link.close()
+    server.stop()
+    greeted, until = upper._dialler._current, time.monotonic() + 30
+    assert greeted is not None
+    while greeted.connection.stands or greeted.n_links:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    server.door.hellos.clear()
+    server.start()
+    again = Device(upper.open(opening(BY_IDS, b"t" * 16)), lower, BY_IDS)
+    assert again.answer(2) == oracle(lower, BY_IDS, 2)
+    assert len(server.door.hellos) == 1
+    upper.close()
+
+
 def test_an_answer_by_ids_does_not_go_on_with_another_model_that_would_answer_too(
     lower: Lower, server: WireServer
 ) -> None:

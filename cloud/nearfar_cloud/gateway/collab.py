@@ -24,7 +24,7 @@ from nearfar_cloud.engine import Engine
 from nearfar_cloud.executors.local import LocalExecutor
 from nearfar_cloud.gateway.contexts import RETRY_MS, Connection, Contexts, refused
 from nearfar_cloud.gateway.endpoint import Budget, Endpoint
-from nearfar_cloud.gateway.greetings import WITHIN_S, Greetings
+from nearfar_cloud.gateway.greetings import Greetings
 from nearfar_cloud.gateway.limits import Key, Keys, Limits
 from nearfar_cloud.gateway.metrics import Metrics
 from nearfar_cloud.gateway.pairing import Pairing
@@ -49,8 +49,7 @@ class Collab:
     ) -> None:
         self.contexts, self.pairing, self.keys, self.endpoint = contexts, pairing, keys, endpoint
         self.free_bytes, self.is_ready = free_bytes, is_ready
-        # Without TLS this machine is alone with itself, or behind a proxy whose connections are not those of devices.
-        self.greetings = Greetings(None if endpoint.certificate is None else WITHIN_S)
+        self.greetings = Greetings()
         self.port = 0
         self._server: grpc.aio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None

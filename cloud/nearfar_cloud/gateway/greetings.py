@@ -25,11 +25,10 @@ RETRY_MS = 50
 class Greetings:
     """Owns what was judged.  On the event loop.
 
-    `within_s`: how long an `Open` waits for the hello of its connection; None: a connection that says none opens what
-    it likes.
+    `within_s`: how long an `Open` waits for the hello of its connection.
     """
 
-    def __init__(self, within_s: float | None) -> None:
+    def __init__(self, within_s: float = WITHIN_S) -> None:
         self.within_s, self._news = within_s, asyncio.Condition()
         # The last hello, by subject, then by connection; who has said one last stands last.
         self._of: dict[str, OrderedDict[str, asyncio.Future[Judgement]]] = {}
@@ -51,19 +50,16 @@ class Greetings:
     async def check(self, subject: str, peer: str, opening: Open) -> None:
         """Whether `peer` may open this.  Raises Refused."""
         connections = self._of.setdefault(subject, OrderedDict())
-        if self.within_s is not None:
-            await self._wait(connections, peer, self.within_s)
-        if peer not in connections:
-            return
+        await self._wait(connections, peer)
         judgement = await asyncio.shield(connections[peer])
         if (opening.row_layer, opening.codec) not in judgement.fits:
             offered = f"{opening.codec.id.name} at layer {opening.row_layer} is not what the hello offered"
             raise Refused(Err(Code.MISMATCH, judgement.why or offered))
 
-    async def _wait(self, connections: Container[str], peer: str, within_s: float) -> None:
+    async def _wait(self, connections: Container[str], peer: str) -> None:
         """Until its hello has come.  Raises Refused."""
         try:
-            async with asyncio.timeout(within_s), self._news:
+            async with asyncio.timeout(self.within_s), self._news:
                 await self._news.wait_for(lambda: peer in connections)
         except TimeoutError:
             text = "no hello has come on this connection: expected one before an answer is opened"

@@ -27,6 +27,8 @@ from nearfar.wire.fingerprint import (
 )
 from nearfar.wire.messages import PROTOCOL, ClientHello, CodecId, CodecSpec, Limits, ServerHello
 
+MOST_SPLITS = 64  # ways to cut the model whose parts are kept
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -95,10 +97,18 @@ class Pairing:
         return Judgement(no, why=why)
 
     def _of(self, at: Split) -> asyncio.Task[dict[str, bytes]]:
-        """Parts of the model cut at a layer, read once; whoever waits for them does not own them."""
-        if at not in self._parts:
-            self._parts[at] = asyncio.create_task(self._read(at))
-        return self._parts[at]
+        """Parts of the model cut there, read once; whoever waits for them does not own them.
+
+        What could not be read, as a disk may fail for a moment, is read again for the next hello.
+        """
+        found = self._parts.get(at)
+        if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
+            found = asyncio.create_task(self._read(at))
+            self._parts.pop(at, None)
+            if len(self._parts) >= MOST_SPLITS:
+                del self._parts[next(iter(self._parts))]  # its tensors stay known
+            self._parts[at] = found
+        return found
 
     async def _read(self, at: Split) -> dict[str, bytes]:
         async with self._reading:  # what one of them has read the others know

@@ -73,7 +73,8 @@ class Dialler:
         Raises Unreachable where nobody takes the connection, what the last address said once all are out for good.
         """
         old = self._current
-        if old is not None and not old.n_links and not old.is_fresh:
+        # gRPC would make a lost connection anew by itself, without the hello that the other side waits for.
+        if old is not None and not old.n_links and not (old.is_fresh and old.connection.stands):
             self._current = None
             await _hang_up(old)
         greeted = self._current or self._take_standby()

@@ -43,13 +43,18 @@ class Alarm:
         """The share of the sure tokens that did not hold; 0 before there are any."""
         return self.sure_wrong / self.sure if self.sure else 0.0
 
-    def saw(self, checked: int, sure: int, sure_wrong: int) -> bool:
-        """An answer of which `checked` tokens were decided on both sides; True when the alarm is raised: once."""
+    def saw(self, checked: int, sure: int, sure_wrong: int, delta: float | None = None) -> bool:
+        """An answer of which `checked` tokens were decided on both sides; True when the alarm is raised: once.
+
+        `delta`: what was promised for this answer, where that is something else.
+        """
         if not checked:
             return False
         self.n_answers, self.sure, self.sure_wrong = self.n_answers + 1, self.sure + sure, self.sure_wrong + sure_wrong
         loss = sure_wrong / checked
-        self._wealth = [w * (1 + c * (loss / self.delta - 1)) for w, c in zip(self._wealth, STAKES, strict=True)]
+        self._wealth = [
+            w * (1 + c * (loss / (delta or self.delta) - 1)) for w, c in zip(self._wealth, STAKES, strict=True)
+        ]
         if self.is_raised or sum(self._wealth) < len(STAKES) / RATE:
             return False
         self.is_raised = True

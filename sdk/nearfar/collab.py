@@ -26,7 +26,7 @@ from nearfar.cancel import Cancel
 from nearfar.collab_options import Collab
 from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
-from nearfar.engine import Engine, Stage, Token, stages
+from nearfar.engine import Engine, Token, stages
 from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
 from nearfar.exit import decayed, should_exit
 from nearfar.journal import Journal, JournalHead, JournalState
@@ -39,13 +39,14 @@ from nearfar.shared_sequence import MIN_RUN, Shared, Shares
 from nearfar.upper import Link, Lost, NoLink, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import Code, Err, Mode, Need, Open, Opened, Verdict
+from nearfar.wire.messages import Code, Credit, Err, Mode, Need, Open, Opened, Verdict
 
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
 WORTH = 0.3  # drafts are asked about once they are less likely all right than this (bench/collab_acceptance.py)
 MOST_AUDITS = 8  # open at once
+EASE_S, MOST_PRESSED_S = 1.0, 60.0  # behind a pause that an upper side has asked for: the next one may follow
 SURE = 0.8  # of a head without a calibrated threshold: a device that is a whole model of its own
 
 OnMeeting = Callable[[int, Cancel | None], None]
@@ -68,13 +69,15 @@ class Collaboration:
         how: Collab,
         fingerprint: bytes = b"",
         delta: float | None = None,
+        delta_loose: float | None = None,
         on_meeting: OnMeeting = nobody,
     ) -> None:
         """`fingerprint`: of the model, so that a journal is only taken up with the same one.
 
         `delta`: what was promised for the calibrated thresholds: the mean share of an answer's tokens that an exit is
-        sure of and that the upper side would not say.  `on_meeting` gets the epoch of an upper side that has opened,
-        before anything is sent to it (self_test.py).  Raises UsageError, WeightsError.
+        sure of and that the upper side would not say; `delta_loose`: for the looser ones.  `on_meeting` gets the epoch
+        of an upper side that has opened, before anything is sent to it (self_test.py).  Raises UsageError,
+        WeightsError.
         """
         config = engine.lower.config
         if not how.by_ids and config.role != "device":
@@ -84,17 +87,21 @@ class Collaboration:
         self.row_layer = 0 if how.by_ids else config.row_layer
         self.codec = None if how.by_ids else Codec.of(how.codec, config.d_model)
         if how.tau is not None:
-            config = replace(config, exits=tuple(replace(e, tau=how.tau) for e in config.exits))
+            config = replace(config, exits=tuple(replace(e, tau=how.tau, tau_loose=None) for e in config.exits))
         # What an answer needs of the device; the layers above, up to its upper exits, are run for drafts alone.
         self.reach = self.row_layer or config.layers[1]
         self.stages = stages(config, rows_at=self.reach)
+        self.heads = {stage.source: stage.exit for stage in self.stages}
         self.pace = Pace()
         # Nothing is promised for other thresholds.
         self.alarm = Alarm(delta) if delta is not None and how.tau is None else None
+        self.delta_loose = delta_loose
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Shared:
         kv = self.engine.lower.new_kv(self.engine.max_len, self.engine.kv_dtype, self.engine.kv_policy)
-        return Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s, alarm=self.alarm)
+        s = Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s, alarm=self.alarm)
+        s.delta_loose = self.delta_loose
+        return s
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """The next final token.
@@ -147,7 +154,7 @@ class Collaboration:
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
         s.candidate, s.hope, s.ended, s.lost_at, s.is_gone = None, 1.0, False, now, False
-        s.run, s.run_req, s.tried, s.audit_bytes = MIN_RUN, 0, True, 0
+        s.run, s.run_req, s.tried, s.audit_bytes, s.loosened = MIN_RUN, 0, True, 0, 0
         s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
         if path is not None:
@@ -237,7 +244,13 @@ class Collaboration:
         return self.engine.max_len if self._is_alone(s) else min(self.engine.max_len, s.link.max_context)
 
     def _window(self, s: Shared) -> int:
-        return self.how.window or self.pace.window(MAX_WINDOW)
+        """The longest one where the upper side has too much to do: fewer asks, and drafts while one waits."""
+        if self.how.window is not None:
+            return self.how.window
+        return MAX_WINDOW if self._is_pressed(s) else self.pace.window(MAX_WINDOW)
+
+    def _is_pressed(self, s: Shared) -> bool:
+        return time.perf_counter() < s.pressed_until
 
     def _is_alone(self, s: Shared) -> bool:
         """Whether the device decides by itself just now."""
@@ -253,10 +266,11 @@ class Collaboration:
         spent = time.perf_counter() - started
         s.shares.device_s += spent
         self.pace.drafted(spent)
-        is_sure = s.use_exits and self._is_sure(s, look.stage, look.conf)
+        is_sure = s.use_exits and self._is_sure(s, look.stage.exit, look.conf)
         draft = Draft(look.stage.source, look.conf, is_sure and look.stage.exit is not None)
         if self.how.mode == Mode.LOSSY or alone:
             s.candidate = look.token, draft
+            s.loosened += draft.is_sure and not self._is_sure(s, look.stage.exit, look.conf, loosely=False)
             if not alone:
                 self._audit(s, look.token, draft, cancel)
             if is_sure or alone:
@@ -281,16 +295,31 @@ class Collaboration:
         (token, draft), s.candidate = s.candidate, None
         self._do(s, s.ledger.decide(token, draft))
 
-    def _is_sure(self, s: Shared, stage: Stage, conf: float) -> bool:
-        """Whether the head that looked last would decide by itself."""
+    def _is_sure(self, s: Shared, e: ExitConfig | None, conf: float, *, loosely: bool = True) -> bool:
+        """Whether the head that looked last, an exit's or full depth's, would decide by itself."""
         whole = SURE if self.how.tau is None else self.how.tau
-        return should_exit(conf, self._tau(s, stage.exit) if stage.exit else whole, debt=0)
+        return should_exit(conf, self._tau(s, e, loosely=loosely) if e else whole, debt=0)
 
-    def _tau(self, s: Shared, e: ExitConfig) -> float:
-        """Of an exit, for the next token."""
+    def _tau(self, s: Shared, e: ExitConfig, *, loosely: bool = True) -> float:
+        """Of an exit, for the next token; `loosely`: lowered as far as a promise goes, if the upper side is pressed."""
+        tau = e.tau
+        if loosely and e.tau_loose is not None and self.how.mode == Mode.LOSSY and self._is_pressed(s):
+            tau = e.tau_loose
         if self.how.decay is None:
-            return e.tau
-        return decayed(e.tau, len(s.ids) - s.ledger.n_prompt, s.n_most, self.how.decay)
+            return tau
+        return decayed(tau, len(s.ids) - s.ledger.n_prompt, s.n_most, self.how.decay)
+
+    def _press(self, s: Shared, ms: int) -> None:
+        """The upper side has too much to do, for so long at least; a token that waits for it may be sure enough now."""
+        s.pressed_until = time.perf_counter() + min(ms / 1000, MOST_PRESSED_S) + EASE_S
+        if self.how.mode != Mode.LOSSY or s.candidate is None or not s.use_exits:
+            return
+        draft, e = s.candidate[1], self.heads.get(s.candidate[1].head)
+        # One that counts as checked by the upper side is left to it.
+        is_counted = self.alarm is not None and is_audited(s.sampling.seed, len(s.ids), self.how.audit)
+        if e is not None and not is_counted and self._is_sure(s, e, draft.conf):
+            s.loosened += 1
+            self._decide(s)
 
     def _catch_up(self, s: Shared, cancel: Cancel | None) -> None:
         """All rows that exits have left waiting go on as far as an answer needs them."""
@@ -383,6 +412,9 @@ class Collaboration:
                     self._do(s, s.ledger.on_need(news))
                 case Lost(reason, final):
                     self._on_lost(s, reason, final)
+                case Credit(n_bytes, retry_after_ms):
+                    if not n_bytes:
+                        self._press(s, retry_after_ms)
                 case Err():
                     self._on_error(s, news)
 
@@ -425,6 +457,8 @@ class Collaboration:
     def _on_error(self, s: Shared, err: Err) -> None:
         """What the upper side refuses for good ends the answer, or its share of it; the rest is waited for."""
         s.reason = f"{err.code.name}: {err.text}"
+        if err.code == Code.OVERLOADED:
+            self._press(s, err.retry_after_ms)
         fatal = err.code in (Code.MISMATCH, Code.DIVERGED, Code.BAD_FRAME)
         if err.retryable or (self.how.lost == "finish" and not fatal):  # then the link is down, and says so
             return

@@ -33,7 +33,8 @@ class ExitConfig:
 
     `rank` above 0: before that norm stands a low-rank residual of that width (`lower_numpy.bend`).
     `temperature` and the isotonic map (x: raw max-softmax, y: measured agreement with full depth) turn the exit's
-    logits into a confidence; `tau` is the calibrated threshold (1.0 = this exit never fires).
+    logits into a confidence; `tau` is the calibrated threshold (1.0 = this exit never fires), `tau_loose` the one for a
+    looser promise, while an upper side has too much to do (None: there is none).
     """
 
     layer: int
@@ -42,6 +43,7 @@ class ExitConfig:
     isotonic_y: tuple[float, ...] = ()
     tau: float = 1.0
     rank: int = 0
+    tau_loose: float | None = None
 
     def __post_init__(self) -> None:
         name = f"nearfar.exit.{self.layer}"
@@ -51,6 +53,8 @@ class ExitConfig:
             raise WeightsError(f"{name}.temperature={self.temperature}: expected a positive number")
         if not (math.isfinite(self.tau) and 0 <= self.tau <= 1):
             raise WeightsError(f"{name}.tau={self.tau}: expected 0..1")
+        if self.tau_loose is not None and not 0 <= self.tau_loose <= self.tau:
+            raise WeightsError(f"{name}.tau_loose={self.tau_loose}: expected 0..tau ({self.tau})")
         if len(self.isotonic_x) != len(self.isotonic_y):
             raise WeightsError(
                 f"{name}: isotonic_x has {len(self.isotonic_x)} points, isotonic_y {len(self.isotonic_y)}"
@@ -282,7 +286,8 @@ class _Keys:
             return tuple(float(v) for v in values)
 
         maps = reals("isotonic_x"), reals("isotonic_y")
-        return ExitConfig(layer, real("temperature", 1.0), *maps, real("tau", 1.0), rank)
+        tau_loose = real("tau_loose", 1.0) if f"{prefix}.tau_loose" in self.meta else None
+        return ExitConfig(layer, real("temperature", 1.0), *maps, real("tau", 1.0), rank, tau_loose)
 
     def check_shapes(self, c: ModelConfig) -> None:
         if c.n_heads % c.n_kv_heads:

@@ -21,7 +21,7 @@ _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "kib": 1024, "mib": 1024**2}
 # Keys that are the master's own, and those of a calibration that the packed tensors have not seen.
 _LEFT_OUT = re.compile(
     r"general\.(architecture|alignment)|nearfar\.(master|calibration|pack)\..+"
-    r"|nearfar\.exit\.\d+\.(tau|temperature|isotonic_x|isotonic_y)"
+    r"|nearfar\.exit\.\d+\.(tau|tau_loose|temperature|isotonic_x|isotonic_y)"
 )
 
 

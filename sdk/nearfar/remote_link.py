@@ -317,8 +317,11 @@ class RemoteLink:
                 self._pinged = 0.0
                 return
             case Credit():
-                outbox.on_credit(message, self._heard)
-                return
+                asked_ms = min(message.retry_after_ms, 1000 * MOST_WAIT_S)
+                pause_ms = int(asked_ms * random.uniform(1, 1.25))  # not all devices at once
+                outbox.on_credit(replace(message, retry_after_ms=pause_ms), self._heard)
+                if message.n_bytes or not self._is_open:
+                    return
             case Opened(resume_token=token):
                 if self._is_open:
                     raise WireError(f"{greeted.name} says Opened a second time on one stream")

@@ -66,6 +66,7 @@ class SharedStats:
     sure_wrong: int = 0
     audits: int = 0  # of the asks: behind tokens that had been told
     audit_bytes: int = 0  # of the bytes: those asks and their answers
+    loosened: int = 0  # tokens that an exit decided by a threshold that was lowered, as the upper side was overloaded
     disagreement: float = 0.0
     alarm: bool = False
 

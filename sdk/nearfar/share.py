@@ -62,13 +62,12 @@ def share(
     credentials: Credentials | None = None,
 ) -> Collaboration:
     """A stepper over `engine` and whoever answers at `upper`.  Raises UsageError, EgressDenied, MissingExtraError."""
-    delta = weights.file.metadata.get("nearfar.calibration.delta")
-    if delta is not None and not isinstance(delta, float):
-        raise WeightsError(f"nearfar.calibration.delta={str(delta)[:40]}: expected a number between 0 and 1")
+    delta, delta_loose = (_share_of(weights, f"nearfar.calibration.{key}") for key in ("delta", "delta_loose"))
     if not isinstance(upper, (str, Sequence)):
         if policy is not None or credentials is not None:
             raise UsageError("policy and credentials belong to an address; an Upper object has its own")
-        return Collaboration(engine, upper, how, delta=delta, on_meeting=_meeting(engine, weights, upper, how, b""))
+        on_meeting = _meeting(engine, weights, upper, how, b"")
+        return Collaboration(engine, upper, how, delta=delta, delta_loose=delta_loose, on_meeting=on_meeting)
     try:
         from nearfar.upper_remote import RemoteUpper
     except ImportError as error:
@@ -77,7 +76,15 @@ def share(
     hello = ClientHello(model_fp(found), found, (how.codec,))
     remote = RemoteUpper(upper, hello=hello, credentials=credentials, policy=policy)
     on_meeting = _meeting(engine, weights, remote, how, hello.model_fp)
-    return Collaboration(engine, remote, how, hello.model_fp, delta, on_meeting)
+    return Collaboration(engine, remote, how, hello.model_fp, delta, delta_loose, on_meeting)
+
+
+def _share_of(weights: Weights, key: str) -> float | None:
+    """A number of the file, 0..1, where it has it.  Raises WeightsError."""
+    value = weights.file.metadata.get(key)
+    if value is not None and not (isinstance(value, float) and 0 < value < 1):
+        raise WeightsError(f"{key}={str(value)[:40]}: expected a number between 0 and 1")
+    return value
 
 
 def _meeting(engine: Engine, weights: Weights, upper: Upper, how: Collab, fingerprint: bytes) -> OnMeeting:

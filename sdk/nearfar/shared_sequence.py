@@ -68,6 +68,9 @@ class Shared(Sequence):
     tried: bool = True  # drafts have been tried since the last run
     reminded: float = 0.0  # when the user and the upper side last heard of a wait
     told_at: float = 0.0
+    pressed_until: float = 0.0  # the upper side has said that it has too much to do
+    loosened: int = 0  # tokens that the device decided for that reason
+    delta_loose: float | None = None  # what is promised for an answer with such
     alarm: Alarm | None = None  # of the LLM; None: nothing was promised
     audit_bytes: int = 0
     cancel: Cancel | None = None  # of the step under way
@@ -96,6 +99,7 @@ class Shared(Sequence):
             c.sure_wrong,
             c.audits,
             self.audit_bytes,
+            self.loosened,
             0.0 if self.alarm is None else self.alarm.disagreement,
             self.alarm is not None and self.alarm.is_raised,
         )
@@ -125,7 +129,8 @@ class Shared(Sequence):
                 until = time.monotonic() + keep_s
                 self.kept = Kept(self.opening.session, settings_hash(self.opening), until)
             c = self.ledger.counts
-            if self.alarm is not None and self.use_exits and self.alarm.saw(c.checked, c.sure, c.sure_wrong):
+            delta = self.delta_loose if self.loosened else None
+            if self.alarm is not None and self.use_exits and self.alarm.saw(c.checked, c.sure, c.sure_wrong, delta):
                 self.tell(Notice("alarm"))
         if self.journal is not None:
             self.journal.close(keep=not done)

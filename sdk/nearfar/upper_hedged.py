@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from nearfar.cancel import Cancel
 from nearfar.errors import EgressDenied, NearfarError, UsageError
 from nearfar.upper import Link, Lost, News, Traffic, Upper
-from nearfar.wire.messages import Ask, CodecId, Cut, Err, Mode, Need, Open, Opened, Up, Verdict
+from nearfar.wire.messages import Ask, CodecId, Credit, Cut, Err, Mode, Need, Open, Opened, Up, Verdict
 from nearfar.wire.transcript import Transcript
 
 POLL_S = 0.005  # between looks at two links
@@ -185,6 +185,8 @@ class HedgedLink(Link):
                 if not self._has_hope():
                     return [news]
                 log.warning("one of two upper sides is out: %s", news.text)
+            case Credit() | Err() if len(self._sides) == 1:  # nobody else has less to do
+                return [news]
             case Lost():
                 return self._on_lost(side, news)
         return []

@@ -60,6 +60,13 @@ def test_a_promise_that_makes_no_sense_is_refused(delta: float) -> None:
         Alarm(delta)
 
 
+def test_answers_with_looser_thresholds_are_held_to_the_looser_promise() -> None:
+    for promised, is_broken in ((None, True), (0.06, False)):
+        alarm = Alarm(DELTA)
+        raised = [alarm.saw(100, 100, 6, promised) for _ in range(2000)]
+        assert any(raised) == is_broken
+
+
 def test_which_tokens_are_audited_follows_from_seed_and_position() -> None:
     chosen = [i for i in range(20_000) if is_audited(7, i, 0.01)]
     assert chosen == [i for i in range(20_000) if is_audited(7, i, 0.01)]

@@ -37,8 +37,16 @@ IDS = CodecSpec(CodecId.IDS)
 class Pair:
     """A whole model and its two halves."""
 
-    def __init__(self, folder: Path, arch: str = "llama", k: int = K, rows_at: int | None = None) -> None:
-        whole = Weights.open(write_tiny(folder / "m.gguf", arch, "F32", exits=(1, 2, 3), tau=0.02))
+    def __init__(
+        self,
+        folder: Path,
+        arch: str = "llama",
+        k: int = K,
+        rows_at: int | None = None,
+        tau: float = 0.02,
+        extra: dict[str, object] | None = None,
+    ) -> None:
+        whole = Weights.open(write_tiny(folder / "m.gguf", arch, "F32", exits=(1, 2, 3), tau=tau, extra=extra))
         halves = split(whole, k, folder, rows_at=rows_at)
         self.rows_at = rows_at or k
         self.whole = open_lower(whole)

@@ -188,6 +188,19 @@ def test_an_exit_that_disagrees_gets_no_threshold_that_fires(tiny: Path) -> None
     assert found.report["tokens leaving at exit.2"].value == 0
 
 
+def test_the_looser_thresholds_are_lower_and_in_the_file(tiny: Path, tmp_path: Path) -> None:
+    weights = Weights.open(tiny)
+    found = cal.calibrate(open_lower(weights, "numpy"), planted_traces(open_lower(weights, "numpy"), 540, 0.993))
+    deepest = found.exits[-1]
+    assert deepest.tau_loose is not None
+    assert deepest.tau_loose < deepest.tau
+    assert found.delta_loose == 2 * found.delta
+    assert found.report["the same at the looser thresholds"].value <= found.delta_loose
+    out = cal.write_calibrated(weights.file, tmp_path / "out.gguf", found, {})
+    assert Weights.open(out).config.exits == found.exits
+    assert Weights.open(out).file.metadata["nearfar.calibration.delta_loose"] == pytest.approx(0.04)
+
+
 def test_too_few_answers_are_refused_in_words(tiny: Path) -> None:
     lower = open_lower(Weights.open(tiny), "numpy")
     with pytest.raises(DataError, match="held-out answers: expected at least 149"):

@@ -6,7 +6,9 @@
 
 The loss of an answer is the share of its tokens that left early and differ from full depth.  With 95 % confidence the
 mean loss of answers like those of B is at most delta; nothing is promised for others (Angelopoulos et al., Learn then
-Test, 2110.01052; fixed-sequence testing).  The tensors are copied byte for byte; `nearfar.calibration.id` names them.
+Test, 2110.01052; fixed-sequence testing).  The path is walked a second time for twice that delta: those thresholds are
+for times when an upper side has too much to do.  The tensors are copied byte for byte; `nearfar.calibration.id` names
+them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from nearfar.gguf_writer import GGUFWriter
 from nearfar.lower import Lower
 
 DELTA, ALPHA = 0.02, 0.05
+LOOSER = 2  # times delta: what is promised for the thresholds of an overloaded upper side
 PARTS = "ABC"
 MAX_POINTS = 64  # of an isotonic map: it is evaluated for every token
 FIT_ROWS = 4_000  # tokens that the temperature is fitted on: it is one number
@@ -195,6 +199,7 @@ class Calibration:
     alpha: float
     n_answers: Mapping[str, int]  # per part
     tested: tuple[Step, ...]
+    delta_loose: float
     ece: Mapping[int, tuple[float, float]]  # exit layer -> expected calibration error on C before, after
     curves: Mapping[int, tuple[list[tuple[float, float, int]], list[tuple[float, float, int]]]]  # the same, as bins
     report: Mapping[str, Interval]  # on C, at the chosen thresholds
@@ -212,9 +217,11 @@ def calibrate(lower: Lower, traces: Sequence[Trace], *, delta: float = DELTA, al
     plain = [ExitConfig(e.layer) for e in lower.config.exits]
     fitted = [_fit(lower, e.layer, parts["A"]) for e in plain]
     choosing = views(lower, parts["B"], fitted)
-    tested = walk(path(len(fitted)), lambda taus: [loss(v, taus) for v in choosing], delta, alpha)
-    taus = without_idle(chosen(tested, len(fitted), alpha), choosing)
-    exits = tuple(replace(e, tau=tau) for e, tau in zip(fitted, taus, strict=True))
+    losses = cache(lambda taus: tuple(loss(v, taus) for v in choosing))
+    delta_loose = min(LOOSER * delta, (1 + delta) / 2)
+    tested, looser = (walk(path(len(fitted)), losses, d, alpha) for d in (delta, delta_loose))
+    taus, loose = (without_idle(chosen(steps, len(fitted), alpha), choosing) for steps in (tested, looser))
+    exits = tuple(replace(e, tau=a, tau_loose=min(a, b)) for e, a, b in zip(fitted, taus, loose, strict=True))
     before, after = (views(lower, parts["C"], es) for es in (plain, fitted))
     ece, curves = {}, {}
     for i, e in enumerate(exits):
@@ -222,7 +229,7 @@ def calibrate(lower: Lower, traces: Sequence[Trace], *, delta: float = DELTA, al
         ece[e.layer] = (calibration_error(*raw), calibration_error(*mapped))
         curves[e.layer] = (reliability(*raw), reliability(*mapped))
     counts = {part: len(found) for part, found in parts.items()}
-    return Calibration(exits, delta, alpha, counts, tuple(tested), ece, curves, _report(after, exits))
+    return Calibration(exits, delta, alpha, counts, tuple(tested), delta_loose, ece, curves, _report(after, exits))
 
 
 def _fit(lower: Lower, layer: int, traces: Sequence[Trace]) -> ExitConfig:
@@ -250,9 +257,11 @@ def _report(seen: Sequence[View], exits: Sequence[ExitConfig]) -> dict[str, Inte
         f"tokens leaving at exit.{e.layer}": bootstrap(np.array([((d == i).sum(), len(d)) for d in decided]), ratio)
         for i, e in enumerate(exits)
     }
-    mean = bootstrap(np.stack([losses, np.ones_like(losses)], 1), ratio)
+    loose = np.array([loss(v, [e.tau if e.tau_loose is None else e.tau_loose for e in exits]) for v in seen])
+    mean, mean_loose = (bootstrap(np.stack([found, np.ones_like(found)], 1), ratio) for found in (losses, loose))
     return {
         "exited and different": mean,
+        "the same at the looser thresholds": mean_loose,
         "answers unchanged": wilson(int((losses == 0).sum()), len(losses)),
         **shares,
     }
@@ -297,6 +306,7 @@ def _keys(c: Calibration, mix: Mapping[str, int], name: str) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "nearfar.calibration.id": name,
         "nearfar.calibration.delta": float(c.delta),
+        "nearfar.calibration.delta_loose": float(c.delta_loose),
         "nearfar.calibration.alpha": float(c.alpha),
         "nearfar.calibration.n_answers": int(c.n_answers["B"]),
         "nearfar.calibration.tau": [float(e.tau) for e in c.exits],
@@ -308,6 +318,7 @@ def _keys(c: Calibration, mix: Mapping[str, int], name: str) -> dict[str, Any]:
         keys |= {
             f"{at}.temperature": float(e.temperature),
             f"{at}.tau": float(e.tau),
+            f"{at}.tau_loose": float(e.tau if e.tau_loose is None else e.tau_loose),
             f"{at}.isotonic_x": np.array(e.isotonic_x, np.float32),
             f"{at}.isotonic_y": np.array(e.isotonic_y, np.float32),
         }

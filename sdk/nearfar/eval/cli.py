@@ -444,6 +444,7 @@ def calibration_facts(c: Calibration, mix: Mapping[str, int]) -> dict[str, Any]:
     """The calibration for `--json`; `mix`: answers per source."""
     return {
         "delta": c.delta,
+        "delta_loose": c.delta_loose,
         "alpha": c.alpha,
         "answers": dict(c.n_answers),
         "mix": dict(mix),
@@ -451,6 +452,7 @@ def calibration_facts(c: Calibration, mix: Mapping[str, int]) -> dict[str, Any]:
             f"exit.{e.layer}": {
                 "temperature": round(e.temperature, 4),
                 "tau": round(e.tau, 6),
+                "tau_loose": None if e.tau_loose is None else round(e.tau_loose, 6),
                 "ece_before": round(c.ece[e.layer][0], 5),
                 "ece_after": round(c.ece[e.layer][1], 5),
             }
@@ -468,6 +470,8 @@ def calibration_text(c: Calibration, facts: Mapping[str, Any]) -> str:
     lines = [f"answers: {', '.join(f'{k} {n}' for k, n in c.n_answers.items())} ({_listed(facts['mix'])})"]
     for name, e in facts["exits"].items():
         fires = f"threshold {e['tau']:.4g}" if e["tau"] < 1 else "never fires: no threshold passed"
+        if e["tau_loose"] is not None and e["tau_loose"] < e["tau"]:
+            fires += f" ({e['tau_loose']:.4g} while an upper side is overloaded)"
         error = f"calibration error {e['ece_before']:.4f} -> {e['ece_after']:.4f}"
         lines.append(f"{name}: temperature {e['temperature']:.3f}, {error}, {fires}")
     last = c.tested[-1]

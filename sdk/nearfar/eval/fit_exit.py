@@ -223,7 +223,11 @@ def write_exit(file: GGUFFile, out: Path, layer: int, head: Head) -> Path:
     """
     exits = sorted({*file.metadata.get("nearfar.exit_layers", ()), layer})
     prefix, names = f"nearfar.exit.{layer}.", {f"exit.{layer}.{part}.weight" for part in ("norm", "down", "up")}
-    anew = {"general.alignment", "nearfar.exit_layers", *(f"nearfar.exit.{e}.tau" for e in exits)}
+    anew = {
+        "general.alignment",
+        "nearfar.exit_layers",
+        *(f"nearfar.exit.{e}.{tau}" for e in exits for tau in ("tau", "tau_loose")),
+    }
     writer = GGUFWriter(out)
     for key in file.metadata:
         is_old = key.startswith((prefix, "nearfar.calibration.")) or key in anew

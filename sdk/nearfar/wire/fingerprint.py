@@ -131,7 +131,7 @@ def exit_parts(exits: Mapping[ExitConfig, ExitArrays]) -> dict[str, bytes]:
 
 def _calibration(e: ExitConfig) -> dict[str, object]:
     """The facts that `nearfar calibrate` finds; the rank shows in the arrays."""
-    return {name: value for name, value in asdict(e).items() if name != "rank"}
+    return {name: value for name, value in asdict(e).items() if name != "rank" and value is not None}
 
 
 def codec_part(outliers: Sequence[int]) -> bytes:

@@ -1,6 +1,6 @@
 """Outside sequences in the engine: positions come, a question is asked, one pass answers it, positions are taken back.
 
-    append ──> positions                   nothing runs
+    append ──> positions                   nothing runs, or what may run early, where a step has rows left
     ask    ──> known positions, drafts ──> plan, run ──> decided ──> the rest of the drafts, or an Output
     cut    ──> fewer positions             and no answer to what was asked before
 
@@ -41,9 +41,10 @@ class Asks:
     ) -> None:
         self.limit, self.pool, self.waiting, self.chains = limit, pool, waiting, chains
         self.counts, self.clock = counts, clock
+        self.early: dict[int, Seq] = {}  # those of whom some positions may run before anybody asks
 
-    def append(self, s: Seq, ids: Sequence[int], rows: RowStore | None) -> Complaint:
-        """Positions behind those that are there."""
+    def append(self, s: Seq, ids: Sequence[int], rows: RowStore | None, early: bool) -> Complaint:
+        """Positions behind those that are there; `early`: all of them may run before anybody asks."""
         o, n_new = s.outside, len(ids if rows is None else rows)
         n = s.n_positions + n_new
         if o is None or (o.rows is None) != (rows is None) or (ids and rows is not None):
@@ -56,6 +57,8 @@ class Asks:
             o.rows.append(rows)
         s.ids += ids
         self.counts.prompt_tokens += n_new
+        if early:
+            o.early_end, self.early[s.id] = n, s
         return ""
 
     def ask(self, s: Seq, q: Question) -> Complaint:
@@ -72,6 +75,7 @@ class Asks:
             return f"question {q.req} with {len(drafts)} drafts: expected {q.pos - q.verify_from}"
         if s.computed > q.verify_from:
             self._rewind(s, q.verify_from)
+        o.early = range(0)  # what is left of it is used
         o.take_up(q)
         s.drafts = drafts
         s.arrival, s.first_token = self.clock(), None  # what was promised, and patience, count from here
@@ -93,7 +97,8 @@ class Asks:
             o.rows.truncate(keep)
         if s.id in self.chains:
             self.chains[s.id].cut(keep)
-        s.n_begun = min(s.n_begun, keep)
+        s.n_begun, o.early_end = min(s.n_begun, keep), min(o.early_end, keep)
+        o.n_cuts += 1
         self._rewind(s, min(keep, s.computed))
         return ""
 
@@ -128,5 +133,11 @@ class Asks:
         if whole < s.n_published:
             s.n_published, n = whole, whole * BLOCK
         s.truncate(n)
+        self.lose(s, n)
         self.pool.release(s.blocks[n_blocks_of(n) :])
         del s.blocks[n_blocks_of(n) :]
+
+    def lose(self, s: Seq, n: int = 0) -> None:
+        """Positions from `n` on are not computed any longer."""
+        if s.outside is not None:
+            self.counts.early_lost += s.outside.lost(n)

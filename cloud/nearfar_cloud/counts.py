@@ -26,6 +26,8 @@ class Counts:
     row_hits: int = 0  # of these such as came as rows
     row_misses: int = 0
     prefix_evicted: int = 0  # blocks that only the prefix cache held, and that had to make room
+    early_rows: int = 0  # positions from outside that ran before anybody asked
+    early_lost: int = 0  # of these such as no question has used: cut, asked about again, given up
     plan_s: float = 0.0
     run_s: float = 0.0
     expected_s: float = 0.0  # of run_s, as the cost model said before

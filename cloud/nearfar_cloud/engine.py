@@ -27,6 +27,7 @@ from nearfar_cloud.scheduling.spec import Speculation
 from nearfar_cloud.scheduling.view import EngineView
 from nearfar_cloud.types import (
     Admit,
+    Early,
     Finish,
     LogitsHook,
     Output,
@@ -115,16 +116,18 @@ class Engine:
         n_steps = self.counts.steps
         self._inbox.put(lambda: self._cancel(seq, n_steps))
 
-    def append(self, seq: int, *, ids: Sequence[int] = (), rows: RowStore | None = None) -> None:
+    def append(self, seq: int, *, ids: Sequence[int] = (), rows: RowStore | None = None, early: bool = False) -> None:
         """Further positions of an outside sequence; nothing runs.  UsageError: they are not this model's.
 
+        `early`: all but the last of its positions so far run as soon as a step has rows and blocks left that nobody
+        else wants, each once; an output with `early` tells.  Answers are the same; some rows will have run in vain.
         This and the two below end a sequence that they do not fit with an error, and do nothing to one that is gone.
         """
         ids = tuple(ids)
         self.facts.check_ids(ids)
         if rows is not None:
             self.facts.check_rows(rows)
-        self._inbox.put(lambda: self._to(seq, lambda s: self._asks.append(s, ids, rows)))
+        self._inbox.put(lambda: self._to(seq, lambda s: self._asks.append(s, ids, rows, early)))
 
     def ask(self, seq: int, question: Question) -> None:
         """Answer with an output that has an `answer`; one question at a time."""
@@ -165,7 +168,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do something, as far as this thread can know."""
-        return not self._inbox.empty() or any(s.gap() is not None for s in self.seqs.values())
+        return not self._inbox.empty() or any(s.gap() is not None for s in self.seqs.values()) or bool(self._early())
 
     def view(self) -> EngineView:
         holding = self.holding.values()
@@ -173,6 +176,7 @@ class Engine:
             now=self.clock(),
             seqs=(*(s for s in holding if not s.is_idle), *self.waiting.window()),
             idle=tuple(s for s in holding if s.is_idle),
+            early=self._early(),
             n_blocks=self.pool.n_blocks,
             n_free=self.pool.n_free,
             n_parkable=self.parked_rows - sum(s.n_parked for s in holding if len(s.stages) > 1),
@@ -181,6 +185,13 @@ class Engine:
             can_swap=lambda s: self.executor.can_swap(len(s.blocks)),
             swap_s=lambda s: 2 * self.copy_s * len(s.blocks),
             cost=self.cost,
+        )
+
+    def _early(self) -> tuple[Seq, ...]:
+        """Who may run before anybody asks, and has room."""
+        n_free = self.pool.n_free
+        return tuple(
+            s for s in self._asks.early.values() if s.n_early and (n_free or s.computed < BLOCK * len(s.blocks))
         )
 
     def _drain(self) -> None:
@@ -224,6 +235,7 @@ class Engine:
 
     def _begin(self, s: Seq, blocks: Sequence[int]) -> None:
         """`s` holds memory from now on, and has `blocks` in common with whoever computed them."""
+        n_full = self._n_shareable(s)
         self.pool.share(blocks)
         s.blocks, s.status, s.n_published = list(blocks), Status.RUNNING, len(blocks)
         s.n_cached = BLOCK * len(blocks)
@@ -233,7 +245,7 @@ class Engine:
         self.holding[s.id] = s
         self.counts.cached_tokens += s.n_cached
         if self.prefix_cache:
-            self.counts.found(len(blocks), (s.n_known - 1) // BLOCK - len(blocks), rows=s.req.entry > 0)
+            self.counts.found(len(blocks), n_full - len(blocks), rows=s.req.entry > 0)
 
     def _copy(self, move: Callable[[int, Ids], None], s: Seq, blocks: Sequence[int]) -> None:
         """Blocks of `s` to where they wait, or back; what one took is learned."""
@@ -251,6 +263,7 @@ class Engine:
             self.counts.swapped += 1
         else:
             s.reset()
+            self._asks.lose(s)
             self.executor.drop(s.id)
             s.status = Status.WAITING
             del self.holding[s.id]
@@ -267,13 +280,19 @@ class Engine:
             self.counts.failed += 1
             self._finish(s, "error", result.error)
             return None
+        is_early = s.is_idle
         s.advance(w)
         n_out, n_prompt = s.n_out, s.begin(w)
         if s.outside is not None:
             s.outside.seconds += seconds
+            if is_early:
+                s.outside.ran_early(w.start, w.end)
+                self.counts.early_rows += w.n
+                self._outputs.append(Output(s.id, (), early=Early(w.n, w.end, s.outside.n_cuts)))
         finish = self._decide(s, w, result) if w.sample else None
         self.counts.generated_tokens += s.n_out - n_out
-        if s.computed >= BLOCK * (s.n_published + 1) and self.prefix_cache:
+        # A block that others may read is never written again, so what may have to run again is told when it is used.
+        if s.computed >= BLOCK * (s.n_published + 1) and self.prefix_cache and not is_early:
             chain = self._chain(s).upto(s.text, s.computed)
             for i in range(s.n_published, len(chain)):
                 self.pool.publish(s.blocks[i], chain[i])
@@ -360,6 +379,8 @@ class Engine:
         s.blocks, s.status = [], Status.DONE
         self.executor.drop(s.id)
         self._chains.pop(s.id, None)
+        self._asks.lose(s)
+        self._asks.early.pop(s.id, None)
         del self.seqs[s.id]
         self.holding.pop(s.id, None)
         self.waiting.discard(s)
@@ -373,9 +394,13 @@ class Engine:
             self._chains[s.id] = prefix.Chain(salt)
         return self._chains[s.id]
 
+    def _n_shareable(self, s: Seq) -> int:
+        """Full blocks of what `s` is to run; at least one row is behind them."""
+        return ((s.n_early if s.is_idle else s.n_known) - 1) // BLOCK
+
     def _hit(self, s: Seq) -> tuple[tuple[int, ...], int]:
         """Blocks that hold the beginning of `s`; at least one row stays to be run, for its logits."""
         if not self.prefix_cache or s.req.pooled:  # a mean needs all rows
             return (), 0
-        blocks = self.pool.match(self._chain(s).upto(s.text, s.n_known - 1))
+        blocks = self.pool.match(self._chain(s).upto(s.text, BLOCK * self._n_shareable(s)))
         return tuple(blocks), self.pool.n_idle(blocks)

@@ -3,7 +3,7 @@
 position   0 ......... verify_from | +1 ......... pos | ..... n
 known      |---------------------->|                            somebody vouches for them
 drafts                             |----------------->|         each holds iff it is what the row before it decides
-waiting                                               |------>  nobody has asked yet: nothing runs
+waiting                                               |------>  nobody has asked yet: nothing runs, or only early
 """
 
 from __future__ import annotations
@@ -166,9 +166,22 @@ class Outside:
     question: Question | None = None
     held: list[int] = field(default_factory=list)  # drafts of the question that hold, as far as they have been checked
     seconds: float = 0.0  # of the steps that ran a part of it
+    early_end: int = 0  # positions below it may run before anybody asks, where a step has rows left
+    early: range = range(0)  # positions that have run so, and that no question has used yet
+    n_cuts: int = 0
 
     def take_up(self, question: Question | None) -> None:
         self.question, self.held, self.seconds = question, [], 0.0
+
+    def ran_early(self, start: int, end: int) -> None:
+        """Positions [start, end) have been run, and nobody asks."""
+        self.early = range(self.early.start if self.early else start, end)
+
+    def lost(self, n: int) -> int:
+        """Positions from `n` on are not computed any longer; how many of them had run early, and in vain."""
+        n_lost = max(0, self.early.stop - max(n, self.early.start))
+        self.early = self.early[: len(self.early) - n_lost]
+        return n_lost
 
     @property
     def n_known(self) -> int | None:

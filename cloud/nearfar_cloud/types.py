@@ -174,6 +174,18 @@ class Seq:
         return self.outside is not None and self.outside.question is None
 
     @property
+    def n_early(self) -> int:
+        """Positions that may run though nobody asks: each once, whatever becomes of it.
+
+        The newest one waits: most questions are about it, and then it would have to run again for its logits.
+        """
+        o = self.outside
+        if o is None or o.question is not None or self.n_parked or self.status is Status.SWAPPED:
+            return 0
+        end = min(o.early_end, self.n_positions - 1)
+        return max(0, end - self.computed) if self.computed >= self.n_begun else 0
+
+    @property
     def n_known(self) -> int:
         """Positions whose input is decided; of an outside sequence those of them that somebody asks about."""
         if self.outside is None:
@@ -366,6 +378,14 @@ class Answer(NamedTuple):
     hidden: Array | None = None  # f32 [D]: that row, as the last layer left it
 
 
+class Early(NamedTuple):
+    """Positions of an outside sequence have been run before anybody asked: `n` more, now all below `upto`."""
+
+    n: int
+    upto: int
+    n_cuts: int  # that the sequence had seen then: what has been cut since may be gone
+
+
 class Output(NamedTuple):
     """What a step decided for one sequence; the last one of a sequence has `finish` and `facts`."""
 
@@ -377,6 +397,7 @@ class Output(NamedTuple):
     facts: Facts | None = None
     pooled: Array | None = None  # f32 [D]
     answer: Answer | None = None  # of an outside sequence
+    early: Early | None = None  # likewise; then it is no answer
 
 
 class LogitsHook(Protocol):

@@ -108,6 +108,7 @@ class Device:
         # Few beginnings, so that some are those of others.
         prompt = random.Random(f"prompt {rng.randrange(3)}")
         self.text = [prompt.randrange(N_VOCAB) for _ in range(rng.choice((1, 2, 17, 63, 64, 65, 130)))]
+        self.early = rng.choice((0.0, 0.0, 0.5, 1.0))  # how often what it sends may run before it asks
         self.stop_ids = frozenset(rng.sample(range(N_VOCAB), 30)) if rng.random() < 0.3 else frozenset()
         n = rng.choice((0, len(self.text)))
         self.reference.read(self.text)
@@ -157,9 +158,10 @@ class Device:
             end = self.rng.randint(self.n_sent + 1, len(self.text))
             if self.entry:
                 self.reference.read(self.text)
-                self.e.append(self.seq, rows=ArrayRows(self.reference.rows[self.n_sent : end]))
+                rows = ArrayRows(self.reference.rows[self.n_sent : end])
+                self.e.append(self.seq, rows=rows, early=self.rng.random() < self.early)
             else:
-                self.e.append(self.seq, ids=self.text[self.n_sent : end])
+                self.e.append(self.seq, ids=self.text[self.n_sent : end], early=self.rng.random() < self.early)
             self.n_sent = end
 
     def _cut(self, keep: int) -> None:
@@ -182,6 +184,10 @@ class Device:
     def hear(self, out: Output) -> None:
         """Check an output; one to what was cut since may still be on its way."""
         assert not out.error, out
+        if out.early is not None:
+            assert self.early
+            assert 0 < out.early.n <= out.early.upto
+            return
         answer = out.answer
         assert answer is not None
         if self.asked is None or answer.req != self.req:

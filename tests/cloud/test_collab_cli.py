@@ -25,9 +25,11 @@ pytest.importorskip("nearfar_native", reason="the compiled extension is not buil
 from nearfar.cli.main import main
 from nearfar.ledger import Ledger
 from nearfar.upper_remote import RemoteUpper
+from nearfar.wire.messages import Close, Ids, Opened
 from nearfar.wire.tls import Credentials
 from nearfar_cloud.gateway.certificates import make_folder
 from tests.cloud.collab import finish, halves, hello, new_lower, truth, whole
+from tests.cloud.gateway import wait_until
 from tests.sdk.small_device import BY_IDS, BY_ROWS, Device, opening
 
 
@@ -70,10 +72,27 @@ def test_a_server_may_be_told_to_find_nothing_of_earlier_answers(options: tuple[
             finish(device)
         assert told[0] == told[1]
         upper.close()
-        metrics = urlopen(f"{facts['url'].removesuffix('/v1')}/metrics").read().decode()
-    hits = re.search(r'prefix_row_blocks_total\{what="hit"\} (.*)', metrics)
-    assert hits is not None
-    assert (float(hits[1]) > 0) == (not options)
+        assert (metric(facts, 'prefix_row_blocks_total{what="hit"}') > 0) == (not options)
+
+
+def test_a_server_may_be_told_to_run_rows_before_anybody_asks() -> None:
+    with process(whole(), "--collab-port", "0", "--eager-absorb") as (_, facts):
+        upper = RemoteUpper(facts["collab"].replace("127.0.0.1", "localhost"), hello=hello())
+        link = upper.open(opening(BY_IDS))
+        while not any(isinstance(news, Opened) for news in link.receive(1.0)):
+            pass
+        link.send(Ids(0, 0, tuple(range(70))))
+        wait_until(lambda: metric(facts, 'early_rows_total{what="run"}') == 69)
+        link.send(Close())
+        link.close()
+        upper.close()
+
+
+def metric(facts: dict[str, Any], name: str) -> float:
+    text = urlopen(f"{facts['url'].removesuffix('/v1')}/metrics").read().decode()
+    found = re.search(f"^nearfar_cloud_{re.escape(name)} (.*)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 def test_other_machines_come_in_with_tls_1_3_and_a_certificate(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -291,6 +292,113 @@ async def test_rows_that_a_session_of_the_same_key_brought_are_not_computed_agai
     assert len(set(told)) == 1
     assert (world.engine.counts.row_hits, world.engine.counts.cached_tokens) == (1, 64)
     await world.quiet()
+
+
+# ---------------------------------------------------------------- before anybody asks
+
+
+async def settled(world: World) -> None:
+    """The engine has nothing to do, and what it said has been heard."""
+    world.service.wake()  # nobody does for rows that wait
+    async with asyncio.timeout(10):
+        while world.engine.has_work:
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+
+
+EAGER = Budget(eager_absorb=True)
+
+
+@pytest.mark.parametrize("codec", [BY_IDS, BY_ROWS], ids=["ids", "rows"])
+@pytest.mark.parametrize("eager", [False, True], ids=["asked", "eager"])
+def test_rows_run_before_anybody_asks_where_the_server_was_told_to(codec: CodecSpec, eager: bool) -> None:
+    @in_world(budget=Budget(eager_absorb=eager))
+    async def check(world: World) -> None:
+        connection, line, opened = await world.opened(codec=codec)
+        connection.on(some_rows(70) if codec == BY_ROWS else Ids(0, 0, tuple(range(70))))
+        await settled(world)
+        assert world.contexts.counts.early == (69 if eager else 0)
+        connection, line, opened = await world.opened(codec=codec, resume_token=opened.resume_token)
+        assert (opened.rows, opened.absorbed) == (70, 69 if eager else 0)
+        before = world.engine.counts.rows
+        connection.on(Ask(1, 0, 69, 69))
+        await line.next(Verdict)
+        whole = 70 if codec == BY_IDS else 35  # rows at the middle of the model pass half of it
+        assert world.engine.counts.rows - before == (1 if eager else whole)
+        connection.on(Close())
+        await world.quiet()
+
+    check()
+
+
+@in_world(budget=EAGER)
+async def test_of_a_lossless_answer_the_prompt_alone_runs_early(world: World) -> None:
+    for mode, n_early in ((Mode.LOSSLESS, 4), (Mode.LOSSY, 4 + 3)):
+        before = world.contexts.counts.early
+        connection, line, opened = await world.opened(mode.name, mode=mode)
+        connection.on(ids())
+        await settled(world)
+        connection.on(ASK)
+        await line.next(Verdict)
+        connection.on(Ids(0, len(PROMPT), (*TOKENS[:4],)))
+        await settled(world)
+        assert world.contexts.counts.early - before == n_early
+        # The next turn has a prompt again.
+        connection.on(Close(keep_s=100))
+        connection.left()
+        connection, line, _ = await world.opened(mode.name, mode=mode, resume_token=opened.resume_token)
+        connection.on(Ids(0, len(PROMPT) + 4, (1, 2, 3, 4, 5)))
+        await settled(world)
+        assert world.contexts.counts.early - before > n_early
+        connection.on(Close())
+    await world.quiet()
+
+
+@in_world(budget=EAGER)
+async def test_what_ran_early_and_was_cut_is_not_there(world: World) -> None:
+    """The engine says that it has run rows that the device has taken back meanwhile."""
+    run, is_heard = world.engine.executor.run, threading.Event()
+
+    def held(batch: object) -> object:
+        assert is_heard.wait(10)
+        return run(batch)  # type: ignore[arg-type]
+
+    world.engine.executor.run = held  # type: ignore[assignment,method-assign]
+    connection, _, opened = await world.opened(codec=BY_ROWS)
+    connection.on(some_rows(70))
+    await asyncio.sleep(0.05)
+    connection.on(Cut(1, 20))
+    is_heard.set()
+    await settled(world)
+    assert world.contexts.counts.early == 69  # they cost what they cost
+    connection, line, opened = await world.opened(codec=BY_ROWS, resume_token=opened.resume_token)
+    assert (opened.rows, opened.absorbed) == (20, 0)
+    assert world.engine.counts.early_lost == 49
+    connection.on(Ask(1, 1, 19, 19))
+    await line.next(Verdict)
+    connection.on(Close())
+    await world.quiet()
+
+
+@in_world(budget=EAGER)
+async def test_rows_that_run_early_count_as_tokens_of_the_key_and_none_run_on_credit(world: World) -> None:
+    key = Key("alice", tokens_per_minute=10)
+    connection, line, _ = await world.opened(key=key)
+    connection.on(Ids(0, 0, tuple(range(30))))
+    await settled(world)
+    assert world.contexts.counts.early == 29
+    connection.on(Ids(0, 30, tuple(range(30))))
+    await settled(world)
+    assert world.contexts.counts.early == 30  # the newest one of before
+    with pytest.raises(Refused) as refused:
+        connection.on(Ask(1, 0, 59, 59))
+    assert refused.value.err.code == Code.QUOTA
+    world.now += 180
+    connection.on(Ask(1, 0, 59, 59))
+    await line.next(Verdict)
+    tokens = world.limits._tenant(key).tokens
+    assert tokens is not None
+    assert tokens.wait_s(1, world.now) == pytest.approx(6 * 22)  # 10 were there; the other 30 positions, and a token
 
 
 # ---------------------------------------------------------------- time

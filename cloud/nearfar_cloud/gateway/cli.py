@@ -69,6 +69,11 @@ def add_serve(verbs: Any) -> None:
         "--session-keep", type=whole(1, 86_400), default=60, metavar="S", help="of a device that is away (default: 60)"
     )
     parser.add_argument(
+        "--eager-absorb",
+        action="store_true",
+        help="run rows of devices before they ask, where steps have room: sooner answers, some work in vain",
+    )
+    parser.add_argument(
         "--weights",
         choices=("file", "bf16", "w8", "q8_0", "q4_0", "fp32"),
         help="as the GGUF file has them (default where the extension is built), a folder's rounded, or in torch",
@@ -274,7 +279,9 @@ def _serve(
     with _opened(args) as served, _learning(served, None if args.learned is None else Path(args.learned)):
         if endpoint is None and served.tokenizer is None:  # nobody else can ask upper layers
             endpoint = _endpoint(args, COLLAB_PORT, certificate, private_key)
-        budget = Budget(args.max_sessions, args.session_memory << 20, idle_s=args.session_keep)
+        budget = Budget(
+            args.max_sessions, args.session_memory << 20, idle_s=args.session_keep, eager_absorb=args.eager_absorb
+        )
         gateway = Gateway(
             served, keys=keys, max_queued=args.max_queued, kept_s=args.keep, endpoint=endpoint, budget=budget
         )

@@ -59,6 +59,7 @@ class Counts:
     failed: int = 0  # sequences that the engine ended
     evicted: int = 0  # contexts whose rows had to make room
     expired: int = 0
+    early: int = 0  # positions that were run before anybody asked
 
 
 class Table(Protocol):
@@ -69,6 +70,12 @@ class Table(Protocol):
     def now(self) -> float: ...
     def used(self, context: Context, n_computed: int, waited_s: float) -> None:
         """A verdict: so many positions were computed for it, and it waited so long for the engine."""
+
+    def may_run_early(self, context: Context) -> bool:
+        """Whether what comes now may be run before the device asks."""
+
+    def ran_early(self, context: Context, n: int) -> None:
+        """So many positions were."""
 
     def ended(self, context: Context, keep_s: int) -> None:
         """The device is done with it."""
@@ -93,6 +100,8 @@ class Context:
         self._seq: int | None = None
         self._asked: Asked | None = None
         self._n_failed = 0
+        self._n_cuts = 0  # of the sequence
+        self.has_told = False  # a token of this turn
 
     @property
     def is_asking(self) -> bool:
@@ -111,6 +120,7 @@ class Context:
 
     def rest(self) -> None:
         """Nobody waits for an answer any more; positions stay."""
+        self.has_told = False
         if self._asked is not None:
             self._forget(self.machine.n_rows)
 
@@ -146,11 +156,14 @@ class Context:
 
     def _append(self, rows: tuple[bytes, ...], ids: tuple[int, ...]) -> None:
         if self._seq is None:
-            self._seq = self._service.open(self._request, self)
+            self._seq, self._n_cuts = self._service.open(self._request, self), 0
+        early = self.table.may_run_early(self)
         if self._codec is None:
-            self._service.outside.append(self._seq, ids=ids)
+            self._service.outside.append(self._seq, ids=ids, early=early)
         else:
-            self._service.outside.append(self._seq, rows=PackedRows(self._codec, rows))
+            self._service.outside.append(self._seq, rows=PackedRows(self._codec, rows), early=early)
+        if early:
+            self._service.wake()
 
     def _forget(self, keep: int) -> None:
         self._asked = None
@@ -158,6 +171,7 @@ class Context:
             self.release()
         elif self._seq is not None:
             self._service.outside.cut(self._seq, keep)
+            self._n_cuts += 1
             self._service.wake()  # what was cut takes memory until the engine steps, and nobody may ask for long
 
     def _decide(self, ask: Ask, draft: tuple[int, ...]) -> None:
@@ -187,6 +201,11 @@ class Context:
             self._seq = None
             self._fail(out.error or "the engine has ended this sequence")
             return
+        if out.early is not None:
+            if out.early.n_cuts == self._n_cuts:  # else some of them have gone
+                self.machine.ran_early(out.early.upto)
+            self.table.ran_early(self, out.early.n)
+            return
         answer, asked = out.answer, self._asked
         if answer is None or asked is None or answer.req != asked.number:
             return  # it was cut meanwhile
@@ -200,7 +219,7 @@ class Context:
             upper_us=answer.microseconds,
             hidden=hidden,
         )
-        self._n_failed, now = 0, self.table.now()
+        self._n_failed, self.has_told, now = 0, True, self.table.now()
         goes_on = self.machine.queue and self.machine.queue[0].req == asked.req
         self._asked = asked._replace(at=now, n_checked=0) if goes_on else None
         self._count(effects)

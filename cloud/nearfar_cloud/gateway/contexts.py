@@ -308,6 +308,19 @@ class Contexts:
         self.on_wait(waited_s)
         self._account(context)
 
+    def may_run_early(self, context: Context) -> bool:
+        """Where a device decides about sure tokens itself, rows behind the newest one are needed once: always.
+
+        Where all its drafts are checked, rows of drafts decide, and would have to run again for that: its prompt alone.
+        """
+        if not self.budget.eager_absorb or self.limits.is_in_debt(context.key):
+            return False
+        return context.machine.opening.mode == Mode.LOSSY or not context.has_told
+
+    def ran_early(self, context: Context, n: int) -> None:
+        self.counts.early += n
+        self.limits.charge(context.key, n)
+
     def sweep(self) -> None:
         """Every second or so: give up what nobody has come back for, and devices that have fallen silent."""
         now = self.now()

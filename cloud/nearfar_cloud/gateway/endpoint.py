@@ -41,3 +41,4 @@ class Budget:
     most_keep_s: int = 600  # between two turns of a chat, where the device asks for it
     max_run: int = 256  # tokens of one ask
     credit_bytes: int = 512 << 10  # under way to one session
+    eager_absorb: bool = False  # rows run before anybody asks, where steps have room

@@ -222,6 +222,11 @@ class Limits:
         if tokens is not None and (wait := tokens.wait_s(1, self.clock())):
             raise _over(f"this key has {tokens.size:.0f} tokens a minute", wait)
 
+    def is_in_debt(self, key: Key) -> bool:
+        """Whether `check_debt` would refuse."""
+        tokens = self._tenant(key).tokens
+        return tokens is not None and tokens.wait_s(1, self.clock()) > 0
+
     def charge(self, key: Key, n_tokens: int) -> None:
         """Positions that were computed; what is too much delays the next ones."""
         tokens = self._tenant(key).tokens

@@ -118,6 +118,8 @@ class _OfEngine(Collector):
         yield _family(CounterMetricFamily, "prefix_blocks", "full blocks of prompts", "what", found)
         found = {"hit": c.row_hits, "miss": c.row_misses}
         yield _family(CounterMetricFamily, "prefix_row_blocks", "of these such as came as rows", "what", found)
+        early = {"run": c.early_rows, "lost": c.early_lost}
+        yield _family(CounterMetricFamily, "early_rows", "positions of devices run before they asked", "what", early)
         status = {"waiting": load.n_waiting, "running": load.n_running, "swapped": load.n_swapped}
         yield _family(GaugeMetricFamily, "seqs", "sequences", "status", status)
         yield GaugeMetricFamily(

@@ -1,6 +1,7 @@
 """A plan out of a chain of policies.  Keeps what no policy may break: memory, and that somebody always gets on.
 
 order, rows -> for each: admit? -> the gap -> shape, shape, shape -> blocks, if need be from the last in order -> plan
+what is left of rows and blocks -> positions from outside that may run early
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ class _Planning:
                 closed = not self._admit(s)
                 if not closed:
                     self._run(s)
+        if not closed:
+            for s in self.view.early:
+                self._run_early(s)
         return StepPlan(tuple(self.works.values()), tuple(self.ops))
 
     @cached_property
@@ -136,6 +140,31 @@ class _Planning:
             work = work.narrowed(s, fits * BLOCK - work.start)
         if parks:
             self.parkable -= work.n
+        self.left -= work.rows(self.n_layers)
+        self.works[s.id] = work
+
+    def _run_early(self, s: Seq) -> None:
+        """Plan positions that nobody has asked about, with rows and blocks that nobody else wants."""
+        n = min(s.n_early, self.left * self.n_layers // (s.n_layers - s.req.entry))
+        if n <= 0 or self.free <= 0 or s.id in self.preempted:
+            return
+        if s.status is not RUNNING:
+            cached, n_idle = self.view.hit(s)
+            n_idle = len(cached) if self.preempted else n_idle
+            if n_idle >= self.free:  # what is found would leave no block for the rest
+                cached, n_idle = (), 0
+            if not all(policy.admit(s, self.view) for policy in self.policies):
+                return
+            self.added[s.id] = len(cached)
+            self.free -= n_idle
+            self.promised.update(cached)
+            self.ops.append(Admit(s.id, cached))
+        start = max(s.computed, BLOCK * self.added.get(s.id, 0))
+        end = min(s.computed + s.n_early, start + n)
+        have = len(s.blocks) + self.added.get(s.id, 0)
+        n_new = min(max(0, n_blocks_of(end) - have), self.free)
+        self.free -= n_new
+        work = Work(s.id, start, min(end, BLOCK * (have + n_new)) - start, LayerRange(s.req.entry, s.n_layers), 0)
         self.left -= work.rows(self.n_layers)
         self.works[s.id] = work
 

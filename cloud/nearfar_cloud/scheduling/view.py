@@ -16,6 +16,7 @@ class EngineView:
     now: float  # seconds, of the engine's clock
     seqs: Sequence[Seq]  # all that hold memory, in blocks or in a tier; then a window of those that wait for some
     idle: Sequence[Seq]  # such as hold memory and do nothing until somebody asks: their memory can be had
+    early: Sequence[Seq]  # such as do nothing until somebody asks, and may run before that with what is left of a step
     n_blocks: int
     n_free: int  # blocks that could be had at once
     n_parkable: int  # rows for which there is room between two layers

@@ -101,7 +101,7 @@ class UpperSession:
     epoch: int = 0
     resume_token: bytes = b""
     gen: int = 0
-    absorbed: int = 0  # rows that a decision has used
+    absorbed: int = 0  # rows that have been run: for a decision, or early
     crcs: list[int] = field(default_factory=list)  # one for each position that is here
     ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -323,6 +323,10 @@ class UpperSession:
         if self.queue:
             effects.append(self._decide(self.queue[0]))
         return effects
+
+    def ran_early(self, upto: int) -> None:
+        """Rows below `upto` have been run, though no ask wanted them yet."""
+        self.absorbed = max(self.absorbed, min(upto, self.n_rows))
 
     def failed(self, req: int, text: str) -> list[Effect]:
         """Nobody could compute the ask `req`; the device may ask again."""

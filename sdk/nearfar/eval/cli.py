@@ -95,8 +95,10 @@ def _add_calibrate(verbs: Verbs) -> None:
         "choose exit thresholds that keep a promise, and write them into a copy of the file",
         "nearfar calibrate nano.gguf --data data/ -o nano-calibrated.gguf",
         "nearfar calibrate nano.gguf --data data/ --rows requests.jsonl --delta 0.05 -o loose.gguf",
+        "nearfar calibrate fitted.gguf --data data/ --text stories.txt -o calibrated.gguf",
         "nearfar calibrate nano-device.gguf --upper nano-upper.gguf --data data/ -o device.gguf",
-        detail="The answers come from held-out training rows; for answers like those, with 95 % confidence, at most "
+        detail="The answers come from held-out training rows, from what follows openings of the texts, and from more "
+        "prompts; for answers like those, with 95 % confidence, at most "
         "a share DELTA of the tokens leaves early and differs from full depth. Full depth of a device half is the "
         "whole of what --upper names and itself, with what the codec does to the rows between them.",
     )
@@ -111,6 +113,13 @@ def _add_calibrate(verbs: Verbs) -> None:
     )
     parser.add_argument("--data", metavar="DIR", help="folder of the corpora (default: NEARFAR_DATA)")
     parser.add_argument("--rows", metavar="FILE", help='more prompts, JSON lines {"prompt": [[text, is_control], …]}')
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="sentences begin as in this text, UTF-8, plain or .xz (repeatable)",
+    )
     parser.add_argument(
         "--limit", type=whole(1, 1 << 20), default=CALIBRATION_ROWS, metavar="N", help="answers of each set"
     )
@@ -356,6 +365,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     """`nearfar calibrate`: fit, choose, report, and write the copy."""
     from nearfar.corpora import data_folder
     from nearfar.eval import calibrate as cal
+    from nearfar.eval.tasks import openings_task
 
     started, out = time.perf_counter(), Path(args.output)
     source = model_path(args.model)
@@ -364,6 +374,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     with open_model(args, args.model) as llm:
         pair = _pair(llm, source, args)
         tasks = held_out(data_folder(args.data), args.rows)
+        tasks += [openings_task(Path(text), args.limit) for text in args.text]
         result, mix = calibrate_copy(
             llm, source, out, tasks, limit=args.limit, delta=args.delta, pair=pair, oracle=args.codec if pair else ""
         )

@@ -226,6 +226,20 @@ def prompts_task(path: Path) -> Task:
         ):
             raise DataError(f"{where}: expected 'prompt' as a list of [text, is_control], found {str(parts)[:60]}")
         rows.append(Row(where, "", {}, context=tuple(Part(text, control=control) for text, control in parts)))
+    return _unscored(path, rows)
+
+
+def openings_task(path: Path, n: int, seed: int = 0) -> Task:
+    """`n` rows without right answers: first words of sentences of a text, UTF-8, plain or .xz.  Raises DataError."""
+    from nearfar.eval.fit_exit import openings
+    from nearfar.eval.perplexity import read_text
+
+    found = enumerate(openings(read_text(path), n, seed))
+    return _unscored(path, [Row(f"{path.name}:{i}", "", {}, context=(Part(text),)) for i, text in found])
+
+
+def _unscored(path: Path, rows: Sequence[Row]) -> Task:
+    """Rows whose context is the prompt."""
     return Task(
         name=path.stem,
         split=path.name,

@@ -26,9 +26,9 @@ from nearfar.cancel import Cancel
 from nearfar.collab_options import Collab
 from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
-from nearfar.engine import Engine, Token, stages
+from nearfar.engine import Engine, Token, own_tau, stages
 from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
-from nearfar.exit import decayed, should_exit
+from nearfar.exit import decayed, draft_tau, should_exit
 from nearfar.journal import Journal, JournalHead, JournalState
 from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Remake, Retract, Rewind, Send
 from nearfar.lower import Array
@@ -88,6 +88,10 @@ class Collaboration:
         self.codec = None if how.by_ids else Codec.of(how.codec, config.d_model)
         if how.tau is not None:
             config = replace(config, exits=tuple(replace(e, tau=how.tau, tau_loose=None) for e in config.exits))
+        self.taus = {e.layer: e.tau for e in config.exits}
+        if how.tau is None and how.mode == Mode.LOSSLESS:
+            looser = (replace(e, tau=draft_tau(e), tau_loose=None) for e in config.exits)
+            config = replace(config, exits=tuple(looser))
         # What an answer needs of the device; the layers above, up to its upper exits, are run for drafts alone.
         self.reach = self.row_layer or config.layers[1]
         self.stages = stages(config, rows_at=self.reach)
@@ -261,7 +265,8 @@ class Collaboration:
     def _draft(self, s: Shared, cancel: Cancel | None) -> None:
         """One token of the device: final where it may decide, provisional where the upper side will look at it."""
         started, ledger, alone = time.perf_counter(), s.ledger, self._is_alone(s)
-        keep, tau_of = partial(self._keep_rows, s), partial(self._tau, s)
+        is_checked = self.how.mode == Mode.LOSSLESS and not alone and s.sampling.temperature == 0
+        keep, tau_of = partial(self._keep_rows, s), own_tau if is_checked else partial(self._tau, s)
         look = self.engine.look(s, self.stages, cancel=cancel, on_rows=keep, tau_of=tau_of)
         spent = time.perf_counter() - started
         s.shares.device_s += spent
@@ -301,8 +306,8 @@ class Collaboration:
         return should_exit(conf, self._tau(s, e, loosely=loosely) if e else whole, debt=0)
 
     def _tau(self, s: Shared, e: ExitConfig, *, loosely: bool = True) -> float:
-        """Of an exit, for the next token; `loosely`: lowered as far as a promise goes, if the upper side is pressed."""
-        tau = e.tau
+        """Above it an exit is sure; `loosely`: lowered as far as a promise goes, if the upper side is pressed."""
+        tau = self.taus[e.layer]
         if loosely and e.tau_loose is not None and self.how.mode == Mode.LOSSY and self._is_pressed(s):
             tau = e.tau_loose
         if self.how.decay is None:

@@ -60,10 +60,6 @@ class Stage:
     forced: bool
 
     @property
-    def has_head(self) -> bool:
-        return self.forced or self.exit is not None
-
-    @property
     def source(self) -> str:
         return "full" if self.exit is None else f"exit.{self.exit.layer}"
 
@@ -91,7 +87,7 @@ def _nobody(layer: int, at: int, rows: Array) -> None:
     """Whom rows are told by default."""
 
 
-def _own_tau(e: ExitConfig) -> float:
+def own_tau(e: ExitConfig) -> float:
     """By default the one of the file."""
     return e.tau
 
@@ -137,7 +133,7 @@ class Engine:
         constraint: Constraint | None = None,
         cancel: Cancel | None = None,
         on_rows: OnRows = _nobody,
-        tau_of: Callable[[ExitConfig], float] = _own_tau,
+        tau_of: Callable[[ExitConfig], float] = own_tau,
     ) -> Look:
         """Run the pending rows of `s` up to the first stage of `cut` that is sure; nothing is appended.
 
@@ -157,8 +153,9 @@ class Engine:
                 s.owed.pop(stage.first, None)
                 reached = stage.last
                 on_rows(stage.last, at, h)
-                if not stage.has_head:
-                    continue
+                tau = 1.0 if stage.exit is None else tau_of(stage.exit)
+                if tau == 1 and not stage.forced:
+                    continue  # no head, or one that is never sure: it would only cost time
                 if stage.exit is None and wants_largest(self.lower, s.sampling, constraint):
                     ids, sure = self.lower.greedy(h[-1:], stage.head)
                     token, conf = int(ids[0]), float(sure[0])
@@ -167,7 +164,7 @@ class Engine:
                 if constraint is not None:
                     logits = constraint.mask(logits)
                 conf = stage.conf(logits)
-                if stage.exit and should_exit(conf, tau_of(stage.exit), debt=len(s.with_owed(stage.last, h))):
+                if stage.exit and should_exit(conf, tau, debt=len(s.with_owed(stage.last, h))):
                     break
             if token is None:
                 token = sample(logits, s.sampling, position=len(s.ids), recent=s.ids)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nearfar.config import ExitConfig
 
+DRAFT = 0.88  # with the layers above it an exit's draft takes twice as long here, and holds more often
 MAX_DEBT = 32  # rows that may wait for the layers above an exit; bounds the work of the token that catches up
 
 
@@ -38,6 +39,15 @@ def decayed(tau: float, t: int, n: int, decay: float) -> float:
     for which alone something was promised; so 1 stays 1.
     """
     return max(tau, min(1.0, 0.9 * tau + 0.1 * math.exp(-decay * t / n)))
+
+
+def draft_tau(e: ExitConfig) -> float:
+    """The threshold for a draft that somebody will check: a wrong one costs a reply, not the answer.
+
+    So it may be looser than the calibrated one, if the confidence is a measured probability (that of the likeliest
+    token, so of greedy drafts).  DRAFT: bench/collab_acceptance.py.
+    """
+    return min(e.tau, DRAFT) if e.isotonic_x else e.tau
 
 
 def should_exit(conf: float, tau: float, debt: int, max_debt: int = MAX_DEBT) -> bool:

@@ -288,9 +288,11 @@ class Collaboration:
         self._send_rows(s)
 
     def _settle(self, s: Shared) -> None:
-        """Alone: what was drafted is final."""
-        if s.ledger.n_provisional:
-            self._do(s, s.ledger.settle())
+        """Alone: what was drafted is final, up to the first draft that stopped only because it would be checked."""
+        ledger, last = s.ledger, self.stages[-1].source
+        if ledger.n_provisional:
+            loose = (i for i, d in sorted(ledger.drafts.items()) if not d.is_sure and d.head != last)
+            self._do(s, ledger.settle(next(loose, None)))
         if s.candidate is not None:
             self._decide(s)
 

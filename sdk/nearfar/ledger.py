@@ -221,9 +221,14 @@ class Ledger:
         self.asked = len(self.ids) - 1
         return effects + self._finalise(len(self.ids), {len(self.ids) - 1: "exit"}, {len(self.ids) - 1: draft})
 
-    def settle(self) -> list[Effect]:
-        """The provisional tokens become final as they are: the link is gone, and the policy says to go on."""
+    def settle(self, keep: int | None = None) -> list[Effect]:
+        """The provisional tokens become final as they are: the link is gone, and the policy says to go on.
+
+        Those at `keep` and behind it are dropped instead: the device by itself would not say them yet.
+        """
         effects = self._withdraw()
+        if keep is not None and keep < len(self.ids):
+            effects += self._drop(keep, keep - 1)  # the last row has to be looked at again
         self.asked = len(self.ids) - 1
         sources: dict[int, Source] = dict.fromkeys(range(self.final, len(self.ids)), "exit")
         return effects + self._finalise(len(self.ids), sources, dict(self.drafts))
@@ -413,16 +418,21 @@ class Ledger:
         """`token` stands at `q`; drafts from there on, and the rows made of them, never were."""
         effects: list[Effect] = []
         if q < len(self.ids):
-            self.counts.retracted += len(self.ids) - q
-            effects += [Retract(q), Rewind(q)]
-            self.open.clear()
-            if self.n_rows > q:
-                effects.append(self._cut(q))
+            effects += self._drop(q, q)
             self.asked = q
-            for i in range(q, len(self.ids)):
-                self.drafts.pop(i, None)
-            del self.ids[q:]
         self.ids.append(token)
+        return effects
+
+    def _drop(self, q: int, n_run: int) -> list[Effect]:
+        """The tokens from `q` on are void, and the rows and asks that rest on them; the device keeps `n_run` rows."""
+        self.counts.retracted += len(self.ids) - q
+        effects: list[Effect] = [Retract(q), Rewind(n_run)]
+        self.open.clear()
+        if self.n_rows > q:
+            effects.append(self._cut(q))
+        for i in range(q, len(self.ids)):
+            self.drafts.pop(i, None)
+        del self.ids[q:]
         return effects
 
     def _cut(self, keep: int) -> Send:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +132,54 @@ def test_a_decaying_threshold_changes_no_lossless_token(pair: Pair, codec: Codec
     assert ids(tokens) == pair.oracle(codec, WARM)
     tokens, _ = answer(pair.together(Collab(Mode.LOSSY, codec, 1.0, decay=4.0)), WARM, 12)
     assert {t.source for t in tokens} == {"upper"}
+
+
+class NearlySure:
+    """The device half with measured confidences: exit 1 holds in 95 of 100, which is not enough to decide by itself."""
+
+    def __init__(self, lower: Lower) -> None:
+        exits = lower.config.exits
+        flat = replace(exits[0], tau=1.0, isotonic_x=(0.0, 1.0), isotonic_y=(0.95, 0.95))
+        self.inner = lower
+        self.config = replace(lower.config, exits=(flat, *(replace(e, tau=1.0) for e in exits[1:])))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_a_greedy_draft_that_will_be_checked_stops_where_it_would_not_decide(
+    pair: Pair, codec: CodecSpec, sampling: Sampling
+) -> None:
+    how = Collab(Mode.LOSSLESS, codec)
+    c = Collaboration(Engine(NearlySure(pair.device), MAX_LEN), pair.together(how).upper, how)
+    s = c.new_sequence(sampling, use_exits=True)
+    s.tells_drafts = True
+    s.continue_with(PROMPT)
+    told = [c.step(s) for _ in range(3 * N)]
+    final = ids([t for t in told if t.is_final])
+    assert final == pair.oracle(codec, sampling, len(final))
+    assert ("exit.1" in {t.source for t in told if not t.is_final}) == (sampling is GREEDY)
+    assert s.ledger.counts.sure == 0  # nothing was promised for it
+
+
+def test_a_device_alone_decides_by_its_own_threshold(pair: Pair) -> None:
+    how = Collab(Mode.LOSSLESS, CODECS[1], window=8, lost="finish")
+    upper = Flaky(LocalUpper(pair.upper, MAX_LEN), forgets=False)
+    c = Collaboration(Engine(NearlySure(pair.device), MAX_LEN), upper, how)
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    before = [c.step(s)]
+    upper.links[0].cut()
+    c._draft(s, None)  # into the dark, to be checked
+    assert {d.head for d in s.ledger.drafts.values()} == {"exit.1"}
+    alone = [c.step(s) for _ in range(N)]
+    assert {t.source for t in alone} == {"exit.2"}
+    engine = Engine(pair.device, MAX_LEN)
+    plain = engine.new_sequence(GREEDY, use_exits=False)
+    plain.continue_with(PROMPT + ids(before))
+    assert ids(alone) == [engine.step(plain).id for _ in alone]
 
 
 def test_cloud_only_is_the_whole_model_in_few_asks(pair: Pair) -> None:

@@ -173,11 +173,15 @@ def test_calibrate_writes_a_copy_whose_exits_fire_or_do_not(
 ) -> None:
     out_file, more = tmp_path / "out.gguf", tmp_path / "requests.jsonl"
     more.write_text("".join(json.dumps({"prompt": [[f"request {i}", False]]}) + "\n" for i in range(3)))
+    text = tmp_path / "story.txt"
+    text.write_text("The cat sat down on the mat. It was late and the rain fell. Nobody knew where the dog had gone.")
     args = ("--data", data, "--limit", "14", "--delta", "0.5", "--rows", more, "--backend", "numpy", "--json")
+    args += ("--text", text)
     code, out, err = run(capsys, "calibrate", model, *args, "-o", out_file)
     assert code == 0, err
     facts = json.loads(out)
     assert facts["mix"]["requests"] == 3
+    assert facts["mix"]["story"] == 14
     assert sum(facts["mix"].values()) == sum(facts["answers"].values())
     exit_ = Weights.open(out_file).config.exits[0]
     assert facts["exits"]["exit.1"]["tau"] == pytest.approx(exit_.tau, abs=1e-6)

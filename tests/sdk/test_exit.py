@@ -5,7 +5,7 @@ import pytest
 
 from nearfar.config import ExitConfig
 from nearfar.errors import WeightsError
-from nearfar.exit import MAX_DEBT, confidence, decayed, max_softmax, should_exit
+from nearfar.exit import DRAFT, MAX_DEBT, confidence, decayed, draft_tau, max_softmax, should_exit
 
 
 def test_confidence_is_the_largest_probability() -> None:
@@ -44,6 +44,14 @@ def test_a_decaying_threshold_of_one_is_never_passed(t: int) -> None:
         assert decayed(1.0, t, 50, decay) == 1.0
         assert not should_exit(1.0, decayed(1.0, t, 50, decay), debt=1)
         assert 0 <= decayed(0.0, t, 50, decay) <= 0.1
+
+
+def test_a_draft_that_is_checked_stops_at_a_looser_threshold_if_the_confidence_was_measured() -> None:
+    measured = {"isotonic_x": (0.0, 1.0), "isotonic_y": (0.0, 1.0)}
+    assert draft_tau(ExitConfig(2, tau=1.0, **measured)) == DRAFT  # also of an exit that decides nothing by itself
+    assert draft_tau(ExitConfig(2, tau=0.5, **measured)) == 0.5
+    assert draft_tau(ExitConfig(2, tau=0.99)) == 0.99
+    assert draft_tau(ExitConfig(2)) == 1.0
 
 
 def test_confidence_equal_to_the_threshold_goes_on() -> None:

@@ -254,9 +254,12 @@ def test_layers_above_the_rows_catch_up_for_an_exit_above_them(wide: Pair) -> No
 
 def test_stages_end_where_rows_are_wanted_and_no_head_looks_there(wide: Pair) -> None:
     config = wide.device.config
-    found = [(s.first, s.last, s.has_head) for s in stages(config, use_exits=False, rows_at=2)]
-    assert found == [(0, 2, False), (2, 3, True)]
-    assert [(s.first, s.last, s.has_head) for s in stages(config, rows_at=2)] == [(i, i + 1, True) for i in range(3)]
+    found = [(s.first, s.last, s.exit is None, s.forced) for s in stages(config, use_exits=False, rows_at=2)]
+    assert found[0] == (0, 2, True, False)
+    assert (found[1][:2], found[1][3]) == ((2, 3), True)
+    assert [(s.first, s.last, s.exit is None) for s in stages(config, rows_at=2)] == [
+        (i, i + 1, False) for i in range(3)
+    ]
 
 
 # ------------------------------------------------------------ files

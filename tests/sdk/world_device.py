@@ -118,7 +118,9 @@ class Device:
         self.unsure = self.rng.random() >= self.s.sure
 
     def settle(self) -> None:
-        self.do(self.ledger.settle())
+        """All drafts, or those before one that it would not say by itself."""
+        keep = self.rng.randint(self.ledger.final, len(self.ledger.ids))
+        self.do(self.ledger.settle(keep if self.rng.random() < 0.3 else None))
 
     def upload(self) -> None:
         self.do(self.ledger.unsent())

@@ -228,7 +228,7 @@ class Ledger:
         """
         effects = self._withdraw()
         if keep is not None and keep < len(self.ids):
-            effects += self._drop(keep, keep - 1)  # the last row has to be looked at again
+            effects += self._void(keep, keep - 1)  # the last row has to be looked at again
         self.asked = len(self.ids) - 1
         sources: dict[int, Source] = dict.fromkeys(range(self.final, len(self.ids)), "exit")
         return effects + self._finalise(len(self.ids), sources, dict(self.drafts))
@@ -418,12 +418,12 @@ class Ledger:
         """`token` stands at `q`; drafts from there on, and the rows made of them, never were."""
         effects: list[Effect] = []
         if q < len(self.ids):
-            effects += self._drop(q, q)
+            effects += self._void(q, q)
             self.asked = q
         self.ids.append(token)
         return effects
 
-    def _drop(self, q: int, n_run: int) -> list[Effect]:
+    def _void(self, q: int, n_run: int) -> list[Effect]:
         """The tokens from `q` on are void, and the rows and asks that rest on them; the device keeps `n_run` rows."""
         self.counts.retracted += len(self.ids) - q
         effects: list[Effect] = [Retract(q), Rewind(n_run)]

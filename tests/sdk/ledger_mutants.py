@@ -183,7 +183,7 @@ MUTANTS = {
     "asks stay in the old generation": Mutant(Ledger, "_new_generation", asks_left_behind),
     "asks are withdrawn in silence": Mutant(Ledger, "_withdraw", withdrawn_in_silence, ALONE),
     "settled rows are not asked again": Mutant(Ledger, "settle", asked_to_the_end, ALONE),
-    "dropped drafts are not cut": Mutant(Ledger, "_drop", lambda f, *args: f(*args)[:2], ALONE),
+    "dropped drafts are not cut": Mutant(Ledger, "_void", lambda f, *args: f(*args)[:2], ALONE),
     "a failed audit is not cut": Mutant(Ledger, "_on_audit", lambda f, *args: f(*args)[:0], AUDITS),
     "audits are not repeated": Mutant(Ledger, "repeat", without_audits, AUDITS | {"faults": ("reset",)}),
     "rows of two kernels are mixed": Mutant(Ledger, "remade", rows_of_two_kernels, DROPS | {"wobbles": 1.0}),

@@ -16,8 +16,8 @@ pytest.importorskip("grpc", reason="grpcio is not installed (extra [collab])")
 pytest.importorskip("nearfar_native", reason="the compiled extension is not built")
 
 from nearfar.bench.collab.systems import Files
-from nearfar.chaos import suite
-from nearfar.chaos.plan import Plan, Task
+from nearfar.chaos import plan, suite
+from nearfar.chaos.plan import Kind, Plan, Task
 from nearfar.chaos.schedule import Schedule
 from nearfar.chaos.suite import Leg, Setting
 from nearfar.cli.main import main
@@ -65,9 +65,10 @@ def test_a_killed_device_and_a_killed_server_go_on_with_the_next_index(
 
 @pytest.mark.parametrize("codec", ["int8", pytest.param("ids", marks=pytest.mark.slow)])
 def test_other_weights_are_refused_and_the_answer_goes_on_when_the_right_ones_are_back(
-    model: Path, capsys: pytest.CaptureFixture[str], codec: str
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
-    """The seed draws a swap early in the one answer."""
+    """The seed draws a swap early in the one answer; the device has to meet the other server before it goes."""
+    monkeypatch.setitem(plan.FAULTS, "swap", Kind(0.1, (5.0, 6.0)))
     some = ("--codecs", codec, "--tokens", "40", "--answer-tokens", "40", "--fault-every", "40")
     assert main(words(model, *some, "--faults", "swap", "--devices", "1", "--seed", "202", "--json")) == 0
     result = json.loads(capsys.readouterr().out)

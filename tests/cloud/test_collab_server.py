@@ -34,7 +34,21 @@ from nearfar.weights import Weights
 from nearfar.wire import rpc
 from nearfar.wire.codec import Codec
 from nearfar.wire.egress import Policy
-from nearfar.wire.messages import Ask, ClientHello, Close, Code, CodecSpec, Err, Ids, Need, Opened, Rows, Verdict
+from nearfar.wire.messages import (
+    Ask,
+    ClientHello,
+    Close,
+    Code,
+    CodecSpec,
+    Err,
+    Ids,
+    Need,
+    Opened,
+    Ping,
+    Pong,
+    Rows,
+    Verdict,
+)
 from nearfar.wire.pack import pack_client_hello
 from nearfar.wire.tls import Credentials
 from nearfar.wire.unpack import unpack_load, unpack_server_hello
@@ -341,7 +355,7 @@ class Recorder:
 
 
 def test_a_connection_cut_at_any_byte_harms_nobody_else() -> None:
-    with asking(budget=Budget(idle_s=0.2)) as found:
+    with asking() as found:
         recorder = Recorder(found.port)
         raw = RawStream(recorder.listener.getsockname()[1])
         raw.say(opening(BY_IDS, b"cut" + b"." * 13), Ids(0, 0, tuple(PROMPT)), Ask(1, 0, 4, 4))
@@ -357,6 +371,7 @@ def test_a_connection_cut_at_any_byte_harms_nobody_else() -> None:
                 if n % 2:  # some are reset, some end in order
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         neighbour(found)
+        found.contexts.now = lambda now=found.contexts.now: now() + 100  # type: ignore[method-assign,misc]
 
 
 def test_rows_out_of_order_are_wanted_again() -> None:
@@ -453,22 +468,24 @@ def test_turns_of_a_chat_are_one_session_and_say_what_new_ones_would(rows: str) 
     with asking() as found, Weights.open(halves().device) as weights:
         how = how_of(weights, "lossless", rows, "int8")
         answers = {}
-        for keep_s in (0, 2):
+        for keep_s in (0, 60):
             before = found.contexts.counts.opened
             with LLM.open(halves().device, upper=found.url, collab=replace(how, keep_s=keep_s)) as llm:
                 stats = [llm.generate(turn, max_tokens=N) for turn in turns]
             answers[keep_s] = [a.ids for a in stats]
             assert found.contexts.counts.opened - before == (1 if keep_s else len(turns))
             assert all(a.stats.shared is not None and not a.stats.shared.replayed for a in stats)
-        assert answers[0] == answers[2]
+        assert answers[0] == answers[60]
         assert found.contexts.counts.resumed == 2
+        found.contexts.now = lambda now=found.contexts.now: now() + 100  # type: ignore[method-assign,misc]
 
 
 def test_two_connections_for_one_session_are_one_device() -> None:
     with asking() as found:
         first = RawStream(found.port)
-        first.say(opening(BY_IDS), Ids(0, 0, tuple(PROMPT)))
+        first.say(opening(BY_IDS), Ids(0, 0, tuple(PROMPT)), Ping(1))
         opened = first.next(Opened)
+        first.next(Pong)  # the ids are there
         second = RawStream(found.port)
         second.say(opening(BY_IDS, resume_token=opened.resume_token), Ask(1, 0, 4, 4))
         assert second.next(Opened).rows == len(PROMPT)
@@ -490,7 +507,7 @@ def test_draining_finishes_what_is_under_way_and_takes_nothing_new() -> None:
             load = unpack_load(next(health))
             assert (load.draining, load.kv_free_bytes > 0) == (False, True)
             on_loop(found, lambda: setattr(found.contexts, "is_draining", True))
-            assert unpack_load(next(health)).draining
+            assert any(unpack_load(data).draining for data in health)  # one may have been on its way
             health.cancel()
         raw = RawStream(found.port)
         raw.say(opening(BY_IDS, b"new" * 5 + b"."))

@@ -16,7 +16,7 @@ from nearfar.chaos.schedule import Fault, Schedule
 from nearfar.errors import NearfarError, UsageError
 
 FAST = Profile("fast", 1e10, 0)  # nothing but the faults
-SOON = 5.0  # seconds after which a test gives up
+SOON = 60.0  # seconds after which a test gives up
 
 
 class Echo:
@@ -176,7 +176,7 @@ def test_half_open_swallows_everything_and_nobody_is_told(link: RunningLink, ech
             assert ask(new, b"works") == b"works"
     assert bytes(echo.got) == b"helloworks"
     assert echo.ends in ([], ["end"])  # of the new one
-    assert link.counters().up.swallowed == len(b"anybody there")
+    wait_for("it is swallowed", lambda: link.counters().up.swallowed == len(b"anybody there"))
 
 
 def test_a_stall_delays_and_loses_nothing(link: RunningLink) -> None:
@@ -198,13 +198,13 @@ def test_a_blackout_is_outlived_by_a_connection_that_waits(link: RunningLink) ->
 
 
 def test_an_upper_that_is_not_there_resets_the_connection() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        address = gone.getsockname()
-    with running(address, FAST) as link:
-        with suppress(ConnectionResetError), closing(dial(link.address)) as sock:  # it may come that early
-            until_reset(sock)
-        assert link.counters().refused == 1
-        assert link.counters().open == 0
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))  # and does not listen: nobody else gets this port
+        with running(mute.getsockname(), FAST) as link:
+            with suppress(ConnectionResetError), closing(dial(link.address)) as sock:  # it may come that early
+                until_reset(sock)
+            wait_for("it is counted", lambda: link.counters().refused == 1)
+            wait_for("it is forgotten", lambda: link.counters().open == 0)
 
 
 def test_a_schedule_is_played_by_itself(echo: Echo) -> None:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nearfar.chaos.ports import free_ports
 from nearfar.chaos.schedule import Fault
 from nearfar.chaos.victim import Victim
 from nearfar.errors import NearfarError
@@ -118,7 +119,7 @@ def serving(
     keys, log = folder / f"{model.stem}-keys.json", folder / f"{model.stem}-server.log"
     entry = {"tenant": "suite", "sha256": hashlib.sha256(token.encode()).hexdigest(), "metrics": True}
     keys.write_text(json.dumps({"keys": [entry | {"session_positions": n_positions}]}))
-    port, http = _free_ports(2)
+    port, http = free_ports(2)
     serve = [sys.executable, "-m", "nearfar.cli.main", "cloud", "serve"]
     options = ["--key-file", str(keys), "--port", str(http), "--collab-port", str(port), "--threads", "1"]
     options += ["--kv-memory", "64", "--session-keep", str(KEEP_S)]
@@ -130,14 +131,6 @@ def serving(
         upper = UpperProcess(victim, port, http, token, threading.Lock())
         victim.on_leaving = upper.look_at_stranger
         yield upper
-
-
-def _free_ports(n: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _answers(port: int) -> bool:

@@ -27,7 +27,7 @@ from nearfar.collab_options import Collab
 from nearfar.config import ExitConfig
 from nearfar.constraint import Constraint
 from nearfar.engine import Engine, Token, own_tau, stages
-from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError
+from nearfar.errors import ContextError, Diverged, EgressDenied, MismatchError, UpperError, UsageError, WireError
 from nearfar.exit import decayed, draft_tau, should_exit
 from nearfar.journal import Journal, JournalHead, JournalState
 from nearfar.ledger import Draft, Effect, Final, Ledger, Rebuild, Remake, Retract, Rewind, Send
@@ -35,11 +35,11 @@ from nearfar.lower import Array
 from nearfar.pace import MAX_WINDOW, Pace
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice, Sequence
-from nearfar.shared_sequence import MIN_RUN, Shared, Shares
-from nearfar.upper import Link, Lost, NoLink, Upper, check_sampling
+from nearfar.shared_sequence import MIN_RUN, ByIds, Shared, Shares
+from nearfar.upper import Link, Lost, NoLink, Traffic, Upper, check_sampling
 from nearfar.wire.codec import Codec
 from nearfar.wire.hashes import settings_hash
-from nearfar.wire.messages import Code, Credit, Err, Mode, Need, Open, Opened, Verdict
+from nearfar.wire.messages import Close, Code, CodecId, CodecSpec, Credit, Err, Mode, Need, Open, Opened, Verdict
 
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
 POLL_S = 0.02  # how often a wait looks at the stop button
@@ -123,6 +123,8 @@ class Collaboration:
             if cancel is not None:
                 cancel.check()
             self._listen(s, 0.0)
+            if self.how.backlog == "ids":
+                self._change_over(s, cancel)
             if self._is_alone(s):
                 self._settle(s)
             if s.ready:
@@ -148,6 +150,8 @@ class Collaboration:
         check_sampling(opening)
         ledger = Ledger(s.ids, by_ids=how.by_ids, max_row_bytes=how.max_row_bytes)
         s.ready.clear()  # of an earlier text that ended before all of it was told
+        if s.ledger.by_ids and not how.by_ids:  # the earlier text changed over, and its rows were not kept
+            s.rewind(0)
         path, left = s.journal_path, None
         if path is not None and path.exists():
             left = self._resume_journal(s, opening, path)
@@ -159,6 +163,7 @@ class Collaboration:
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
         s.candidate, s.hope, s.ended, s.lost_at, s.is_gone = None, 1.0, False, now, False
         s.run, s.run_req, s.tried, s.audit_bytes, s.loosened = MIN_RUN, 0, True, 0, 0
+        s.before, s.has_tried_ids = Traffic(), False
         s.link = self._open(opening, cancel)
         s.traffic = s.link.traffic
         if path is not None:
@@ -336,7 +341,7 @@ class Collaboration:
 
     def _keep_rows(self, s: Shared, last: int, at: int, h: Array) -> None:
         """Rows [n, D] of the positions from `at` on have left layer `last` - 1: those of the cut leave at once."""
-        if self.codec is not None and last == self.row_layer:
+        if self.codec is not None and last == self.row_layer and not s.ledger.by_ids:
             s.ledger.add_rows(at, self.codec.encode(h))
             self._send_rows(s)
 
@@ -379,10 +384,10 @@ class Collaboration:
 
     def _n_askable(self, s: Shared) -> int:
         """Rows that an ask could take along: those that the device has run; of ids also the newest draft."""
-        return len(s.ids) - s.ended if self.how.by_ids else s.n_run
+        return len(s.ids) - s.ended if s.ledger.by_ids else s.n_run
 
     def _ask(self, s: Shared, cancel: Cancel | None) -> None:
-        if not self.how.by_ids:
+        if not s.ledger.by_ids:
             self._catch_up(s, cancel)
         assert s.link is not None
         run = self._run_of(s)
@@ -400,7 +405,7 @@ class Collaboration:
         if not draft.is_sure:
             s.ledger.count(draft, holds=True)  # it costs nothing to know: the upper side decides
         elif len(s.ledger.audits) < MOST_AUDITS:
-            if not self.how.by_ids:
+            if not s.ledger.by_ids:
                 self._catch_up(s, cancel)
             self._do(s, s.ledger.audit(token, draft))
             s.count_audit(s.ledger.audits[s.ledger.next_req - 1].ask)
@@ -424,6 +429,52 @@ class Collaboration:
                         self._press(s, retry_after_ms)
                 case Err():
                     self._on_error(s, news)
+
+    def _change_over(self, s: Shared, cancel: Cancel | None) -> None:
+        """Lossy: where rows are more than the link carries, a session by ids takes over as soon as it has opened.
+
+        Rows go on until then, and if it does not open.
+        """
+        assert s.link is not None
+        assert s.opening is not None
+        if s.by_ids is None:
+            is_time = self.how.mode == Mode.LOSSY and not s.has_tried_ids and s.lost_at is None and s.link.wants_ids()
+            if not is_time:
+                return
+            s.has_tried_ids = True
+            session, codec = secrets.token_bytes(16), CodecSpec(CodecId.IDS)
+            opening = replace(s.opening, session=session, codec=codec, row_layer=0, resume_token=b"")
+            try:
+                s.by_ids = ByIds(self.upper.open(opening, cancel), opening)
+            except (UpperError, WireError):
+                return
+        try:
+            news = s.by_ids.link.receive(0.0)
+        except (UpperError, WireError) as error:
+            news = [Lost(str(error))]
+        for what in news:
+            match what:
+                case Opened():
+                    self._by_ids_from_here(s, s.by_ids, what)
+                    return
+                case Err() | Lost():  # an upper half alone, for one: it takes rows and nothing else
+                    s.drop_ids()
+                    return
+
+    def _by_ids_from_here(self, s: Shared, way: ByIds, opened: Opened) -> None:
+        """Everything is final in lossy mode; a token that is waited for is asked about anew."""
+        assert s.link is not None
+        if opened.settings_hash and opened.settings_hash != settings_hash(way.opening):
+            raise MismatchError("the upper side has other settings for this session than the device")
+        s.link.send(Close())
+        s.link.close()
+        s.by_ids, s.before = None, replace(s.traffic)
+        s.link, s.opening, s.traffic = way.link, way.opening, way.link.traffic
+        s.lost_at, s.is_gone, s.asked_at = None, False, {}
+        old = s.ledger
+        s.ledger = Ledger(s.ids, by_ids=True, n_prompt=old.n_prompt, counts=old.counts, next_req=old.next_req)
+        s.tell(Notice("mode_changed"))
+        self._do(s, s.ledger.on_opened(opened, s.link.max_run))
 
     def _on_verdict(self, s: Shared, v: Verdict) -> None:
         refused_before = s.ledger.counts.retracted

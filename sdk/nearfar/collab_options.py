@@ -20,6 +20,8 @@ class Collab:
 
     `tau`: threshold of every exit instead of the calibrated ones; 1: no exit is ever sure.
     `max_row_bytes`: so many bytes of rows are kept for a link that comes back; older ones are computed again then.
+    `backlog`: lossy, where rows wait longer than a reply takes: they do ("wait"), or ids travel from there on ("ids"),
+    if policy and upper side allow it; the rest of the answer is then that of the upper side's full model.
     `decay`: thresholds of the exits begin higher and come down to `tau` in the course of an answer (exit.decayed), the
     faster the larger it is; None: they do not.
     `window`: drafts that one ask has looked at, at most, or None for the number that pays.
@@ -42,6 +44,7 @@ class Collab:
     patience_s: float = 60.0
     keep_s: int = 0
     max_row_bytes: int | None = 64 << 20
+    backlog: Literal["wait", "ids"] = "wait"
     audit: float = 0.01
     decay: float | None = None
     self_test: Literal["once", "always", "never"] = "once"
@@ -59,6 +62,8 @@ class Collab:
             raise UsageError(f"self_test={self.self_test!r}: expected once, always or never")
         if not 0 <= self.audit <= 1:
             raise UsageError(f"audit={self.audit}: expected 0..1, a share of the tokens")
+        if self.backlog not in ("wait", "ids"):
+            raise UsageError(f"backlog={self.backlog!r}: expected wait or ids")
         if self.max_row_bytes is not None and self.max_row_bytes < 0:
             raise UsageError(f"max_row_bytes={self.max_row_bytes}: expected 0 or more, or None for no limit")
         if not self.patience_s > 0:

@@ -56,6 +56,7 @@ FLUSH_S = 1.0  # a Close may take so long to leave
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.05, 5.0  # between attempts to connect
 BRIEF_S = 0.2  # a connection that was open for less than that is not followed by the next one at once
 MAX_NEWS = 1024  # that wait for the engine: more is not an answer to anything
+LEAST_BACKLOG_S = 0.25  # of rows; a shorter one is over before anything else could be done
 MOST_WAIT_S = 60.0  # whatever the other side asks for
 
 Tokens: TypeAlias = dict[str, bytes]  # by address: what takes a session up again
@@ -130,6 +131,16 @@ class RemoteLink:
 
     def deadline_s(self) -> float:
         return self._dialler.round_trips.deadline_s
+
+    def wants_ids(self) -> bool:
+        """Rows wait longer than a reply takes, so more of them than the link carries in that time."""
+        outbox, policy = self._outbox, self._dialler.policy
+        since = None if outbox is None else outbox.since
+        # Another link has an account of its own, which must not begin anew.
+        is_allowed = policy.ids_ok and policy.max_bytes is None and self._dialler.offers_ids
+        if since is None or not is_allowed:
+            return False
+        return time.monotonic() - since > max(self._dialler.round_trips.p50_s, LEAST_BACKLOG_S)
 
     def close(self) -> None:
         """The rest happens by itself: a Close that was sent before still leaves."""

@@ -76,11 +76,12 @@ class Notice:
     """What is worth telling beside the tokens of an answer that two machines make.
 
     "waiting" (n: ms so far), "degraded" (the link is gone), "back", "rebuilding" (n: rows sent again), "retract" (n:
-    the first token of the answer whose draft did not hold: provisional text is void from there on), "alarm" (once in an
-    LLM, behind an answer: sure tokens hold less often than calibrated).
+    the first token of the answer whose draft did not hold: provisional text is void from there on), "mode_changed" (ids
+    travel from here on, as rows were more than the link carries), "alarm" (once in an LLM, behind an answer: sure
+    tokens hold less often than calibrated).
     """
 
-    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract", "alarm"]
+    kind: Literal["waiting", "degraded", "back", "rebuilding", "retract", "mode_changed", "alarm"]
     n: int = 0
 
 

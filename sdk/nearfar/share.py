@@ -73,7 +73,8 @@ def share(
     except ImportError as error:
         raise MissingExtraError("grpcio", "collab", "an upper side beyond this process") from error
     found = parts(weights)
-    hello = ClientHello(model_fp(found), found, (how.codec,))
+    ids = (CodecSpec(CodecId.IDS),) if how.backlog == "ids" and not how.by_ids else ()
+    hello = ClientHello(model_fp(found), found, (how.codec, *ids))
     remote = RemoteUpper(upper, hello=hello, credentials=credentials, policy=policy)
     on_meeting = _meeting(engine, weights, remote, how, hello.model_fp)
     return Collaboration(engine, remote, how, hello.model_fp, delta, delta_loose, on_meeting)

@@ -42,6 +42,14 @@ class Kept:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class ByIds:
+    """A second way to the upper side, by ids, of which nobody knows yet whether it opens."""
+
+    link: Link
+    opening: Open
+
+
 @dataclass(slots=True)
 class Shared(Sequence):
     """A sequence whose tokens are decided by two machines."""
@@ -49,6 +57,9 @@ class Shared(Sequence):
     ledger: Ledger = field(default_factory=lambda: Ledger([0]))
     link: Link | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    by_ids: ByIds | None = None  # what may take the place of link and opening
+    has_tried_ids: bool = False
+    before: Traffic = field(default_factory=Traffic)  # of the link that was there first
     journal_path: Path | None = None  # where this answer is kept until it is over; a file that is there is taken up
     journal: Journal | None = None
     ready: deque[Token] = field(default_factory=deque)  # final and not told yet
@@ -86,8 +97,8 @@ class Shared(Sequence):
         return SharedStats(
             c.asks,
             c.rows_asked,
-            t.up,
-            t.down,
+            self.before.up + t.up,
+            self.before.down + t.down,
             *times,
             c.drafted,
             c.accepted,
@@ -118,6 +129,7 @@ class Shared(Sequence):
 
         The journal stays where something failed.
         """
+        self.drop_ids()
         if self.link is not None:
             if done and self.ledger.audits and (self.cancel is None or not self.cancel.is_set()):
                 self._hear_audits(self.link)
@@ -136,6 +148,13 @@ class Shared(Sequence):
             self.journal.close(keep=not done)
             self.journal = None
         self.journal_path = None
+
+    def drop_ids(self) -> None:
+        """The second way is not taken, or the answer is over."""
+        if self.by_ids is not None:
+            self.by_ids.link.send(Close())
+            self.by_ids.link.close()
+            self.by_ids = None
 
     def _hear_audits(self, link: Link) -> None:
         """Of the last tokens some may still be asked about: without them short answers would never be audited.

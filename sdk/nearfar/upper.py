@@ -70,6 +70,9 @@ class Link(Protocol):
     def deadline_s(self) -> float:
         """After so long an ask without a verdict is late: max(3 median replies, 0.4 s)."""
 
+    def wants_ids(self) -> bool:
+        """Whether rows are more than the link carries, and ids may be sent instead."""
+
     def close(self) -> None: ...
 
 
@@ -165,6 +168,9 @@ class NoLink:
     def deadline_s(self) -> float:
         return 0.0
 
+    def wants_ids(self) -> bool:
+        return False
+
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -209,6 +215,9 @@ class LocalLink:
 
     def deadline_s(self) -> float:
         return 10.0  # it computes while one waits
+
+    def wants_ids(self) -> bool:
+        return False
 
     def receive(self, timeout_s: float) -> list[News]:
         while self._todo and not self._news:

@@ -121,6 +121,9 @@ class HedgedLink(Link):
     def deadline_s(self) -> float:
         return self._first.link.deadline_s()
 
+    def wants_ids(self) -> bool:
+        return False  # both sides would have to agree
+
     def close(self) -> None:
         for side in self._sides:
             side.link.close()

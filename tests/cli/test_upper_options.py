@@ -28,8 +28,10 @@ def test_without_options_the_two_share_an_answer_as_by_default(tmp_path: Path) -
 
 
 def test_every_option_of_an_upper_side_reaches_the_loop(tmp_path: Path) -> None:
-    options = "--mode lossy --tau .7 --decay 4 --audit .2 --lost finish --self-test always"
-    expected = Collab(Mode.LOSSY, CodecSpec(CodecId.IDS), 0.7, decay=4.0, audit=0.2, lost="finish", self_test="always")
+    options = "--mode lossy --tau .7 --decay 4 --audit .2 --lost finish --backlog ids --self-test always"
+    expected = Collab(
+        Mode.LOSSY, CodecSpec(CodecId.IDS), 0.7, decay=4.0, audit=0.2, lost="finish", backlog="ids", self_test="always"
+    )
     assert how(tmp_path, *options.split()) == expected
 
 

@@ -135,6 +135,26 @@ def test_resets_in_the_middle_of_an_answer_change_no_token(place: Place, codec: 
     assert ids == place.oracle(codec, WARM)
 
 
+@pytest.mark.parametrize("policy", [Policy(), Policy(ids_ok=False)], ids=["ids allowed", "rows only"])
+def test_rows_that_a_thin_link_does_not_carry_give_way_to_ids_if_these_may_leave(place: Place, policy: Policy) -> None:
+    """About 60 kB of rows at 25 kB/s; the server of the whole model takes both."""
+    server, prompt, notices = place.servers[CodecId.IDS], " ".join([PROMPT] * 12), list[Notice]()
+    n_seen = len(server.door.seen)
+    how = Collab(Mode.LOSSY, INT8, 1.0, backlog="ids")
+    with (
+        running(("127.0.0.1", server.port), Profile("thin", 2e5, 20)) as link,
+        LLM.open(place.device, upper=f"grpc://127.0.0.1:{link.address[1]}", collab=how, policy=policy) as llm,
+    ):
+        stream = llm.stream(prompt, max_tokens=8, on_notice=notices.append)
+        tokens = [event.id for event in stream]
+        n_prompt = stream.completion.stats.n_prompt
+    assert n_prompt > 150
+    oracle = place.oracle(IDS if policy.ids_ok else INT8, Sampling(), 8, prompt)
+    assert tokens == oracle
+    assert any(isinstance(m, Ids) for m in server.door.seen[n_seen:]) == policy.ids_ok
+    assert notices.count(Notice("mode_changed")) == policy.ids_ok
+
+
 def test_a_server_that_is_killed_and_started_again_gets_everything_again(place: Place) -> None:
     server = place.servers[CodecId.INT8_OS]
     with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSLESS, INT8, 0.01)) as llm:

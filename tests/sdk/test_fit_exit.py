@@ -20,7 +20,7 @@ from nearfar.lower import open_lower
 from nearfar.lower_numpy import bend, rms_norm
 from nearfar.options import EngineOptions
 from nearfar.weights import Weights
-from nearfar.wire.fingerprint import FOR_ROWS, parts
+from nearfar.wire.fingerprint import FOR_ROWS, Split, parts
 from tests.edited import Edit, edited
 from tests.tiny import write_tiny
 
@@ -105,7 +105,7 @@ def test_the_fingerprint_of_the_exits_tells_two_residuals_apart(plain: Path, fit
     with GGUFFile.open(plain) as file:
         write_exit(file, tmp_path / "other.gguf", 2, other)
     with Weights.open(fitted) as a, Weights.open(tmp_path / "other.gguf") as b:
-        ours, theirs = parts(a, 2), parts(b, 2)
+        ours, theirs = parts(a, Split(2, 2)), parts(b, Split(2, 2))
     assert ours["exits"] != theirs["exits"]
     assert all(ours[part] == theirs[part] for part in FOR_ROWS)  # exits are the device's own business
 

@@ -43,6 +43,27 @@ def test_rows_wait_for_credit_and_what_is_behind_them_waits_with_them() -> None:
     assert box.under_way == 80
 
 
+def test_rows_wait_since_credit_was_missing_until_none_are_left() -> None:
+    box = Outbox(100)
+    for pos in range(3):
+        box.push(rows(pos, 80))
+    drained(box, now=1.0)
+    drained(box, now=2.0)
+    assert box.since == 1.0
+    box.acked(1)
+    drained(box, now=3.0)
+    assert box.since == 1.0  # the last row waits
+    box.acked(2)
+    drained(box, now=4.0)
+    assert box.since is None
+    box.push(rows(3, 80))
+    drained(box, now=5.0)
+    assert box.since == 5.0
+    box.on_credit(Credit(0, retry_after_ms=2000), now=6.0)  # the other side wants them to wait
+    drained(box, now=6.0)
+    assert box.since is None
+
+
 def test_a_row_larger_than_all_credit_goes_alone() -> None:
     box = Outbox(100)
     box.push(rows(0, 500))

@@ -54,6 +54,7 @@ def in_words(notice: Notice) -> str:
         "degraded": "[the link is lost]",
         "back": "[the link is back]",
         "rebuilding": "[{} rows are sent again]",
+        "mode_changed": "[rows take too long: ids from here on]",
     }
     return words.get(notice.kind, "").format(notice.n)
 

@@ -142,6 +142,12 @@ def add_upper_options(parser: argparse.ArgumentParser) -> None:
         "--lost", choices=("wait", "finish"), default="wait", help="without a link: wait, or go on alone"
     )
     group.add_argument(
+        "--backlog",
+        choices=("wait", "ids"),
+        default="wait",
+        help="lossy, when rows are more than the link carries: they wait, or ids travel from there on",
+    )
+    group.add_argument(
         "--self-test",
         choices=("once", "always", "never"),
         default="once",
@@ -173,6 +179,7 @@ def upper_of(args: argparse.Namespace, keep_s: int = 0) -> dict[str, Any]:
             decay=args.decay,
             audit=args.audit,
             lost=args.lost,
+            backlog=args.backlog,
             self_test=args.self_test,
             keep_s=keep_s,
         )

@@ -20,7 +20,7 @@ from nearfar.wire.address import Address
 from nearfar.wire.connect import connect
 from nearfar.wire.dial import Connection, Silent, StreamEnded, Unreachable
 from nearfar.wire.egress import Account, Egress, Policy
-from nearfar.wire.messages import ClientHello, ServerHello
+from nearfar.wire.messages import ClientHello, CodecId, ServerHello
 from nearfar.wire.rtt import RoundTrips
 from nearfar.wire.tls import Credentials
 
@@ -66,6 +66,10 @@ class Dialler:
     _prepare_at: float = 0.0  # when something is to be done for the standby
     _met: set[Address] = field(default_factory=set)
     _refused: dict[int, Exception] = field(default_factory=dict)  # addresses that are out for good
+
+    @property
+    def offers_ids(self) -> bool:
+        return any(codec.id == CodecId.IDS for codec in self.hello.codecs)
 
     async def take(self) -> Greeted:
         """The connection in use, the standby, or a new one.

@@ -21,6 +21,7 @@ class Outbox:
     waiting: deque[Up] = field(default_factory=deque)
     n_sent: int = 0  # messages, which is also the number of the last one
     under_way: int = 0  # bytes
+    since: float | None = None  # rows have waited for credit, with no moment in between in which none did
     _unacked: deque[tuple[int, int]] = field(default_factory=deque)  # number, bytes
     _paused_until: float = 0.0
 
@@ -37,10 +38,16 @@ class Outbox:
 
     def pop(self, now: float) -> Up | None:
         """The next message that may leave; None: not now."""
+        is_paused = now < self._paused_until
+        if is_paused or not self.waiting:
+            self.since = None
         if not self.waiting:
             return None
         n = row_bytes(self.waiting[0])
-        if n and (now < self._paused_until or (self.under_way and self.under_way + n > self.credit)):
+        if n and is_paused:
+            return None
+        if n and self.under_way and self.under_way + n > self.credit:
+            self.since = now if self.since is None else self.since
             return None
         self.n_sent += 1
         if n:

@@ -18,7 +18,7 @@ from nearfar_cloud.branches import branches_of, n_shareable
 from nearfar_cloud.counts import Counts
 from nearfar_cloud.executors.base import Executor, Ids, Result, batch_of, run_or_find
 from nearfar_cloud.kv import prefix
-from nearfar_cloud.kv.pool import BLOCK, KVPool, n_blocks_of
+from nearfar_cloud.kv.pool import BLOCK, KVPool, Room, n_blocks_of
 from nearfar_cloud.outside import Question, RowStore
 from nearfar_cloud.scheduling.compose import Composer
 from nearfar_cloud.scheduling.cost import CostModel
@@ -67,7 +67,7 @@ class Engine:
         self.facts = executor.facts
         self.prefix_cache = self.facts.prefix_cache if prefix_cache is None else prefix_cache
         self.parked_rows, self.clock = parked_rows, clock
-        self.pool = KVPool(executor.n_blocks)
+        self.pool = KVPool(executor.n_blocks, executor.uppers.n)
         self.counts, self.cost = Counts(), cost or CostModel(self.facts.n_layers, experts=self.facts.experts)
         self.copy_s = 2e-4  # of one block to another place: a guess until some have been copied
         self.seqs: dict[int, Seq] = {}  # all of them; each one holds memory, waits for some, or is to be a branch
@@ -84,7 +84,7 @@ class Engine:
     @property
     def n_blocks(self) -> int:
         """What one sequence may hold at most."""
-        return self.pool.n_blocks
+        return self.pool.n_whole
 
     # ------------------------------------------------------------ what other threads may call
 
@@ -178,10 +178,14 @@ class Engine:
             idle=tuple(s for s in holding if s.is_idle),
             early=self._early(),
             n_blocks=self.pool.n_blocks,
-            n_free=self.pool.n_free,
+            room=self.pool.room,
             n_parkable=self.parked_rows - sum(s.n_parked for s in holding if len(s.stages) > 1),
             hit=self._hit,
-            n_freed=lambda s, promised: sum(self.pool.references[b] == 1 and b not in promised for b in s.blocks),
+            freed=lambda s, promised: self.pool.rooms(
+                [b for b in s.blocks if self.pool.references[b] == 1 and b not in promised]
+            ),
+            rooms=self.pool.rooms,
+            is_upper=self._is_upper,
             can_swap=lambda s: self.executor.can_swap(len(s.blocks)),
             swap_s=lambda s: 2 * self.copy_s * len(s.blocks),
             cost=self.cost,
@@ -189,10 +193,17 @@ class Engine:
 
     def _early(self) -> tuple[Seq, ...]:
         """Who may run before anybody asks, and has room."""
-        n_free = self.pool.n_free
+        room = self.pool.room
         return tuple(
-            s for s in self._asks.early.values() if s.n_early and (n_free or s.computed < BLOCK * len(s.blocks))
+            s
+            for s in self._asks.early.values()
+            if s.n_early and (room.for_(self._is_upper(s)) or s.computed < BLOCK * len(s.blocks))
         )
+
+    def _is_upper(self, s: Seq) -> bool:
+        """Whether `s` needs no memory in the lower layers, and there is such memory."""
+        uppers = self.executor.uppers
+        return uppers.n > 0 and s.req.entry >= uppers.first
 
     def _drain(self) -> None:
         while True:
@@ -225,13 +236,15 @@ class Engine:
         for op in plan.kv_ops:
             if isinstance(op, SwapIn):
                 s = self.seqs[op.seq]
-                s.blocks, s.status = self.pool.alloc(n_blocks_of(s.reached)), Status.RUNNING
+                s.blocks = self.pool.alloc(n_blocks_of(s.reached), is_upper=self._is_upper(s))
+                s.status = Status.RUNNING
                 self._copy(self.executor.swap_in, s, s.blocks)
         for w in plan.works:
             s = self.seqs[w.seq]
             need = n_blocks_of(w.end) - len(s.blocks)
             if need > 0:
-                s.blocks += self.pool.alloc(need, s.blocks[-1] if s.blocks else None)
+                after = s.blocks[-1] if s.blocks else None
+                s.blocks += self.pool.alloc(need, after, is_upper=self._is_upper(s))
 
     def _begin(self, s: Seq, blocks: Sequence[int]) -> None:
         """`s` holds memory from now on, and has `blocks` in common with whoever computed them."""
@@ -398,9 +411,9 @@ class Engine:
         """Full blocks of what `s` is to run; at least one row is behind them."""
         return ((s.n_early if s.is_idle else s.n_known) - 1) // BLOCK
 
-    def _hit(self, s: Seq) -> tuple[tuple[int, ...], int]:
+    def _hit(self, s: Seq) -> tuple[tuple[int, ...], Room]:
         """Blocks that hold the beginning of `s`; at least one row stays to be run, for its logits."""
         if not self.prefix_cache or s.req.pooled:  # a mean needs all rows
-            return (), 0
+            return (), Room()
         blocks = self.pool.match(self._chain(s).upto(s.text, BLOCK * self._n_shareable(s)))
         return tuple(blocks), self.pool.n_idle(blocks)

@@ -88,6 +88,17 @@ def test_a_server_may_be_told_to_run_rows_before_anybody_asks() -> None:
         upper.close()
 
 
+def test_a_part_of_the_memory_may_be_for_rows_alone() -> None:
+    with process(whole(), "--collab-port", "0", "--hidden-share", "2,50") as (_, facts):
+        assert metric(facts, 'kv_blocks{state="free"}') == 1.5 * facts["blocks"] * 2
+        upper = RemoteUpper(facts["collab"].replace("127.0.0.1", "localhost"), hello=hello())
+        for codec in (BY_ROWS, BY_IDS):
+            device = Device(upper.open(opening(codec)), new_lower(), codec, truth(codec))
+            assert device.answer(24) == truth(codec)
+            finish(device)
+        upper.close()
+
+
 def metric(facts: dict[str, Any], name: str) -> float:
     text = urlopen(f"{facts['url'].removesuffix('/v1')}/metrics").read().decode()
     found = re.search(f"^nearfar_cloud_{re.escape(name)} (.*)$", text, re.MULTILINE)

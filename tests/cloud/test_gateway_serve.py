@@ -134,6 +134,10 @@ def test_what_steps_cost_is_kept_for_the_next_server(tmp_path: Path) -> None:
         (["nano", "--key-file", "none.json"], 3, "none.json"),
         (["nano", "--host", "no.such.host.invalid"], 2, "--host"),
         (["nano", "--kv-memory", "0"], 2, "1..1048576"),
+        (["nano", "--hidden-share", "3"], 2, "LAYER,PERCENT"),
+        (["nano", "--hidden-share", "0,50"], 2, "a layer above 0"),
+        (["nano", "--hidden-share", "99,50"], 2, "inside of the model"),
+        (["nano", "--hidden-share", "2,50", "--workers", "2"], 2, "--workers"),
         (["nano", "--port", "70000"], 2, "0..65535"),
     ],
 )

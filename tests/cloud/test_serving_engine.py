@@ -193,7 +193,7 @@ FAULTS = {
     "a swapped block comes back elsewhere": (
         KVStore,
         "restore",
-        lambda self, blocks, copies, real=KVStore.restore: real(self, blocks.flip(0), copies),
+        lambda self, blocks, *rest, real=KVStore.restore: real(self, blocks.flip(0), *rest),
     ),
     "keys lie one row off": (
         LocalExecutor,

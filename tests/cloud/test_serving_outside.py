@@ -23,6 +23,7 @@ from nearfar.errors import UsageError
 from nearfar.sampling import Sampling
 from nearfar_cloud.asks import Asks
 from nearfar_cloud.engine import Engine
+from nearfar_cloud.executors.base import Uppers
 from nearfar_cloud.executors.local import LocalExecutor
 from nearfar_cloud.kv.prefix import Chain
 from nearfar_cloud.outside import ArrayRows, Question, RowPieces
@@ -54,8 +55,10 @@ def shaken_up(seed: int) -> None:
     """Devices and requests under a schedule of chance; AssertionError if a token or a block is not as it should be."""
     rng = random.Random(seed)
     model, is_half = rng.choice(MODELS), rng.random() < 0.2
+    uppers = Uppers() if is_half else Uppers(rng.choice((0, 0, 2, 6)), rng.choice((1, 2, 3)))
+    n_blocks = rng.choice((6, 8, 12, 40)) + uppers.n
     e = Engine(
-        LocalExecutor((upper_half if is_half else packed)(*model), n_blocks=rng.choice((6, 8, 12, 40))),
+        LocalExecutor((upper_half if is_half else packed)(*model), n_blocks, uppers=uppers),
         Shaken(rng, some_policies(rng)),
         prefix_cache=rng.random() < 0.7,
         parked_rows=rng.choice((30, 1 << 14)),
@@ -384,6 +387,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a block that others read is written again": (Asks, "_rewind", writes_where_others_read),
     "ids that were taken back are still hashed": (Chain, "cut", lambda self, n: None),
     "rows that were taken back are still there": (RowPieces, "truncate", lambda self, n: None),
+    "blocks without lower layers serve ids": (Engine, "_is_upper", lambda self, s: self.executor.uppers.n > 0),
     "rows lie one off": (RowPieces, "take", moved_rows),
     "rows are told apart by those that blocks begin with": (RowPieces, "content", first_row_alone),
 }

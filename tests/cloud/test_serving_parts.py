@@ -23,12 +23,16 @@ from nearfar_cloud.types import LayerRange, Request, Seq, Work
 @given(st.integers(0, 10**6))
 def test_blocks_are_conserved_whatever_happens(seed: int) -> None:
     rng = random.Random(seed)
-    pool = KVPool(rng.randint(1, 20))
+    n_blocks = rng.randint(1, 20)
+    pool = KVPool(n_blocks, rng.choice((0, rng.randrange(n_blocks))))
     tables: list[list[int]] = []
     for i in range(60):
         roll = rng.random()
         if roll < 0.4 and pool.n_free:
-            tables.append(pool.alloc(rng.randint(1, pool.n_free)))
+            is_upper, before = rng.random() < 0.5, pool.room
+            n = rng.randint(0, before.for_(is_upper))
+            tables.append(pool.alloc(n, is_upper=is_upper))
+            assert pool.rooms(tables[-1]) == before.taken(n, is_upper) == before.minus(pool.room)
             for j, block in enumerate(tables[-1]):
                 if rng.random() < 0.5:
                     pool.publish(block, bytes([i, j]))
@@ -39,8 +43,10 @@ def test_blocks_are_conserved_whatever_happens(seed: int) -> None:
         elif roll < 0.7:
             known = [bytes([rng.randrange(60), j]) for j in range(3)]
             found = pool.match(known)
-            assert pool.n_idle(found) <= len(found)
+            idle, before = pool.n_idle(found), pool.room
+            assert sum(idle) <= len(found)
             pool.share(found)
+            assert pool.room == before.minus(idle)
             tables.append(found)
         elif tables:
             pool.release(tables.pop(rng.randrange(len(tables))))

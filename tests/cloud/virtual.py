@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nearfar_cloud.engine import Engine
-from nearfar_cloud.executors.base import BatchWork, Ids, ModelFacts, Result
+from nearfar_cloud.executors.base import BatchWork, Ids, ModelFacts, Result, Uppers
 from nearfar_cloud.scheduling.compose import Composer
 from nearfar_cloud.scheduling.cost import CostModel, Features, features
 from nearfar_cloud.scheduling.policy import Policy
@@ -35,6 +35,8 @@ def token(position: int) -> int:
 
 class Virtual:
     """An executor whose steps move its clock and nothing else."""
+
+    uppers = Uppers()
 
     def __init__(self, seconds: Seconds, n_blocks: int, n_ctx: int = 8192) -> None:
         self.facts = ModelFacts("virtual", N_LAYERS, 8, 256, n_ctx)

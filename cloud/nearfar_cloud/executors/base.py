@@ -150,8 +150,18 @@ class Result(NamedTuple):
     hidden: Array | None = None  # f32 [D]: that row, as the last layer left it
 
 
+class Uppers(NamedTuple):
+    """The last `n` blocks have memory for layers from `first` on alone: for rows that enter there or above."""
+
+    n: int = 0
+    first: int = 0
+
+
 class Executor(Protocol):
     """Owns weights, blocks, parked rows and copies.  `run` is all or nothing for what the engine may see."""
+
+    @property
+    def uppers(self) -> Uppers: ...
 
     @property
     def facts(self) -> ModelFacts: ...

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.errors import UnsupportedError
-from nearfar_cloud.executors.base import BatchWork, Ids, ModelFacts, Result
+from nearfar.errors import UnsupportedError, UsageError
+from nearfar_cloud.executors.base import BatchWork, Ids, ModelFacts, Result, Uppers
+from nearfar_cloud.kv.pool import Room
 from nearfar_cloud.model.attention import KVStore, Spans
 from nearfar_cloud.model.decoder import Decoder
 from nearfar_cloud.model.loader import Loaded
@@ -34,6 +35,7 @@ Array64 = NDArray[np.float64]
 
 
 KV = Literal["auto", "int8"]
+NO_UPPERS = Uppers()
 
 
 def kv_dtype(loaded: Loaded | Packed, kv: KV) -> torch.dtype:
@@ -57,7 +59,10 @@ def kv_dtype(loaded: Loaded | Packed, kv: KV) -> torch.dtype:
 
 
 class LocalExecutor:
-    """Owns the model, the blocks, the rows that wait between layers, sums of rows and copies of swapped blocks."""
+    """Owns the model, the blocks, the rows that wait between layers, sums of rows and copies of swapped blocks.
+
+    `uppers`: how many of the blocks have no memory in the lower layers; UsageError where there are no such layers.
+    """
 
     def __init__(
         self,
@@ -68,8 +73,15 @@ class LocalExecutor:
         swap_bytes: int = 1 << 30,
         attention_name: str = "auto",
         prefix_cache: bool = True,
+        uppers: Uppers = NO_UPPERS,
     ) -> None:
         c = loaded.config
+        if uppers.n and not c.layers[0] < uppers.first < c.layers[1]:
+            raise UsageError(
+                f"blocks for layers from {uppers.first} on: expected {c.layers[0] + 1}..{c.layers[1] - 1} of a model "
+                f"with layers [{c.layers[0]}, {c.layers[1]})"
+            )
+        self.uppers = uppers
         self.store = KVStore(c.layers, n_blocks, c.n_kv_heads, c.head_dim, kv_dtype(loaded, kv))
         self.model: Decoder | NativeDecoder
         if isinstance(loaded, Packed):
@@ -96,6 +108,8 @@ class LocalExecutor:
     @torch.inference_mode()
     def run(self, batch: Sequence[BatchWork]) -> list[Result]:
         """Results in the order of the batch; a work without an ask has an empty one."""
+        for w in batch:
+            assert w.layers.first >= self.uppers.first or self._first_layer(w.blocks) == self.store.first, w.layers
         rows = self._inputs(batch)
         cuts = sorted({at for w in batch for at in w.layers})
         for first, last in pairwise(cuts):
@@ -178,15 +192,26 @@ class LocalExecutor:
 
     # ------------------------------------------------------------ memory
 
+    def bytes_of(self, room: Room) -> int:
+        """Of so many blocks of each group."""
+        return room.whole * self.store.block_bytes + room.upper * (
+            self.store.bytes_from(self.uppers.first) if self.uppers.n else 0
+        )
+
     def can_swap(self, n_blocks: int) -> bool:
         used = sum(x.nbytes for copies in self._copies.values() for x in copies)
         return used + n_blocks * self.store.block_bytes <= self.swap_bytes
 
     def swap_out(self, seq: int, blocks: Ids) -> None:
-        self._copies[seq] = self.store.read(torch.from_numpy(blocks).long())
+        self._copies[seq] = self.store.read(torch.from_numpy(blocks).long(), self._first_layer(blocks))
 
     def swap_in(self, seq: int, blocks: Ids) -> None:
-        self.store.restore(torch.from_numpy(blocks).long(), self._copies.pop(seq))
+        self.store.restore(torch.from_numpy(blocks).long(), self._copies.pop(seq), self._first_layer(blocks))
+
+    def _first_layer(self, blocks: Ids) -> int:
+        """From which on all of `blocks` have memory."""
+        n_whole = self.n_blocks - self.uppers.n
+        return self.uppers.first if self.uppers.n and len(blocks) and blocks.max() >= n_whole else self.store.first
 
     def drop(self, seq: int) -> None:
         self._copies.pop(seq, None)

@@ -23,7 +23,7 @@ class PacedExecutor:
 
     def __init__(self, inner: Executor, step_s: float, row_s: float) -> None:
         self.inner, self.step_s, self.row_s = inner, step_s, row_s
-        self.facts, self.n_blocks = inner.facts, inner.n_blocks
+        self.facts, self.n_blocks, self.uppers = inner.facts, inner.n_blocks, inner.uppers
 
     def run(self, batch: Sequence[BatchWork]) -> list[Result]:
         until = time.perf_counter() + self.seconds(batch)

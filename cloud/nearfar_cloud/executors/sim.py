@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from nearfar.config import ModelConfig
 from nearfar.errors import UsageError
 from nearfar_cloud.clock import VirtualClock
-from nearfar_cloud.executors.base import Ask, BatchWork, Ids, ModelFacts, Result
+from nearfar_cloud.executors.base import Ask, BatchWork, Ids, ModelFacts, Result, Uppers
 from nearfar_cloud.scheduling.cost import CostModel
 from nearfar_cloud.types import Work
 
@@ -42,6 +42,8 @@ class SimExecutor:
     `tokens`: what is decided, whatever sampling, hooks and log-probabilities ask for (default: `seeded`).
     `swap_blocks`: how many blocks a tier holds; copying one takes `seconds_a_block`.
     """
+
+    uppers = Uppers()
 
     def __init__(
         self,

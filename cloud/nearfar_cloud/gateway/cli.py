@@ -88,6 +88,12 @@ def add_serve(verbs: Any) -> None:
         "--kv-memory", type=whole(1, 1 << 20), default=512, metavar="MIB", help="keys and values (default: 512)"
     )
     parser.add_argument(
+        "--hidden-share",
+        type=_share,
+        metavar="LAYER,PERCENT",
+        help="of that memory for rows of devices that enter at LAYER or above, which need none below (default: none)",
+    )
+    parser.add_argument(
         "--no-prefix-cache",
         dest="prefix_cache",
         action="store_false",
@@ -145,6 +151,18 @@ def _pace(text: str) -> tuple[float, float]:
     return pace
 
 
+def _share(text: str) -> tuple[int, int]:
+    """LAYER,PERCENT."""
+    layer, _, percent = text.partition(",")
+    try:
+        share = int(layer), int(percent)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two whole numbers, LAYER,PERCENT") from None
+    if share[0] < 1 or not 1 <= share[1] <= 99:
+        raise argparse.ArgumentTypeError(f"{text}: expected a layer above 0, and 1..99 percent")
+    return share
+
+
 def run_serve(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     for package in ("torch", "fastapi", "uvicorn", "prometheus_client", *(("msgspec",) if args.workers else ())):
@@ -156,6 +174,8 @@ def run_serve(args: argparse.Namespace) -> int:
         raise UsageError("--at-least slows one engine down; with --workers there are several")
     if args.workers and args.learned is not None:
         raise UsageError("--learned keeps what one engine learns; with --workers there are several")
+    if args.workers and args.hidden_share is not None:
+        raise UsageError("--hidden-share is for rows of devices, who ask one engine: leave --workers out")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UsageError("--tls-cert and --tls-key: expected both or none")
     # Threads that wait at a barrier sleep instead of spinning; read when torch loads.
@@ -224,6 +244,7 @@ def _opened(args: argparse.Namespace) -> Iterator[Served]:
             kv=args.kv,
             kv_bytes=kv_bytes,
             prefix_cache=args.prefix_cache,
+            hidden_share=args.hidden_share,
         )
         if args.at_least is not None:
             slow_down(served.engine, *args.at_least)

@@ -131,7 +131,10 @@ def open_collab(
     if weights is None:
         raise UsageError(f"{served.name} is a folder: devices ask for the layers of a GGUF file")
     executor = engine.executor
-    block_bytes = executor.store.block_bytes if isinstance(executor, LocalExecutor) else 0
+
+    def free_bytes() -> int:
+        return executor.bytes_of(engine.pool.room) if isinstance(executor, LocalExecutor) else 0
+
     contexts = Contexts(service, engine.facts, limits, budget, on_wait=metrics.ask_wait.observe)
     metrics.add_devices(contexts)
     told = wire.Limits(
@@ -146,7 +149,7 @@ def open_collab(
         Pairing(weights, told, contexts.epoch, endpoint.region),
         keys,
         endpoint,
-        free_bytes=lambda: engine.pool.n_free * block_bytes,
+        free_bytes=free_bytes,
         is_ready=lambda: service.failure is None,
     )
 

@@ -12,7 +12,8 @@ from nearfar.errors import FileError, TokenizerError, UsageError
 from nearfar.tokenizer import Tokenizer, tokenizer_from_metadata
 from nearfar.weights import Weights
 from nearfar_cloud.engine import Engine
-from nearfar_cloud.executors.local import KV, LocalExecutor, kv_dtype
+from nearfar_cloud.executors.base import Uppers
+from nearfar_cloud.executors.local import KV, NO_UPPERS, LocalExecutor, kv_dtype
 from nearfar_cloud.gateway.hf_tokenizer import folder_metadata
 from nearfar_cloud.gateway.service import Core
 from nearfar_cloud.kv.pool import BLOCK, n_blocks_of
@@ -53,6 +54,7 @@ def open_served(
     kv: KV = "auto",
     kv_bytes: int = 1 << 29,
     prefix_cache: bool = True,
+    hidden_share: tuple[int, int] | None = None,
 ) -> Served:
     """`model`: nano, the path of a GGUF file, or a folder as Hugging Face writes it.
 
@@ -61,10 +63,11 @@ def open_served(
     experts.  None: "file" for files, "bf16" for folders where the extension is built, else "fp32".
     `kv`: keys and values as the form has them, or "int8": half the memory, other tokens.
     `kv_bytes`: memory for them; `prefix_cache`: whether they serve later requests that begin alike.
+    `hidden_share`: a layer, and how many percent of that memory are for rows that enter there or above alone.
     Raises FileError, UnsupportedError, UsageError.
     """
     described = describe(model, name, form)
-    return described.served_by(_engine(_load(described.path, form), kv, kv_bytes, prefix_cache))
+    return described.served_by(_engine(_load(described.path, form), kv, kv_bytes, prefix_cache, hidden_share))
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,30 @@ def _name(path: Path) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
-def _engine(loaded: Loaded | Packed, kv: KV, kv_bytes: int, prefix_cache: bool) -> Engine:
-    c = loaded.config
-    a_block = 2 * (c.layers[1] - c.layers[0]) * c.n_kv_heads * head_bytes(c.head_dim, kv_dtype(loaded, kv))
-    n_blocks = min(kv_bytes // a_block, MOST_CONTEXTS * n_blocks_of(c.n_ctx))
-    if n_blocks < 2:
-        raise UsageError(f"{kv_bytes} bytes for keys and values: this model needs at least {2 * a_block}")
+def _engine(
+    loaded: Loaded | Packed, kv: KV, kv_bytes: int, prefix_cache: bool, hidden_share: tuple[int, int] | None
+) -> Engine:
+    c, uppers, for_all = loaded.config, NO_UPPERS, kv_bytes
+    a_layer = 2 * c.n_kv_heads * head_bytes(c.head_dim, kv_dtype(loaded, kv))  # of a block
+    most = MOST_CONTEXTS * n_blocks_of(c.n_ctx)
+    if hidden_share is not None:
+        layer, percent = hidden_share
+        if not c.layers[0] < layer < c.layers[1]:
+            raise UsageError(
+                f"memory for rows that enter at layer {layer}: expected a layer inside of the model, "
+                f"{c.layers[0] + 1}..{c.layers[1] - 1}"
+            )
+        for_rows = kv_bytes * percent // 100
+        uppers, for_all = Uppers(min(for_rows // (a_layer * (c.layers[1] - layer)), most), layer), kv_bytes - for_rows
+    a_block = a_layer * (c.layers[1] - c.layers[0])
+    n_whole = min(for_all // a_block, most)
+    if n_whole < 2:
+        raise UsageError(f"{for_all} bytes for keys and values: this model needs at least {2 * a_block}")
+    swap_bytes = kv_bytes // 2
     return Engine(
-        LocalExecutor(loaded, n_blocks, kv=kv, swap_bytes=kv_bytes // 2, prefix_cache=prefix_cache),
+        LocalExecutor(
+            loaded, n_whole + uppers.n, kv=kv, swap_bytes=swap_bytes, prefix_cache=prefix_cache, uppers=uppers
+        ),
         Composer(standard(), "cheaper"),
         speculation=Speculation(),
     )

@@ -7,13 +7,20 @@ Numbers only; the blocks themselves lie in the executor.  A block is in one of t
     used      `references` sequences hold it; a block with more than one reference is full and only read
 
 A sequence takes its blocks next to each other where it can (a *run*), so that a swap is few large copies.
+
+Blocks are of two groups.  A *whole* one has memory in all layers; an *upper* one only from some layer on, and serves
+sequences whose rows enter there or above.  Those take whole ones, too, once no upper one can be had.
+
+    number     0 ............. n_whole ............. n_blocks
+    memory     [0, L)          [k, L)
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 BLOCK = 64  # positions; what the attention kernel walks at a time
 
@@ -23,16 +30,40 @@ def n_blocks_of(n_positions: int) -> int:
     return -(-n_positions // BLOCK)
 
 
-class KVPool:
-    """Owns the numbers 0..n_blocks-1.  Every method is all or nothing."""
+class Room(NamedTuple):
+    """Blocks of each group."""
 
-    def __init__(self, n_blocks: int) -> None:
-        assert n_blocks > 0
-        self.n_blocks = n_blocks
+    whole: int = 0
+    upper: int = 0
+
+    def for_(self, is_upper: bool) -> int:
+        """Of use to a sequence; `is_upper`: to one that needs no memory below."""
+        return self.whole + self.upper if is_upper else self.whole
+
+    def taken(self, n: int, is_upper: bool) -> Room:
+        """What a sequence that takes `n` of these gets: upper ones first, where they will do."""
+        n_upper = min(n, max(0, self.upper)) if is_upper else 0
+        return Room(n - n_upper, n_upper)
+
+    def plus(self, other: Room) -> Room:
+        return Room(self.whole + other.whole, self.upper + other.upper)
+
+    def minus(self, other: Room) -> Room:
+        return Room(self.whole - other.whole, self.upper - other.upper)
+
+
+class KVPool:
+    """Owns the numbers 0..n_blocks-1, of which the last `n_upper` are upper ones.  Every method is all or nothing."""
+
+    def __init__(self, n_blocks: int, n_upper: int = 0) -> None:
+        assert 0 <= n_upper < n_blocks
+        self.n_blocks, self.n_whole = n_blocks, n_blocks - n_upper
         self.references = [0] * n_blocks
         self.n_evicted = 0  # cached blocks that had to make room, so far
-        self._free: set[int] = set(range(n_blocks))
-        self._cached: OrderedDict[int, bytes] = OrderedDict()  # least recently used first -> its chain hash
+        # Of whole and of upper blocks.
+        self._free: tuple[set[int], set[int]] = set(range(self.n_whole)), set(range(self.n_whole, n_blocks))
+        # Least recently used first -> its chain hash.
+        self._cached: tuple[OrderedDict[int, bytes], OrderedDict[int, bytes]] = OrderedDict(), OrderedDict()
         self._known: dict[bytes, int] = {}  # chain hash -> block, used or cached
         self._hash: dict[int, bytes] = {}  # the other way round
 
@@ -41,7 +72,21 @@ class KVPool:
     @property
     def n_free(self) -> int:
         """Blocks that `alloc` can give: free or only cached."""
-        return len(self._free) + len(self._cached)
+        return sum(self.room)
+
+    @property
+    def room(self) -> Room:
+        """The same by group."""
+        return Room(*(len(free) + len(cached) for free, cached in zip(self._free, self._cached, strict=True)))
+
+    def rooms(self, blocks: Collection[int]) -> Room:
+        """How many of `blocks` are of each group."""
+        n_upper = 0 if self.n_whole == self.n_blocks else sum(map(self._group, blocks))
+        return Room(len(blocks) - n_upper, n_upper)
+
+    def _group(self, block: int) -> int:
+        """0: whole, 1: upper."""
+        return block >= self.n_whole
 
     @property
     def n_used(self) -> int:
@@ -49,32 +94,41 @@ class KVPool:
 
     @property
     def n_cached(self) -> int:
-        return len(self._cached)
+        return sum(map(len, self._cached))
 
     # ------------------------------------------------------------ taking and giving back
 
-    def alloc(self, n: int, after: int | None = None) -> list[int]:
+    def alloc(self, n: int, after: int | None = None, *, is_upper: bool = False) -> list[int]:
         """`n` blocks with one reference each, next to `after` and to each other where possible.
 
-        The caller has looked at `n_free`: a plan never asks for more.
+        `is_upper`: they need no memory in the lower layers.
+        The caller has looked at `room`: a plan never asks for more.
         """
-        assert n <= self.n_free, (n, self.n_free)
-        while len(self._free) < n:
-            self._forget(next(iter(self._cached)))
-            self.n_evicted += 1
+        room = self.room
+        assert n <= room.for_(is_upper), (n, room, is_upper)
         taken: list[int] = []
-        at = -1 if after is None else after
-        while len(taken) < n:
-            at = at + 1 if at + 1 in self._free else self._run_start(n - len(taken))
-            self._free.remove(at)
-            taken.append(at)
+        for group, n_here in reversed(list(enumerate(room.taken(n, is_upper)))):
+            taken += self._alloc(group, n_here, after)
         for block in taken:
             self.references[block] = 1
         return taken
 
-    def _run_start(self, n: int) -> int:
+    def _alloc(self, group: int, n: int, after: int | None) -> list[int]:
+        free = self._free[group]
+        while len(free) < n:
+            self._forget(next(iter(self._cached[group])))
+            self.n_evicted += 1
+        taken: list[int] = []
+        at = -1 if after is None else after
+        while len(taken) < n:
+            at = at + 1 if at + 1 in free else self._run_start(free, n - len(taken))
+            free.remove(at)
+            taken.append(at)
+        return taken
+
+    def _run_start(self, free: set[int], n: int) -> int:
         """Where the shortest run of free blocks that holds `n` begins, or the longest one if none does."""
-        ordered = sorted(self._free)
+        ordered = sorted(free)
         runs = []
         start = ordered[0]
         for a, b in pairwise([*ordered, self.n_blocks + 1]):
@@ -87,8 +141,9 @@ class KVPool:
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each; cached ones are used again."""
         for block in blocks:
-            assert self.references[block] or block in self._cached, block
-            self._cached.pop(block, None)
+            cached = self._cached[self._group(block)]
+            assert self.references[block] or block in cached, block
+            cached.pop(block, None)
             self.references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -101,9 +156,9 @@ class KVPool:
             self.references[block] -= 1
             if self.references[block] == 0:
                 if block in self._hash:
-                    self._cached[block] = self._hash[block]
+                    self._cached[self._group(block)][block] = self._hash[block]
                 else:
-                    self._free.add(block)
+                    self._free[self._group(block)].add(block)
 
     # ------------------------------------------------------------ the prefix cache
 
@@ -123,19 +178,20 @@ class KVPool:
             found.append(block)
         return found
 
-    def n_idle(self, blocks: Iterable[int]) -> int:
+    def n_idle(self, blocks: Iterable[int]) -> Room:
         """How many of `blocks` count as free now and will not once they are shared."""
-        return sum(block in self._cached for block in blocks)
+        return self.rooms([block for block in blocks if block in self._cached[self._group(block)]])
 
     def clear_cache(self) -> None:
         """Forget what no sequence uses."""
-        for block in list(self._cached):
+        for block in [block for cached in self._cached for block in cached]:
             self._forget(block)
 
     def _forget(self, block: int) -> None:
-        del self._known[self._cached.pop(block)]
+        group = self._group(block)
+        del self._known[self._cached[group].pop(block)]
         del self._hash[block]
-        self._free.add(block)
+        self._free[group].add(block)
 
     # ------------------------------------------------------------ for tests and metrics
 
@@ -148,6 +204,8 @@ class KVPool:
         assert counted == self.references, [
             (b, c, r) for b, (c, r) in enumerate(zip(counted, self.references, strict=True)) if c != r
         ]
-        states = [(b in self._free) + (b in self._cached) + (self.references[b] > 0) for b in range(self.n_blocks)]
-        assert states == [1] * self.n_blocks
+        for b in range(self.n_blocks):
+            free, cached = ([b in one for one in both] for both in (self._free, self._cached))
+            assert sum(free) + sum(cached) + (self.references[b] > 0) == 1, b
+            assert not (free + cached)[1 - self._group(b) :: 2].count(True), b
         assert {self._known[h] for h in self._hash.values()} == set(self._hash)

@@ -67,6 +67,7 @@ class KVStore:
     `k` and `v` begin with layer `first`: the upper half of a model keeps nothing for the layers that it lacks.
     bf16 has the same shapes, its numbers in pairs; int8 is u8 [n_blocks, KH, head_bytes]: codes in pairs, then an f32
     scale for each position (`native/src/paged_attention.h`).
+    Memory is there once it has been written: blocks that lower layers never use take none in them.
     """
 
     def __init__(
@@ -85,7 +86,12 @@ class KVStore:
     @property
     def block_bytes(self) -> int:
         """Of one block in all layers."""
-        return sum(x[0].nbytes for x in (*self.k, *self.v))
+        return self.bytes_from(self.first)
+
+    def bytes_from(self, first: int) -> int:
+        """Of one block in the layers from `first` on."""
+        at = first - self.first
+        return sum(x[0].nbytes for x in (*self.k[at:], *self.v[at:]))
 
     def write(self, layer: int, span: Span, k: Tensor, v: Tensor) -> None:
         """k, v [n, KH, hd] of the span's positions into their blocks."""
@@ -95,14 +101,21 @@ class KVStore:
         keys[block, :, :, lane] = k.to(keys.dtype)
         values[block, :, lane] = v.to(values.dtype)
 
-    def read(self, blocks: Tensor) -> list[Tensor]:
-        """A copy of blocks in all layers, in order."""
-        return [x[blocks].clone() for x in (*self.k, *self.v)]
+    def read(self, blocks: Tensor, first: int | None = None) -> list[Tensor]:
+        """A copy of blocks in all layers from `first` on, in order: keys, then values."""
+        at = 0 if first is None else first - self.first
+        return [x[blocks].clone() for x in (*self.k[at:], *self.v[at:])]
 
-    def restore(self, blocks: Tensor, copies: list[Tensor]) -> None:
-        """What `read` gave, or the first blocks of it, into as many blocks, which may be others."""
-        for x, copy in zip((*self.k, *self.v), copies, strict=True):
-            x[blocks] = copy[: len(blocks)]
+    def restore(self, blocks: Tensor, copies: list[Tensor], first: int | None = None) -> None:
+        """What `read` gave, or the first blocks of it, into as many blocks, which may be others.
+
+        Only layers that were read are written, and only those from `first` on.
+        """
+        half = len(copies) // 2
+        n = min(half, len(self.k) - (0 if first is None else first - self.first))
+        for mine, theirs in ((self.k, copies[:half]), (self.v, copies[half:])):
+            for x, copy in zip(mine[-n:], theirs[-n:], strict=True):
+                x[blocks] = copy[: len(blocks)]
 
 
 # Memory that is shared has no huge pages; Windows knows neither word.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
-from nearfar_cloud.kv.pool import BLOCK, n_blocks_of
+from nearfar_cloud.kv.pool import BLOCK, Room, n_blocks_of
 from nearfar_cloud.scheduling.policy import Policy
 from nearfar_cloud.scheduling.view import EngineView
 from nearfar_cloud.types import Admit, KVOp, LayerRange, Preempt, Seq, Served, Status, StepPlan, SwapIn, Work
@@ -18,6 +18,7 @@ from nearfar_cloud.types import Admit, KVOp, LayerRange, Preempt, Seq, Served, S
 How = Literal["recompute", "swap"]
 Preemption = Literal["recompute", "swap", "cheaper"]  # the last: whichever is expected to take less time
 RUNNING = Status.RUNNING  # found once: a member is slow to look up
+NO_ROOM = Room()
 
 
 class Composer:
@@ -45,11 +46,12 @@ class _Planning:
         self.view = view
         budgets = [b for p in self.policies if (b := p.budget(view)) is not None]
         self.left = min(budgets, default=1 << 30)
-        self.free, self.parkable = view.n_free, view.n_parkable
+        self.room, self.parkable = view.room, view.n_parkable
         self.n_layers = view.cost.n_layers
         self.works: dict[int, Work] = {}  # by sequence
         self.ops: list[KVOp] = []
         self.added: dict[int, int] = {}  # sequence -> blocks that this plan gives it
+        self.taken: dict[int, Room] = {}  # and those of them that it has from the room
         self.preempted: set[int] = set()
         self.promised: set[int] = set()  # cached blocks that this plan shares with somebody
 
@@ -99,23 +101,37 @@ class _Planning:
             return False
         # The known positions and a block more, if it will need one: else it would be the next victim.
         room = min(n_blocks_of(s.n_known) + 1, n_blocks_of(s.n_reserved))
-        cached, n_idle = ((), 0) if s.status is Status.SWAPPED else self.view.hit(s)
+        cached, idle = ((), NO_ROOM) if s.status is Status.SWAPPED else self.view.hit(s)
         if self.preempted:
-            n_idle = len(cached)  # some of them may have been a victim's
-        while room - len(cached) + n_idle > self.free and self._preempt(s):
-            n_idle = len(cached)
-        if room - len(cached) + n_idle > self.free:
+            idle = self.view.rooms(cached)  # some of them may have been a victim's
+        while room - len(cached) > self._free(s, idle) and self._preempt(s):
+            idle = self.view.rooms(cached)
+        if room - len(cached) > self._free(s, idle):
             return False
         if s.status is Status.SWAPPED:
-            self.added[s.id] = n_blocks_of(s.reached)
-            self.free -= n_blocks_of(s.reached)
+            self._give(s, n_blocks_of(s.reached))
             self.ops.append(SwapIn(s.id))
         else:
-            self.added[s.id] = len(cached)
-            self.free -= n_idle
-            self.promised.update(cached)
-            self.ops.append(Admit(s.id, cached))
+            self._share(s, cached, idle)
         return True
+
+    def _free(self, s: Seq, idle: Room = NO_ROOM) -> int:
+        """Blocks that `s` could have, once it has shared `idle` ones."""
+        return self.room.minus(idle).for_(self.view.is_upper(s))
+
+    def _share(self, s: Seq, cached: tuple[int, ...], idle: Room) -> None:
+        """`s` is admitted, with `cached` blocks of which `idle` ones counted as free."""
+        self.added[s.id] = len(cached)
+        self.room = self.room.minus(idle)
+        self.promised.update(cached)
+        self.ops.append(Admit(s.id, cached))
+
+    def _give(self, s: Seq, n: int) -> None:
+        """`n` blocks for `s`, which are there."""
+        taken = self.room.taken(n, self.view.is_upper(s))
+        self.room = self.room.minus(taken)
+        self.added[s.id] = self.added.get(s.id, 0) + n
+        self.taken[s.id] = self.taken.get(s.id, NO_ROOM).plus(taken)
 
     def _run(self, s: Seq) -> None:
         """Plan a part of the gap of `s`, if there is one, rows are left and blocks can be had."""
@@ -146,35 +162,31 @@ class _Planning:
     def _run_early(self, s: Seq) -> None:
         """Plan positions that nobody has asked about, with rows and blocks that nobody else wants."""
         n = min(s.n_early, self.left * self.n_layers // (s.n_layers - s.req.entry))
-        if n <= 0 or self.free <= 0 or s.id in self.preempted:
+        if n <= 0 or self._free(s) <= 0 or s.id in self.preempted:
             return
         if s.status is not RUNNING:
-            cached, n_idle = self.view.hit(s)
-            n_idle = len(cached) if self.preempted else n_idle
-            if n_idle >= self.free:  # what is found would leave no block for the rest
-                cached, n_idle = (), 0
+            cached, idle = self.view.hit(s)
+            idle = self.view.rooms(cached) if self.preempted else idle
+            if self._free(s, idle) <= 0:  # what is found would leave no block for the rest
+                cached, idle = (), NO_ROOM
             if not all(policy.admit(s, self.view) for policy in self.policies):
                 return
-            self.added[s.id] = len(cached)
-            self.free -= n_idle
-            self.promised.update(cached)
-            self.ops.append(Admit(s.id, cached))
+            self._share(s, cached, idle)
         start = max(s.computed, BLOCK * self.added.get(s.id, 0))
         end = min(s.computed + s.n_early, start + n)
         have = len(s.blocks) + self.added.get(s.id, 0)
-        n_new = min(max(0, n_blocks_of(end) - have), self.free)
-        self.free -= n_new
+        n_new = min(max(0, n_blocks_of(end) - have), self._free(s))
+        self._give(s, n_new)
         work = Work(s.id, start, min(end, BLOCK * (have + n_new)) - start, LayerRange(s.req.entry, s.n_layers), 0)
         self.left -= work.rows(self.n_layers)
         self.works[s.id] = work
 
     def _take(self, s: Seq, n: int) -> int:
         """Blocks for `s`, if need be from others: `n`, or as many as can be had."""
-        while n > self.free and self._preempt(s):
+        while n > self._free(s) and self._preempt(s):
             pass
-        n = min(n, self.free)
-        self.free -= n
-        self.added[s.id] = self.added.get(s.id, 0) + n
+        n = max(0, min(n, self._free(s)))
+        self._give(s, n)
         return n
 
     def _gap(self, s: Seq) -> Work | None:
@@ -201,7 +213,7 @@ class _Planning:
         What was planned for the victim is not.
         """
         for victim in reversed(self.victims):
-            if victim is s or victim.id in self.preempted or not victim.blocks:
+            if victim is s or victim.id in self.preempted or not self._has(victim, s):
                 continue
             if not victim.is_idle and self.place[victim.id] < self.place[s.id]:
                 return False  # all others stand before it, too
@@ -209,7 +221,12 @@ class _Planning:
             self.preempted.add(victim.id)
             if (work := self.works.pop(victim.id, None)) is not None:
                 self.left += work.rows(self.n_layers)
-                self.free += self.added.pop(victim.id, 0)
-            self.free += self.view.n_freed(victim, self.promised)
+                self.added.pop(victim.id, None)
+                self.room = self.room.plus(self.taken.pop(victim.id, NO_ROOM))
+            self.room = self.room.plus(self.view.freed(victim, self.promised))
             return True
         return False
+
+    def _has(self, victim: Seq, s: Seq) -> bool:
+        """Whether `victim` holds a block that `s` could use."""
+        return self.view.rooms(victim.blocks).for_(self.view.is_upper(s)) > 0

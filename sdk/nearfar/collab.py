@@ -270,6 +270,8 @@ class Collaboration:
     def _draft(self, s: Shared, cancel: Cancel | None) -> None:
         """One token of the device: final where it may decide, provisional where the upper side will look at it."""
         started, ledger, alone = time.perf_counter(), s.ledger, self._is_alone(s)
+        while len(s.ids) - s.n_run > CHUNK and s.owed.keys() <= {self.reach}:  # the cache has begun anew
+            self._prefill(s, CHUNK, cancel)
         is_checked = self.how.mode == Mode.LOSSLESS and not alone and s.sampling.temperature == 0
         keep, tau_of = partial(self._keep_rows, s), own_tau if is_checked else partial(self._tau, s)
         look = self.engine.look(s, self.stages, cancel=cancel, on_rows=keep, tau_of=tau_of)

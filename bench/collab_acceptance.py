@@ -19,9 +19,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from nearfar.cli.verbs import SHIPPED, model_path
 from nearfar.collab import WORTH
 from nearfar.config import ExitConfig
 from nearfar.engine import Engine
-from nearfar.exit import confidence, max_softmax
+from nearfar.exit import DRAFT, confidence, max_softmax
 from nearfar.llm import LLM
 from nearfar.lower import Lower
 from nearfar.pace import Pace, expected_tokens
@@ -45,6 +45,7 @@ Rows = NDArray[np.float32]
 DEVICE, UPPER = Rate(30, 0.3), Rate(37, 0.4)  # of `nearfar bench collab`
 IN_FLIGHT = 2  # of Collab
 RULES = {"unsure": 1.0, "loop": WORTH, "full": 0.0}  # least probability that drafts hold with which drafting goes on
+TAUS = (0.97, DRAFT, 0.8)  # above which a lower exit's confidence ends a draft
 LOOKUP = 1.0  # confidence of a draft that was looked up: text that repeats
 
 
@@ -60,20 +61,28 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """Of one text: which drafts hold, bool [T], which the device is sure of, bool [T], and how sure, f64 [T]."""
+    """Of one text: which drafts hold, bool [T], which the device is sure of, bool [T], and how sure, f64 [T].
+
+    `early`, bool [T]: which stopped at the lower exit; None: none did.
+    """
 
     holds: NDArray[np.bool_]
     sure: NDArray[np.bool_]
     conf: NDArray[np.float64]
+    early: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Seconds: a draft, and from an ask to its verdict (`reply_s` and `row_s` for each draft in it)."""
+    """Seconds: a draft, what one that stops early saves, and from an ask to its verdict.
+
+    The last takes `reply_s` and `row_s` for each draft in it.
+    """
 
     draft_s: float
     reply_s: float
     row_s: float
+    saved_s: float = 0.0
 
 
 Drafter = Callable[[Text], Drafts]
@@ -131,6 +140,19 @@ def by_lookup(text: Text) -> Drafts:
     return Drafts(holds, sure, sure.astype(np.float64))
 
 
+def lower_exit_first(low: Drafter, high: Drafter, tau: float) -> Drafter:
+    """`low`'s draft where its confidence is above `tau`, `high`'s elsewhere: as greedy lossless mode does."""
+
+    def drafts(text: Text) -> Drafts:
+        a, b = low(text), high(text)
+        early = a.conf > tau
+        return Drafts(
+            *(np.where(early, x, y) for x, y in ((a.holds, b.holds), (a.sure, b.sure), (a.conf, b.conf))), early
+        )
+
+    return drafts
+
+
 def looked_up_where_unsure(other: Drafter) -> Drafter:
     """`other`, and where it is not sure the text so far, if it repeats."""
 
@@ -142,18 +164,30 @@ def looked_up_where_unsure(other: Drafter) -> Drafter:
     return drafts
 
 
-def drafters(lower: Lower, k: int) -> dict[str, tuple[float, Drafter]]:
-    """Name -> the share of the layers that a draft costs, and how it is made."""
+class Way(NamedTuple):
+    """How drafts are made, the share of the layers that one costs, and the share that one which stops early saves."""
+
+    share: float
+    drafts: Drafter
+    saved: float = 0.0
+
+
+def ways(lower: Lower, k: int) -> dict[str, Way]:
+    """Those that are compared, by name; the device has `k` layers."""
     c = lower.config
-    found: dict[str, tuple[float, Drafter]] = {}
-    for e in c.exits:
-        found[f"exit {e.layer}"] = e.layer / c.n_layers, by_head(lower, e.layer, f"exit.{e.layer}")
+    at = {e.layer: Way(e.layer / c.n_layers, by_head(lower, e.layer, f"exit.{e.layer}")) for e in c.exits}
+    found = {f"exit {layer}": way for layer, way in at.items()}
     for layer in range(k + 1, c.n_layers):
-        if f"exit {layer}" not in found:
-            found[f"layer {layer}, the final head"] = layer / c.n_layers, by_head(lower, layer, "final")
-    at_cut = found.get(f"exit {k}") or (k / c.n_layers, by_head(lower, k, "final"))
-    found["text so far"] = 0.0, by_lookup
-    found[f"exit {k}, unsure: text so far"] = at_cut[0], looked_up_where_unsure(at_cut[1])
+        if layer not in at:
+            found[f"layer {layer}, the final head"] = Way(layer / c.n_layers, by_head(lower, layer, "final"))
+    cut = at.get(k) or Way(k / c.n_layers, by_head(lower, k, "final"))
+    for e in c.exits:
+        if e.layer < k and e.isotonic_x:
+            for tau in TAUS:
+                first = lower_exit_first(at[e.layer].drafts, cut.drafts, tau)
+                found[f"exit {e.layer} above {tau:g}, or {k}"] = Way(cut.share, first, cut.share - at[e.layer].share)
+    found["text so far"] = Way(0.0, by_lookup)
+    found[f"exit {k}, unsure: text so far"] = Way(cut.share, looked_up_where_unsure(cut.drafts))
     return found
 
 
@@ -177,6 +211,7 @@ def play(d: Drafts, link: Link, window: int, worth: float) -> Spent:
     """
     n_tokens, spent = len(d.holds), Spent()
     final = asked = drafted = 0
+    is_behind = False
     hope, under_way = 1.0, list[tuple[float, int, int]]()  # (when the verdict is there, first draft, one behind)
     while final < n_tokens:
         if under_way and under_way[0][0] <= spent.seconds:
@@ -192,11 +227,14 @@ def play(d: Drafts, link: Link, window: int, worth: float) -> Spent:
         n, may_draft = drafted - asked, drafted < n_tokens and drafted - final < IN_FLIGHT * window
         due = n >= window or not may_draft or hope < worth
         if len(under_way) < IN_FLIGHT and due and (n or not under_way):
+            if is_behind:  # the layers that the last draft left out
+                spent.seconds, is_behind = spent.seconds + link.saved_s, False
             there = spent.seconds + link.reply_s + n * link.row_s
             under_way.append((max(there, under_way[-1][0] if under_way else 0.0), asked, drafted))
             asked, hope, spent.asks = drafted, 1.0, spent.asks + 1
         elif may_draft:
-            spent.seconds += link.draft_s
+            is_behind = d.early is not None and bool(d.early[drafted])
+            spent.seconds += link.draft_s - is_behind * link.saved_s
             hope *= 1.0 if d.sure[drafted] else float(d.conf[drafted])
             drafted, spent.drafted = drafted + 1, spent.drafted + 1
         else:
@@ -213,7 +251,8 @@ def row(name: str, drafts: Sequence[Drafts], link: Link) -> dict[str, Any]:
     """What one way to draft comes to over some texts."""
     n_tokens = sum(len(d.holds) for d in drafts)
     accepted = float(np.concatenate([d.holds for d in drafts]).mean())
-    n = paced_window(accepted, link)
+    early = float(np.concatenate([np.zeros(0) if d.early is None else d.early for d in drafts]).sum()) / n_tokens
+    n = paced_window(accepted, replace(link, draft_s=link.draft_s - early * link.saved_s))
     facts: dict[str, Any] = {"drafts": name, "holds": accepted, "window": n}
     facts["sure"] = float(np.concatenate([d.sure for d in drafts]).mean())
     facts["expected_asks"] = 1 / expected_tokens(accepted, n)
@@ -260,11 +299,12 @@ def main() -> None:
                 alone = args.rtt / 1000 + sum((UPPER.step_ms + UPPER.row_ms) * len(x.ids) / 1000 for x in found) / len(
                     found
                 )
-                for name, (share, drafter) in drafters(lower, k).items():
+                for name, way in ways(lower, k).items():
                     reply = (args.rtt + above * (UPPER.step_ms + UPPER.row_ms)) / 1000
-                    link = Link(share * (DEVICE.step_ms + DEVICE.row_ms) / 1000, reply, above * UPPER.row_ms / 1000)
+                    whole_s = (DEVICE.step_ms + DEVICE.row_ms) / 1000
+                    link = Link(way.share * whole_s, reply, above * UPPER.row_ms / 1000, way.saved * whole_s)
                     facts = {"prompts": kind, "temperature": t, "tokens": n_tokens, "cloud_only_s": alone}
-                    show(facts | row(name, [drafter(text) for text in found], link), as_json=args.json)
+                    show(facts | row(name, [way.drafts(text) for text in found], link), as_json=args.json)
     print(f"{machine()}, {time.strftime('%Y-%m-%d')}, {time.perf_counter() - started:.0f} s")
 
 

@@ -134,6 +134,19 @@ def test_nobody_gives_memory_up_for_early_rows_and_they_run_once() -> None:
     check_empty(e)
 
 
+def test_early_rows_fill_the_block_that_their_sequence_has_where_no_other_is_free() -> None:
+    e = engine(model=packed(*MODEL), n_blocks=3, prefix_cache=False)
+    seq, other = (e.submit(Request(outside=True)) for _ in range(2))
+    send(e, seq, 0, 40)
+    send(e, other, 0, 128)
+    rest(e)
+    assert e.pool.n_free == 0
+    send(e, seq, 40, 90)
+    for n_early in (64 - 39, 0):
+        assert sum(out.early.n for out in e.step() if out.early) == n_early
+    assert not e.has_work  # the rest waits for memory, and nobody steps in vain meanwhile
+
+
 def test_early_rows_wait_while_a_request_waits_for_memory() -> None:
     e = engine(model=packed(*MODEL), n_blocks=5, prefix_cache=False)
     first = e.submit(request(3, prompt=150, max_tokens=24))

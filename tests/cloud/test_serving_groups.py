@@ -133,6 +133,73 @@ def test_a_request_takes_memory_only_from_who_has_what_it_needs(preemption: Pree
     check_empty(e)
 
 
+def test_an_upper_block_that_one_finds_and_another_was_to_take_counts_once() -> None:
+    """One plan: the first one gets blocks that only the cache holds, the second one finds just these computed."""
+    e = two_groups(4, 2, clock=lambda: 0.0)  # all come at once
+    before = Session(e, 1, 130)
+    before.ask()
+    before.check(rest(e))
+    assert e.pool.rooms(e.seqs[before.seq].blocks[:2]) == (0, 2)
+    e.abort(before.seq)
+    e.step()
+    sessions = [Session(e, 2, 100), Session(e, 1, 130)]
+    for session in sessions:
+        session.ask()
+    check_all(e, sessions, request(7, prompt=130, max_tokens=2))
+
+
+def test_a_whole_block_that_one_finds_and_another_was_to_take_counts_once() -> None:
+    e = two_groups(4, 4, clock=lambda: 0.0)
+    before = [Session(e, 0, 200), Session(e, 1, 130)]
+    for session in before:
+        session.ask()
+        session.check(rest(e))
+    assert e.pool.rooms(e.seqs[before[1].seq].blocks[:2]) == (2, 0)
+    for session in before:
+        e.abort(session.seq)
+    e.step()
+    taker = request(7, prompt=200, max_tokens=2)
+    seq = e.submit(taker)
+    session = Session(e, 1, 130)
+    session.ask()
+    check_all(e, [session], taker, seq)
+
+
+def check_all(e: Engine, sessions: list[Session], req: Request, seq: int | None = None) -> None:
+    """All are answered, `req` as alone, and leave nothing behind."""
+    seq = e.submit(req) if seq is None else seq
+    outputs = rest(e)
+    for session in sessions:
+        session.check(outputs)
+        e.abort(session.seq)
+    (wanted,) = serving.run(two_groups(40, 0), [req])
+    assert tuple(i for out in outputs if out.seq == seq for i in out.ids) == wanted
+    e.step()
+    check_empty(e)
+
+
+def test_rows_wait_for_no_request_that_waits_for_whole_blocks() -> None:
+    """Upper blocks are of no use to it; of whole ones nobody takes any before it."""
+    e = two_groups(4, 3, prefix_cache=False)
+    running = e.submit(request(7, prompt=150, max_tokens=20))
+    e.step()
+    waiting = e.submit(request(8, prompt=200, max_tokens=4))
+    sessions = [Session(e, 0, 100), Session(e, 1, 60), Session(e, 2, 60)]  # 2 + 1 upper ones; for the third none
+    for session in sessions:
+        session.ask()
+    outputs = e.step()
+    for session in sessions[:2]:
+        session.check(outputs)
+    assert e.pool.room == (1, 0)
+    while running in e.seqs:
+        assert not e.seqs[sessions[2].seq].blocks
+        outputs = e.step()
+    while waiting in e.seqs:
+        outputs += e.step()
+    sessions[2].check(outputs + rest(e))
+    assert e.counts.preempted == 1  # somebody idle, for the third
+
+
 @pytest.mark.parametrize("from_upper", [False, True])
 def test_what_was_swapped_comes_back_into_the_other_group(from_upper: bool) -> None:
     e = two_groups(4, 2, "swap", prefix_cache=False)

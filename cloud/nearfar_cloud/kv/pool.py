@@ -37,19 +37,21 @@ class Room(NamedTuple):
     upper: int = 0
 
     def for_(self, is_upper: bool) -> int:
-        """Of use to a sequence; `is_upper`: to one that needs no memory below."""
-        return self.whole + self.upper if is_upper else self.whole
+        """Of use to a sequence; `is_upper`: to one that needs no memory below.  Below 0: whole ones are missing."""
+        return self.whole + self.upper if is_upper and self.whole >= 0 else self.whole
 
     def taken(self, n: int, is_upper: bool) -> Room:
         """What a sequence that takes `n` of these gets: upper ones first, where they will do."""
-        n_upper = min(n, max(0, self.upper)) if is_upper else 0
+        n_upper = min(n, self.upper) if is_upper else 0
         return Room(n - n_upper, n_upper)
 
     def plus(self, other: Room) -> Room:
         return Room(self.whole + other.whole, self.upper + other.upper)
 
     def minus(self, other: Room) -> Room:
-        return Room(self.whole - other.whole, self.upper - other.upper)
+        """Without `other`; for upper ones that somebody else counts on already, that one takes whole ones."""
+        upper = self.upper - other.upper
+        return Room(self.whole - other.whole + min(0, upper), max(0, upper))
 
 
 class KVPool:

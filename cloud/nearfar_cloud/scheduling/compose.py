@@ -54,6 +54,7 @@ class _Planning:
         self.taken: dict[int, Room] = {}  # and those of them that it has from the room
         self.preempted: set[int] = set()
         self.promised: set[int] = set()  # cached blocks that this plan shares with somebody
+        self.is_short = False  # whether somebody waits for whole blocks
 
     def run(self) -> StepPlan:
         rows = self.view.seqs
@@ -66,12 +67,14 @@ class _Planning:
             if s.status is RUNNING:
                 if s.id not in self.preempted:
                     self._run(s)
-            elif not closed:
-                # Nobody overtakes a waiting sequence by being small: the large ones would wait for ever.
-                closed = not self._admit(s)
-                if not closed:
+            elif not closed and (not self.is_short or self.view.is_upper(s)):
+                if self._admit(s):
                     self._run(s)
-        if not closed:
+                else:
+                    # Nobody overtakes a waiting sequence by being small: the large ones would wait for ever.
+                    # From one that waits for whole blocks, who takes upper ones alone takes nothing.
+                    closed, self.is_short = self.view.is_upper(s), True
+        if not self.is_short:
             for s in self.view.early:
                 self._run_early(s)
         return StepPlan(tuple(self.works.values()), tuple(self.ops))
@@ -104,6 +107,8 @@ class _Planning:
         cached, idle = ((), NO_ROOM) if s.status is Status.SWAPPED else self.view.hit(s)
         if self.preempted:
             idle = self.view.rooms(cached)  # some of them may have been a victim's
+        if self.is_short and (idle.whole or room - len(cached) > self.room.minus(idle).upper):
+            return False
         while room - len(cached) > self._free(s, idle) and self._preempt(s):
             idle = self.view.rooms(cached)
         if room - len(cached) > self._free(s, idle):
@@ -162,9 +167,11 @@ class _Planning:
     def _run_early(self, s: Seq) -> None:
         """Plan positions that nobody has asked about, with rows and blocks that nobody else wants."""
         n = min(s.n_early, self.left * self.n_layers // (s.n_layers - s.req.entry))
-        if n <= 0 or self._free(s) <= 0 or s.id in self.preempted:
+        if n <= 0 or s.id in self.preempted:
             return
         if s.status is not RUNNING:
+            if self._free(s) <= 0:
+                return
             cached, idle = self.view.hit(s)
             idle = self.view.rooms(cached) if self.preempted else idle
             if self._free(s, idle) <= 0:  # what is found would leave no block for the rest
@@ -175,9 +182,12 @@ class _Planning:
         start = max(s.computed, BLOCK * self.added.get(s.id, 0))
         end = min(s.computed + s.n_early, start + n)
         have = len(s.blocks) + self.added.get(s.id, 0)
-        n_new = min(max(0, n_blocks_of(end) - have), self._free(s))
+        n_new = max(0, min(n_blocks_of(end) - have, self._free(s)))
+        n = min(end, BLOCK * (have + n_new)) - start
+        if n <= 0:
+            return
         self._give(s, n_new)
-        work = Work(s.id, start, min(end, BLOCK * (have + n_new)) - start, LayerRange(s.req.entry, s.n_layers), 0)
+        work = Work(s.id, start, n, LayerRange(s.req.entry, s.n_layers), 0)
         self.left -= work.rows(self.n_layers)
         self.works[s.id] = work
 

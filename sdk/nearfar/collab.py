@@ -92,6 +92,9 @@ class Collaboration:
         if how.tau is None and how.mode == Mode.LOSSLESS:
             looser = (replace(e, tau=draft_tau(e), tau_loose=None) for e in config.exits)
             config = replace(config, exits=tuple(looser))
+        elif how.tau is None:  # also an exit that is sure of nothing until the upper side is overloaded
+            looser = (e if e.tau_loose is None else replace(e, tau=e.tau_loose) for e in config.exits)
+            config = replace(config, exits=tuple(looser))
         # What an answer needs of the device; the layers above, up to its upper exits, are run for drafts alone.
         self.reach = self.row_layer or config.layers[1]
         self.stages = stages(config, rows_at=self.reach)
@@ -270,6 +273,8 @@ class Collaboration:
     def _draft(self, s: Shared, cancel: Cancel | None) -> None:
         """One token of the device: final where it may decide, provisional where the upper side will look at it."""
         started, ledger, alone = time.perf_counter(), s.ledger, self._is_alone(s)
+        if alone:  # only since now, maybe: it is a matter of time
+            self._settle(s)
         while len(s.ids) - s.n_run > CHUNK and s.owed.keys() <= {self.reach}:  # the cache has begun anew
             self._prefill(s, CHUNK, cancel)
         is_checked = self.how.mode == Mode.LOSSLESS and not alone and s.sampling.temperature == 0

@@ -83,6 +83,7 @@ class HedgedLink(Link):
         self._first = Side(first)
         self._sides = [self._first]  # and the second one, once it is there
         self._second: Future[Link] | None = None
+        self._is_second_known = False  # it is there, or cannot be had
         self._transcript = Transcript(by_ids=opening.codec.id == CodecId.IDS)
         self._asked: dict[int, float] = {}  # when each open ask was made
         self._told: OrderedDict[tuple[int, int], Verdict] = OrderedDict()  # by generation and request
@@ -103,8 +104,7 @@ class HedgedLink(Link):
         """Raises EgressDenied; of the other errors of a link only those of the last one that is left."""
         until = time.monotonic() + timeout_s
         while True:
-            self._call_second_if_late()
-            news: list[News] = []
+            news = self._call_second_if_late()
             for side in list(self._sides):
                 wait_s = 0.0 if news or side is not self._first else self._wait_s(until)
                 for heard in self._listen(side, wait_s):
@@ -132,15 +132,21 @@ class HedgedLink(Link):
 
     # ------------------------------------------------------------ when to call the second side
 
-    def _call_second_if_late(self) -> None:
-        if self._second is None and time.monotonic() >= self._late_at():
-            self._second = self.upper.call_second(self.opening)
-        elif self._second is not None and len(self._sides) == 1 and self._second.done():
+    def _call_second_if_late(self) -> list[News]:
+        """Or take it in, once; `Lost` where it cannot be had and the first one is out."""
+        if self._second is None:
+            if time.monotonic() >= self._late_at():
+                self._second = self.upper.call_second(self.opening)
+        elif not self._is_second_known and self._second.done():
+            self._is_second_known = True
             try:
                 self._sides.append(Side(self._second.result()))
                 self.max_context = min(side.link.max_context for side in self._sides)
             except NearfarError as error:
                 log.warning("no second upper side: %s", error)
+                if self._first.is_out:
+                    return [Lost(f"no second upper side: {error}", final=True)]
+        return []
 
     def _late_at(self) -> float:
         """When the first side has to have answered, or to be there at all."""
@@ -154,7 +160,7 @@ class HedgedLink(Link):
         now = time.monotonic()
         if self._second is None:
             return max(0.0, min(until, self._late_at()) - now)
-        is_alone = self._second.done() and len(self._sides) == 1
+        is_alone = self._is_second_known and len(self._sides) == 1
         return max(0.0, until - now if is_alone else min(POLL_S, until - now))
 
     # ------------------------------------------------------------ news of one side
@@ -242,8 +248,7 @@ class HedgedLink(Link):
 
     def _has_hope(self) -> bool:
         """Whether some side may still answer."""
-        is_second_possible = self._second is None or not self._second.done()
-        return any(not side.is_out for side in self._sides) or (is_second_possible and len(self._sides) == 1)
+        return not self._is_second_known or any(not side.is_out for side in self._sides)
 
 
 def _close(second: Future[Link]) -> None:

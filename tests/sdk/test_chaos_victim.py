@@ -137,3 +137,13 @@ def test_a_process_that_does_not_come_back_is_told_to_whoever_waits(port: int, t
         upper.inject(Fault(0, "kill"))
         with pytest.raises(NearfarError, match="exit code 1"):
             upper.wait()
+
+
+def test_a_machine_without_a_port_to_give_is_not_searched_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(address: tuple[str, int]) -> socket.socket:
+        raise OSError(98, "in use")
+
+    assert len(set(free_ports(3))) == 3
+    monkeypatch.setattr(socket, "create_server", taken)
+    with pytest.raises(NearfarError, match=r"expected 2: .*in use"):
+        free_ports(2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nearfar.cancel import Cancel
-from nearfar.collab import CHUNK, Collaboration
+from nearfar.collab import CHUNK, GRACE_S, Collaboration
 from nearfar.collab_options import Collab
 from nearfar.engine import Engine, Token
 from nearfar.errors import ContextError, FileError, MismatchError, UpperError, UsageError
@@ -180,6 +180,20 @@ def test_a_device_alone_decides_by_its_own_threshold(pair: Pair) -> None:
     plain = engine.new_sequence(GREEDY, use_exits=False)
     plain.continue_with(PROMPT + ids(before))
     assert ids(alone) == [engine.step(plain).id for _ in alone]
+
+
+def test_drafts_that_no_link_has_checked_when_patience_ends_are_final_before_the_next_one(pair: Pair) -> None:
+    """The clock may say so between two looks at it: after a step has looked, and before its draft does."""
+    c, _ = flaky(pair, Collab(Mode.LOSSLESS, CODECS[1], 0.01, lost="finish"))
+    s = c.new_sequence(GREEDY, use_exits=True)
+    s.continue_with(PROMPT)
+    c._begin(s, None)
+    c._draft(s, None)
+    assert s.ledger.n_provisional == 1
+    s.lost_at = time.perf_counter() - 2 * GRACE_S  # as if nobody had answered since
+    c._draft(s, None)
+    assert [t.source.split(".")[0] for t in s.ready] == ["exit"] * 2
+    assert s.ledger.n_provisional == 0
 
 
 def test_cloud_only_is_the_whole_model_in_few_asks(pair: Pair) -> None:

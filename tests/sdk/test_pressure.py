@@ -53,6 +53,15 @@ def test_thresholds_of_lossy_answers_are_lowered_while_the_upper_side_is_overloa
     assert s.shared_stats().loosened == 4
 
 
+def test_an_exit_that_is_never_sure_may_be_so_while_the_upper_side_is_overloaded(tmp_path: Path) -> None:
+    """As `nearfar calibrate` writes it where an exit passes the looser test alone."""
+    pair = Pair(tmp_path, tau=1.0, extra={"nearfar.exit.1.tau_loose": 0.0})
+    c, s, upper = begun(pair, Collab(Mode.LOSSY, INT8, audit=0))
+    assert [c.step(s).source for _ in range(3)] == ["upper"] * 3
+    upper.links[0].news.append(SIGNS[0])
+    assert [c.step(s).source for _ in range(3)] == ["exit.1"] * 3
+
+
 def test_a_token_that_waits_for_an_overloaded_upper_side_is_decided_if_it_is_sure_enough_now(pair: Pair) -> None:
     c, s, upper = begun(pair, Collab(Mode.LOSSY, INT8, audit=0))
     link = upper.links[0]

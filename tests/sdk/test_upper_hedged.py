@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from nearfar.cancel import Cancel
-from nearfar.errors import UsageError
+from nearfar.errors import UpperError, UsageError
 from nearfar.lower import Lower, open_lower
 from nearfar.upper import LocalLink, LocalUpper, Lost, News
 from nearfar.upper_hedged import HedgedUpper
@@ -71,7 +71,7 @@ def test_a_late_side_is_overtaken_and_both_agree(lower: Lower, codec: CodecSpec)
         assert upper.counts.won > 0
         assert upper.counts.differed == 0
         device.window = 1  # until the late ones have come
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 6
         while not upper.counts.agreed and time.monotonic() < deadline:
             for news in device.link.receive(0.1):
                 device.on(news)
@@ -204,7 +204,7 @@ def test_verdicts_that_differ_are_counted(lower: Lower) -> None:
     upper = HedgedUpper(first, second)
     device = Device(upper.open(opening(BY_IDS)), lower, BY_IDS)
     device.answer(6)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 6
     while not upper.counts.differed and time.monotonic() < deadline:
         device.work()
         for news in device.link.receive(0.01):
@@ -232,6 +232,31 @@ def test_when_both_are_gone_for_good_the_driver_hears_it(lower: Lower) -> None:
     device = Device(upper.open(opening(BY_IDS)), lower, BY_IDS)
     with pytest.raises(AssertionError, match="gone"):
         device.answer(N)
+    upper.close()
+
+
+class Absent(LocalUpper):
+    """Nobody takes the connection, which is noticed after a while."""
+
+    def open(self, opening: Open, cancel: Cancel | None = None) -> LocalLink:
+        time.sleep(0.05)
+        raise UpperError("nobody is there")
+
+
+def test_a_second_side_that_cannot_be_had_is_said_once(lower: Lower, caplog: pytest.LogCaptureFixture) -> None:
+    upper = HedgedUpper(Scripted(lower), Absent(lower, 512))
+    truth = oracle(lower, BY_IDS, N)
+    assert Device(upper.open(opening(BY_IDS)), lower, BY_IDS, truth).answer(N) == truth
+    assert [record.message for record in caplog.records] == ["no second upper side: nobody is there"]
+    upper.close()
+
+
+def test_where_the_second_side_cannot_be_had_the_end_of_the_first_is_the_end(lower: Lower) -> None:
+    upper = HedgedUpper(Scripted(lower, lambda news: Lost("gone", final=True)), Absent(lower, 512))
+    link, told, deadline = upper.open(opening(BY_IDS)), list[News](), time.monotonic() + 6
+    while time.monotonic() < deadline and not told:
+        told += link.receive(0.01)
+    assert told == [Lost("no second upper side: nobody is there", final=True)]
     upper.close()
 
 

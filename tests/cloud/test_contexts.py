@@ -332,15 +332,16 @@ def test_rows_run_before_anybody_asks_where_the_server_was_told_to(codec: CodecS
 
 
 @in_world(budget=EAGER)
-async def test_of_a_lossless_answer_the_prompt_alone_runs_early(world: World) -> None:
+async def test_of_a_lossless_answer_what_comes_before_the_first_ask_alone_runs_early(world: World) -> None:
     for mode, n_early in ((Mode.LOSSLESS, 4), (Mode.LOSSY, 4 + 3)):
         before = world.contexts.counts.early
         connection, line, opened = await world.opened(mode.name, mode=mode)
         connection.on(ids())
         await settled(world)
         connection.on(ASK)
+        connection.on(Ids(0, len(PROMPT), (*TOKENS[:2],)))  # drafts, while the verdict is under way
         await line.next(Verdict)
-        connection.on(Ids(0, len(PROMPT), (*TOKENS[:4],)))
+        connection.on(Ids(0, len(PROMPT) + 2, (*TOKENS[2:4],)))
         await settled(world)
         assert world.contexts.counts.early - before == n_early
         # The next turn has a prompt again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra [cloud])")
 pytest.importorskip("nearfar_native._core", reason="the extension is not built")
 
+import torch
+
 from nearfar.errors import ContextError, UsageError
 from nearfar.sampling import Sampling
 from nearfar_cloud.engine import Engine
 from nearfar_cloud.executors.base import Uppers
 from nearfar_cloud.executors.local import LocalExecutor
 from nearfar_cloud.gateway.served import open_served
+from nearfar_cloud.model.attention import NO_RESERVE, zeros
 from nearfar_cloud.outside import ArrayRows, Question
 from nearfar_cloud.scheduling.budget import Arrival
 from nearfar_cloud.scheduling.compose import Composer, Preemption
@@ -245,6 +249,15 @@ def test_upper_blocks_take_no_memory_in_the_lower_layers() -> None:
     for tensor in (*store.k[:K], *store.v[:K]):
         tensor[4:] = 1
     assert resident() - before == pytest.approx(128 << 20, rel=0.2)  # what they would take
+
+
+@pytest.mark.skipif(not NO_RESERVE, reason="a system that counts what nobody writes")
+def test_blocks_may_have_more_addresses_than_the_machine_has_memory() -> None:
+    """As upper blocks of a model of many layers do, of which they use a few."""
+    n = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (tensor,) = zeros(1, (n,), torch.uint8, is_sparse=True)
+    tensor[-1] = 1
+    assert tensor[-2:].tolist() == [0, 1]
 
 
 def resident() -> int:

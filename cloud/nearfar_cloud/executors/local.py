@@ -82,7 +82,8 @@ class LocalExecutor:
                 f"with layers [{c.layers[0]}, {c.layers[1]})"
             )
         self.uppers = uppers
-        self.store = KVStore(c.layers, n_blocks, c.n_kv_heads, c.head_dim, kv_dtype(loaded, kv))
+        dtype = kv_dtype(loaded, kv)
+        self.store = KVStore(c.layers, n_blocks, c.n_kv_heads, c.head_dim, dtype, is_sparse=uppers.n > 0)
         self.model: Decoder | NativeDecoder
         if isinstance(loaded, Packed):
             self.model = NativeDecoder(loaded)

@@ -101,7 +101,7 @@ class Context:
         self._asked: Asked | None = None
         self._n_failed = 0
         self._n_cuts = 0  # of the sequence
-        self.has_told = False  # a token of this turn
+        self.has_asked = False  # about this turn: what comes behind it is no prompt
 
     @property
     def is_asking(self) -> bool:
@@ -120,7 +120,7 @@ class Context:
 
     def rest(self) -> None:
         """Nobody waits for an answer any more; positions stay."""
-        self.has_told = False
+        self.has_asked = False
         if self._asked is not None:
             self._forget(self.machine.n_rows)
 
@@ -176,6 +176,7 @@ class Context:
 
     def _decide(self, ask: Ask, draft: tuple[int, ...]) -> None:
         assert self._seq is not None  # the machine asks about positions that came
+        self.has_asked = True
         self._asked = Asked(next(_numbers), ask.req, self.table.now(), ask.pos - ask.verify_from)
         self.table.counts.asks += 1
         self.table.counts.drafted += len(draft)
@@ -219,7 +220,7 @@ class Context:
             upper_us=answer.microseconds,
             hidden=hidden,
         )
-        self._n_failed, self.has_told, now = 0, True, self.table.now()
+        self._n_failed, now = 0, self.table.now()
         goes_on = self.machine.queue and self.machine.queue[0].req == asked.req
         self._asked = asked._replace(at=now, n_checked=0) if goes_on else None
         self._count(effects)

@@ -311,11 +311,12 @@ class Contexts:
     def may_run_early(self, context: Context) -> bool:
         """Where a device decides about sure tokens itself, rows behind the newest one are needed once: always.
 
-        Where all its drafts are checked, rows of drafts decide, and would have to run again for that: its prompt alone.
+        Where all its drafts are checked, rows of drafts decide, and would have to run again for that: what comes
+        before its first ask alone.
         """
         if not self.budget.eager_absorb or self.limits.is_in_debt(context.key):
             return False
-        return context.machine.opening.mode == Mode.LOSSY or not context.has_told
+        return context.machine.opening.mode == Mode.LOSSY or not context.has_asked
 
     def ran_early(self, context: Context, n: int) -> None:
         self.counts.early += n

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import mmap
+import platform
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,11 +69,18 @@ class KVStore:
     `k` and `v` begin with layer `first`: the upper half of a model keeps nothing for the layers that it lacks.
     bf16 has the same shapes, its numbers in pairs; int8 is u8 [n_blocks, KH, head_bytes]: codes in pairs, then an f32
     scale for each position (`native/src/paged_attention.h`).
-    Memory is there once it has been written: blocks that lower layers never use take none in them.
+    Memory is there once it has been written: blocks that lower layers never use (`is_sparse`) take none in them.
     """
 
     def __init__(
-        self, layers: tuple[int, int], n_blocks: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        layers: tuple[int, int],
+        n_blocks: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        *,
+        is_sparse: bool = False,
     ) -> None:
         self.first, self.head_dim = layers[0], head_dim
         n_layers = layers[1] - layers[0]
@@ -80,8 +89,8 @@ class KVStore:
             k = v = (head_bytes(head_dim, dtype),)  # type: ignore[assignment]
             dtype = torch.uint8
         # Zeros: what lies behind the last position of a block is multiplied by zero, and must be finite.
-        self.k = zeros(n_layers, (n_blocks, n_kv_heads, *k), dtype)
-        self.v = zeros(n_layers, (n_blocks, n_kv_heads, *v), dtype)
+        self.k = zeros(n_layers, (n_blocks, n_kv_heads, *k), dtype, is_sparse=is_sparse)
+        self.v = zeros(n_layers, (n_blocks, n_kv_heads, *v), dtype, is_sparse=is_sparse)
 
     @property
     def block_bytes(self) -> int:
@@ -120,15 +129,19 @@ class KVStore:
 
 # Memory that is shared has no huge pages; Windows knows neither word.
 PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+# MAP_NORESERVE, for which Python has no name: Linux else refuses more than the machine has, though little is written.
+NO_RESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 
 
-def zeros(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+def zeros(n: int, shape: tuple[int, ...], dtype: torch.dtype, *, is_sparse: bool = False) -> list[Tensor]:
     """`n` tensors of zeros in one piece of memory, in huge pages where the system has them.
 
     Blocks lie anywhere, so with pages of 4 KiB most of a step would be spent on finding their addresses.
+    `is_sparse`: much of it is never written, so the machine may have less.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, n * n_bytes, **PRIVATE)
+    flags = {"flags": PRIVATE["flags"] | NO_RESERVE} if is_sparse and PRIVATE else PRIVATE
+    memory = mmap.mmap(-1, n * n_bytes, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

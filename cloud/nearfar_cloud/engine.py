@@ -139,6 +139,11 @@ class Engine:
             raise UsageError(f"keep={keep}: expected 0 or more")
         self._inbox.put(lambda: self._to(seq, lambda s: self._asks.cut(s, keep)))
 
+    def n_begun(self, seq: int) -> int:
+        """Positions of a sequence that layers have run so far, as an ended step left it; 0 for one that is gone."""
+        s = self.seqs.get(seq)
+        return 0 if s is None else s.n_begun
+
     # ------------------------------------------------------------ the loop
 
     def step(self) -> list[Output]:

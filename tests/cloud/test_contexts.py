@@ -402,6 +402,42 @@ async def test_rows_that_run_early_count_as_tokens_of_the_key_and_none_run_on_cr
     assert tokens.wait_s(1, world.now) == pytest.approx(6 * 22)  # 10 were there; the other 30 positions, and a token
 
 
+@in_world()
+async def test_what_was_computed_for_an_ask_that_is_taken_back_counts_as_tokens(world: World) -> None:
+    run, n_runs, is_cut = world.engine.executor.run, 0, threading.Event()
+
+    def held(batch: object) -> object:
+        nonlocal n_runs
+        n_runs += 1
+        assert n_runs < 2 or is_cut.wait(10)
+        return run(batch)  # type: ignore[arg-type]
+
+    world.engine.executor.run = held  # type: ignore[assignment,method-assign]
+    key = Key("alice", tokens_per_minute=1000)
+    connection, line, opened = await world.opened(key=key)
+    connection.on(Ids(0, 0, tuple(range(300))))
+    connection.on(Ids(0, 300, tuple(range(100))))
+    connection.on(Ask(1, 0, 399, 399))
+    async with asyncio.timeout(10):
+        while n_runs < 2:
+            await asyncio.sleep(0.001)
+    connection.on(Cut(1, 100))
+    is_cut.set()
+    tokens = world.limits._tenant(key).tokens
+    assert tokens is not None
+    n_first = 256  # rows of the one step that had ended
+    assert tokens.size - tokens.level == n_first
+    connection, line, opened = await world.opened(key=key, resume_token=opened.resume_token)
+    assert (opened.rows, opened.absorbed) == (100, 100)
+    connection.on(Ask(2, 1, 99, 99))
+    await line.next(Verdict)
+    assert tokens.size - tokens.level == n_first + 1
+    connection.on(Ask(3, 1, 99, 90))
+    connection.on(Close())
+    assert tokens.size - tokens.level == n_first + 1 + 9
+    await world.quiet()
+
+
 # ---------------------------------------------------------------- time
 
 

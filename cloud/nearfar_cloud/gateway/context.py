@@ -39,6 +39,7 @@ class Asked(NamedTuple):
     req: int  # of the device
     at: float  # clock: since when it waits for its next token
     n_checked: int  # rows that decide again
+    absorbed: int  # positions that were computed before, and have been counted
 
 
 @dataclass(slots=True)
@@ -76,6 +77,9 @@ class Table(Protocol):
 
     def ran_early(self, context: Context, n: int) -> None:
         """So many positions were."""
+
+    def stopped(self, context: Context, n_computed: int) -> None:
+        """An ask that nobody waits for any longer: so many positions were computed for it."""
 
     def ended(self, context: Context, keep_s: int) -> None:
         """The device is done with it."""
@@ -126,7 +130,7 @@ class Context:
 
     def release(self) -> None:
         """Nothing of it stays in the engine."""
-        self._asked = None
+        self._stop_asking()
         if self._seq is not None:
             self._service.forget(self._seq)
             self._seq = None
@@ -165,8 +169,16 @@ class Context:
         if early:
             self._service.wake()
 
+    def _stop_asking(self) -> None:
+        """What has been computed counts, or whoever takes an ask back before its verdict would compute for nothing."""
+        asked, self._asked = self._asked, None
+        if asked is not None and self._seq is not None:
+            n_begun = self._service.outside.n_begun(self._seq)
+            self.machine.ran_early(n_begun)
+            self.table.stopped(self, max(n_begun - asked.absorbed, asked.n_checked))
+
     def _forget(self, keep: int) -> None:
-        self._asked = None
+        self._stop_asking()
         if keep == 0:
             self.release()
         elif self._seq is not None:
@@ -177,10 +189,10 @@ class Context:
     def _decide(self, ask: Ask, draft: tuple[int, ...]) -> None:
         assert self._seq is not None  # the machine asks about positions that came
         self.has_asked = True
-        self._asked = Asked(next(_numbers), ask.req, self.table.now(), ask.pos - ask.verify_from)
+        machine, n_checked = self.machine, ask.pos - ask.verify_from
+        self._asked = Asked(next(_numbers), ask.req, self.table.now(), n_checked, machine.absorbed)
         self.table.counts.asks += 1
         self.table.counts.drafted += len(draft)
-        machine = self.machine
         question = Question(
             self._asked.number,
             ask.pos,
@@ -205,13 +217,14 @@ class Context:
         if out.early is not None:
             if out.early.n_cuts == self._n_cuts:  # else some of them have gone
                 self.machine.ran_early(out.early.upto)
+                if self._asked is not None:
+                    self._asked = self._asked._replace(absorbed=self.machine.absorbed)
             self.table.ran_early(self, out.early.n)
             return
         answer, asked = out.answer, self._asked
         if answer is None or asked is None or answer.req != asked.number:
             return  # it was cut meanwhile
         hidden = b"" if answer.hidden is None else answer.hidden.astype(np.float16).tobytes()
-        before = self.machine.absorbed
         effects = self.machine.decided(
             asked.req,
             answer.n_accept,
@@ -222,10 +235,10 @@ class Context:
         )
         self._n_failed, now = 0, self.table.now()
         goes_on = self.machine.queue and self.machine.queue[0].req == asked.req
-        self._asked = asked._replace(at=now, n_checked=0) if goes_on else None
+        self._asked = asked._replace(at=now, n_checked=0, absorbed=self.machine.absorbed) if goes_on else None
         self._count(effects)
         self._do(effects)
-        n_computed = max(self.machine.absorbed - before, asked.n_checked) + 1
+        n_computed = max(self.machine.absorbed - asked.absorbed, asked.n_checked) + 1
         self.table.used(self, n_computed, max(0.0, now - asked.at - answer.microseconds / 1e6))
 
     def end(self, reason: Refusal) -> None:

@@ -322,6 +322,9 @@ class Contexts:
         self.counts.early += n
         self.limits.charge(context.key, n)
 
+    def stopped(self, context: Context, n_computed: int) -> None:
+        self.limits.charge(context.key, n_computed)
+
     def sweep(self) -> None:
         """Every second or so: give up what nobody has come back for, and devices that have fallen silent."""
         now = self.now()

@@ -164,11 +164,11 @@ class Collaboration:
         opening = self._goes_on(s, opening, ledger)
         s.ledger, s.ids, s.opening = ledger, ledger.ids, opening
         s.shares, s.asked_at, s.told_at, s.reminded = Shares(), {}, now, 0.0
-        s.candidate, s.hope, s.ended, s.lost_at, s.is_gone = None, 1.0, False, now, False
+        s.candidate, s.hope, s.ended, s.is_gone = None, 1.0, False, False
         s.run, s.run_req, s.tried, s.audit_bytes, s.loosened = MIN_RUN, 0, True, 0, 0
         s.before, s.has_tried_ids = Traffic(), False
         s.link = self._open(opening, cancel)
-        s.traffic = s.link.traffic
+        s.traffic, s.lost_at = s.link.traffic, time.perf_counter()  # a first hello may take long; `Opened` does not
         if path is not None:
             self._keep_journal(s, path, left)
         if s.owed:  # early exits of the earlier text

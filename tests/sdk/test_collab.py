@@ -196,6 +196,28 @@ def test_drafts_that_no_link_has_checked_when_patience_ends_are_final_before_the
     assert s.ledger.n_provisional == 0
 
 
+def test_a_first_hello_that_takes_long_leaves_the_device_no_less_patience(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Flaky):
+        """A server that reads its file before it says hello, and has `Opened` under way when it has."""
+
+        def open(self, opening: Open, cancel: Cancel | None = None) -> FlakyLink:
+            link = super().open(opening)
+            real, n_empty = link.receive, iter(range(3))
+            link.receive = lambda t: [] if next(n_empty, None) is not None else real(t)  # type: ignore[method-assign]
+            clock[0] += 2 * GRACE_S
+            return link
+
+    clock = [0.0]
+    monkeypatch.setattr("nearfar.collab.time.perf_counter", lambda: clock[0])
+    how = Collab(Mode.LOSSLESS, CODECS[1], 0.01, lost="finish")
+    c = Collaboration(Engine(pair.device, MAX_LEN), Slow(LocalUpper(pair.upper, MAX_LEN)), how)
+    tokens, _ = answer(c, GREEDY, 6)
+    assert {t.source.split(".")[0] for t in tokens} <= {"upper", "verified"}
+    assert ids(tokens) == pair.oracle(CODECS[1], GREEDY, 6)
+
+
 def test_cloud_only_is_the_whole_model_in_few_asks(pair: Pair) -> None:
     tokens, s = answer(pair.together(Collab(Mode.CLOUD_ONLY, IDS)), WARM)
     assert ids(tokens) == pair.oracle(IDS, WARM)

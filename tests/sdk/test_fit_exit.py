@@ -195,6 +195,13 @@ def test_openings_are_the_first_words_of_sentences() -> None:
         next(openings("no end here", 1, seed=0))
 
 
+def test_a_sentence_is_fitted_to_or_calibrated_with_and_never_both() -> None:
+    text = " ".join(f"Sentence {i} has just these words." for i in range(30))
+    fitted, held = ({o.split()[1] for o in openings(text, 300, 0, held_out=h)} for h in (False, True))
+    assert (len(fitted), len(held)) == (20, 10)
+    assert not fitted & held
+
+
 # ---------------------------------------------------------------- the verb
 
 

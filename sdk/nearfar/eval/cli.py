@@ -118,7 +118,7 @@ def _add_calibrate(verbs: Verbs) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="sentences begin as in this text, UTF-8, plain or .xz (repeatable)",
+        help="answers begin as every third sentence of this text, UTF-8, plain or .xz (repeatable)",
     )
     parser.add_argument(
         "--limit", type=whole(1, 1 << 20), default=CALIBRATION_ROWS, metavar="N", help="answers of each set"

@@ -89,9 +89,13 @@ class Fit:
 # ---------------------------------------------------------------- examples
 
 
-def openings(text: str, n: int, seed: int) -> Iterator[str]:
-    """The first words of `n` sentences of a text, drawn.  Raises DataError where there are no sentences."""
+def openings(text: str, n: int, seed: int, *, held_out: bool = False) -> Iterator[str]:
+    """The first words of `n` sentences of a text, drawn.  Raises DataError where there are no sentences.
+
+    `held_out`: of every third one, which nothing is trained on and thresholds may be chosen with; else of the others.
+    """
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if s.count(" ") >= WORDS[0]]
+    sentences = [s for i, s in enumerate(sentences) if (i % 3 == 2) == held_out]
     if not sentences:
         raise DataError(
             f"a text of {len(text)} characters without a sentence of {WORDS[0]} words: nothing to go on from"

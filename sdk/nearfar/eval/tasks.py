@@ -230,11 +230,15 @@ def prompts_task(path: Path) -> Task:
 
 
 def openings_task(path: Path, n: int, seed: int = 0) -> Task:
-    """`n` rows without right answers: first words of sentences of a text, UTF-8, plain or .xz.  Raises DataError."""
+    """`n` rows without right answers: first words of sentences of a text, UTF-8, plain or .xz.
+
+    Of those that `nearfar fit-exit` leaves alone: thresholds chosen on answers that a head has learnt promise nothing.
+    Raises DataError.
+    """
     from nearfar.eval.fit_exit import openings
     from nearfar.eval.perplexity import read_text
 
-    found = enumerate(openings(read_text(path), n, seed))
+    found = enumerate(openings(read_text(path), n, seed, held_out=True))
     return _unscored(path, [Row(f"{path.name}:{i}", "", {}, context=(Part(text),)) for i, text in found])
 
 

@@ -6,7 +6,8 @@ submit, append, ask, cut, abort ──> inbox ──> step ──> plan ──> 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from itertools import count, takewhile
 from queue import Empty, SimpleQueue
 
@@ -186,15 +187,17 @@ class Engine:
             room=self.pool.room,
             n_parkable=self.parked_rows - sum(s.n_parked for s in holding if len(s.stages) > 1),
             hit=self._hit,
-            freed=lambda s, promised: self.pool.rooms(
-                [b for b in s.blocks if self.pool.references[b] == 1 and b not in promised]
-            ),
+            freed=self._freed,
             rooms=self.pool.rooms,
             is_upper=self._is_upper,
             can_swap=lambda s: self.executor.can_swap(len(s.blocks)),
             swap_s=lambda s: 2 * self.copy_s * len(s.blocks),
             cost=self.cost,
         )
+
+    def _freed(self, seqs: Sequence[Seq], promised: Collection[int]) -> list[int]:
+        held = Counter(block for s in seqs for block in s.blocks)
+        return [b for b, n in held.items() if n == self.pool.references[b] and b not in promised]
 
     def _early(self) -> tuple[Seq, ...]:
         """Who may run before anybody asks, and has room."""

@@ -235,6 +235,26 @@ def test_whoever_is_idle_gives_its_memory_up_first_and_loses_nothing() -> None:
         check_empty(e)
 
 
+def test_nobody_gives_memory_up_to_a_request_that_it_is_not_enough_for() -> None:
+    e = engine(model=packed(*MODELS[0]), n_blocks=6, prefix_cache=False)
+    running = e.submit(request(1, prompt=250, max_tokens=40))
+    e.step()
+    device = submit(e, ids=some_ids(1, 30))
+    answer(e, device, Question(1, 29, 29))
+    waiting = e.submit(request(2, prompt=300, max_tokens=4))  # five blocks: the running one has more than one of six
+    while e.seqs[running].n_out < 20:
+        e.step()
+    assert (e.counts.preempted, len(e.seqs[device].blocks)) == (0, 1)
+    answer(e, device, Question(2, 29, 29))
+    assert {running, waiting} <= e.seqs.keys()
+    e.abort(running)
+    while waiting in e.seqs:
+        e.step()
+    e.abort(device)
+    e.step()
+    check_empty(e)
+
+
 def test_many_drafts_are_a_prompt_to_others_and_are_told_once() -> None:
     e = engine(Arrival(), ChunkedPrefill(96), model=packed(*MODELS[0]))
     for n in range(4):

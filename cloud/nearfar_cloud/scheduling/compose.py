@@ -6,7 +6,7 @@ what is left of rows and blocks -> positions from outside that may run early
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -107,11 +107,14 @@ class _Planning:
         cached, idle = ((), NO_ROOM) if s.status is Status.SWAPPED else self.view.hit(s)
         if self.preempted:
             idle = self.view.rooms(cached)  # some of them may have been a victim's
-        if self.is_short and (idle.whole or room - len(cached) > self.room.minus(idle).upper):
+        n = room - len(cached)
+        if self.is_short and (idle.whole or n > self.room.minus(idle).upper):
             return False
-        while room - len(cached) > self._free(s, idle) and self._preempt(s):
+        if n > self._free(s, idle) and not self.preempted and not self._would_do(s, n, cached, idle):
+            return False
+        while n > self._free(s, idle) and self._preempt(s):
             idle = self.view.rooms(cached)
-        if room - len(cached) > self._free(s, idle):
+        if n > self._free(s, idle):
             return False
         if s.status is Status.SWAPPED:
             self._give(s, n_blocks_of(s.reached))
@@ -218,24 +221,37 @@ class _Planning:
         return "swap"
 
     def _preempt(self, s: Seq) -> bool:
-        """Take the memory of the last in order who stands behind `s`, or of somebody who is idle.
+        """Take the memory of the first one who gives way to `s`.  What was planned for the victim is not."""
+        victim = next(self._who_gives_way(s), None)
+        if victim is None:
+            return False
+        self.ops.append(Preempt(victim.id, self._how(victim)))
+        self.preempted.add(victim.id)
+        if (work := self.works.pop(victim.id, None)) is not None:
+            self.left += work.rows(self.n_layers)
+            self.added.pop(victim.id, None)
+            self.room = self.room.plus(self.taken.pop(victim.id, NO_ROOM))
+        self.room = self.room.plus(self.view.rooms(self.view.freed((victim,), self.promised)))
+        return True
 
-        What was planned for the victim is not.
-        """
+    def _who_gives_way(self, s: Seq) -> Iterator[Seq]:
+        """Whoever is idle, then the last in order who stands behind `s`, and so on."""
         for victim in reversed(self.victims):
             if victim is s or victim.id in self.preempted or not self._has(victim, s):
                 continue
             if not victim.is_idle and self.place[victim.id] < self.place[s.id]:
-                return False  # all others stand before it, too
-            self.ops.append(Preempt(victim.id, self._how(victim)))
-            self.preempted.add(victim.id)
-            if (work := self.works.pop(victim.id, None)) is not None:
-                self.left += work.rows(self.n_layers)
-                self.added.pop(victim.id, None)
-                self.room = self.room.plus(self.taken.pop(victim.id, NO_ROOM))
-            self.room = self.room.plus(self.view.freed(victim, self.promised))
-            return True
-        return False
+                return  # all others stand before it, too
+            yield victim
+
+    def _would_do(self, s: Seq, n: int, cached: tuple[int, ...], idle: Room) -> bool:
+        """Whether `s` could have `n` blocks beside `cached` ones if all gave way who would: nobody does in vain."""
+        victims = tuple(self._who_gives_way(s))
+        freed = self.view.freed(victims, self.promised)
+        room = self.room.plus(self.view.rooms(freed))
+        for victim in victims:
+            room = room.plus(self.taken.get(victim.id, NO_ROOM))
+        idle = idle.plus(self.view.rooms(set(cached).intersection(freed)))
+        return n <= room.minus(idle).for_(self.view.is_upper(s))
 
     def _has(self, victim: Seq, s: Seq) -> bool:
         """Whether `victim` holds a block that `s` could use."""

@@ -22,7 +22,7 @@ class EngineView:
     room: Room  # blocks that could be had at once
     n_parkable: int  # rows for which there is room between two layers
     hit: Callable[[Seq], tuple[tuple[int, ...], Room]]  # blocks the prefix cache has, and how many of them are idle
-    freed: Callable[[Seq, Collection[int]], Room]  # blocks that only this sequence holds, but for those promised
+    freed: Callable[[Sequence[Seq], Collection[int]], Sequence[int]]  # blocks that only these hold, but those promised
     rooms: Callable[[Collection[int]], Room]  # how many of some blocks are of each group
     is_upper: Callable[[Seq], bool]  # whether a sequence needs no memory in the lower layers
     can_swap: Callable[[Seq], bool]  # whether a tier has room

@@ -56,6 +56,15 @@ def nobody(epoch: int, cancel: Cancel | None) -> None:
     """Whom an upper side that has opened is shown by default."""
 
 
+def _at_its_least(e: ExitConfig, how: Collab) -> ExitConfig:
+    """With the lowest threshold that it can have in an answer: where that is 1, nobody has to look."""
+    if how.tau is not None:
+        return replace(e, tau=how.tau, tau_loose=None)
+    if how.mode == Mode.LOSSLESS:
+        return replace(e, tau=draft_tau(e), tau_loose=None)
+    return e if e.tau_loose is None else replace(e, tau=e.tau_loose)
+
+
 class Collaboration:
     """`Stepper` over a device's engine and an `Upper`: a step returns the next token that is final.
 
@@ -86,15 +95,8 @@ class Collaboration:
         self.on_meeting = on_meeting
         self.row_layer = 0 if how.by_ids else config.row_layer
         self.codec = None if how.by_ids else Codec.of(how.codec, config.d_model)
-        if how.tau is not None:
-            config = replace(config, exits=tuple(replace(e, tau=how.tau, tau_loose=None) for e in config.exits))
-        self.taus = {e.layer: e.tau for e in config.exits}
-        if how.tau is None and how.mode == Mode.LOSSLESS:
-            looser = (replace(e, tau=draft_tau(e), tau_loose=None) for e in config.exits)
-            config = replace(config, exits=tuple(looser))
-        elif how.tau is None:  # also an exit that is sure of nothing until the upper side is overloaded
-            looser = (e if e.tau_loose is None else replace(e, tau=e.tau_loose) for e in config.exits)
-            config = replace(config, exits=tuple(looser))
+        self.taus = {e.layer: e.tau if how.tau is None else how.tau for e in config.exits}
+        config = replace(config, exits=tuple(_at_its_least(e, how) for e in config.exits))
         # What an answer needs of the device; the layers above, up to its upper exits, are run for drafts alone.
         self.reach = self.row_layer or config.layers[1]
         self.stages = stages(config, rows_at=self.reach)

@@ -133,7 +133,8 @@ class Shared(Sequence):
         if self.link is not None:
             if done and self.ledger.audits and (self.cancel is None or not self.cancel.is_set()):
                 self._hear_audits(self.link)
-            keep_s = self.keep_s if done and self.lost_at is None else 0
+            has_changed_over = self.has_tried_ids and self.ledger.by_ids  # and the next turn begins by rows
+            keep_s = self.keep_s if done and self.lost_at is None and not has_changed_over else 0
             self.link.send(Close(keep_s=keep_s))
             self.link.close()
             self.link = None

@@ -97,6 +97,19 @@ def test_from_where_ids_take_over_the_answer_is_the_whole_models(pair: Pair) -> 
     assert ids_of(c, s, 6) == pair.oracle(INT8, GREEDY, 6, text)
 
 
+def test_of_an_answer_that_has_changed_over_nothing_is_kept_for_the_next_turn(pair: Pair) -> None:
+    """Which begins by rows: the other side would hold positions for nobody."""
+    for is_thin in (False, True):
+        c, s, upper, told = begun(pair, Collab(Mode.LOSSY, INT8, 1.0, backlog="ids", keep_s=300))
+        ids_of(c, s, 2)
+        upper.links[0].is_thin = is_thin
+        ids_of(c, s, 6)
+        s.finish()
+        assert told.count(Notice("mode_changed")) == is_thin
+        assert upper.links[-1].sent[-1] == Close(keep_s=0 if is_thin else 300)
+        assert (s.kept is None) == is_thin
+
+
 def test_sure_tokens_stay_the_devices_when_ids_take_over(pair: Pair) -> None:
     c, s, upper, told = begun(pair, Collab(Mode.LOSSY, INT8, 0.03, backlog="ids"))
     sources = [c.step(s).source]

@@ -515,7 +515,7 @@ class Stream(Iterator[TokenEvent]):
         if self._sequence is not None:
             if self._drafts is not None and self._drafts.n > self._drafts.n_final:
                 self._sequence.tell(Notice("retract", self._drafts.n_final))
-            self._sequence.finish(done)
+            self._sequence.finish(done, in_haste=finish == "cancelled")
             self._shared = self._sequence.shared_stats()
         self._llm._warm, self._sequence = self._sequence, None
 

@@ -136,8 +136,11 @@ class Sequence:
             else:
                 del self.owed[layer]
 
-    def finish(self, done: bool = True) -> None:
-        """The answer is over, or (not `done`) failed; whoever holds more than memory gives it back here."""
+    def finish(self, done: bool = True, *, in_haste: bool = False) -> None:
+        """The answer is over, or (not `done`) failed; whoever holds more than memory gives it back here.
+
+        `in_haste`: somebody has ended it early, and waits for nothing.
+        """
 
     def keep_in(self, journal: Path) -> None:
         """Let final tokens stand in a file before they are told.  Raises UsageError where nothing could be lost."""

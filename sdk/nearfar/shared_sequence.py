@@ -124,14 +124,14 @@ class Shared(Sequence):
         data = pack.pack_up(message.req, message) if isinstance(message, Ask) else pack.pack_down(message.req, message)
         self.audit_bytes += len(data) + FRAME
 
-    def finish(self, done: bool = True) -> None:
+    def finish(self, done: bool = True, *, in_haste: bool = False) -> None:
         """The answer is over; a later text begins another session, unless this one is kept.
 
         The journal stays where something failed.
         """
         self.drop_ids()
         if self.link is not None:
-            if done and self.ledger.audits and (self.cancel is None or not self.cancel.is_set()):
+            if done and self.ledger.audits and not in_haste:
                 self._hear_audits(self.link)
             has_changed_over = self.has_tried_ids and self.ledger.by_ids  # and the next turn begins by rows
             keep_s = self.keep_s if done and self.lost_at is None and not has_changed_over else 0

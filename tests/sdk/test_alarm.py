@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from nearfar.alarm import RATE, Alarm, is_audited
+from nearfar.cancel import Cancel
 from nearfar.collab import Collaboration
 from nearfar.collab_options import Collab
 from nearfar.errors import UsageError, WeightsError
+from nearfar.halves import split
+from nearfar.llm import LLM
+from nearfar.lower import open_lower
 from nearfar.sampling import Sampling
 from nearfar.sequence import Notice, SharedStats
-from nearfar.wire.messages import CodecSpec, Mode
-from tests.sdk.test_collab import CODECS, GREEDY, IDS, PROMPT, WARM, Pair, answer, ids
+from nearfar.upper import LocalUpper, News
+from nearfar.weights import Weights
+from nearfar.wire.messages import CodecSpec, Mode, Open
+from tests.sdk.test_collab import CODECS, GREEDY, IDS, MAX_LEN, PROMPT, WARM, Flaky, FlakyLink, Pair, answer, ids
+from tests.tiny import write_tiny
 
 DELTA = 0.02
 
@@ -144,3 +152,39 @@ def test_an_answer_without_exits_says_nothing_about_them(pair: Pair) -> None:
     s.finish()
     assert c.alarm is not None
     assert c.alarm.n_answers == 0
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["whole", "closed early"])
+def test_who_ends_an_answer_early_does_not_wait_for_its_audits(tmp_path: Path, is_closed: bool) -> None:
+    waits = list[float]()
+
+    class Silent(Flaky):
+        def open(self, opening: Open, cancel: Cancel | None = None) -> FlakyLink:
+            link = super().open(opening)
+            opened = link.receive(0)
+
+            def receive(timeout_s: float) -> list[News]:
+                waits.append(timeout_s)
+                news = opened[:]
+                opened.clear()
+                return news
+
+            link.receive = receive  # type: ignore[method-assign]
+            return link
+
+    whole = Weights.open(write_tiny(tmp_path / "m.gguf", "llama", "F32", exits=(1, 2), tau=0.0))
+    halves = split(whole, 2, tmp_path)
+    upper = Silent(LocalUpper(open_lower(Weights.open(halves.upper)), MAX_LEN))
+    how = Collab(Mode.LOSSY, CODECS[1], audit=1.0, self_test="never")
+    with LLM.open(halves.device, threads=1, n_ctx=MAX_LEN, upper=upper, collab=how) as llm:
+        assert isinstance(llm.stepper, Collaboration)
+        llm.stepper.alarm = Alarm(DELTA)
+        stream = llm.stream(PROMPT, max_tokens=4)
+        for _ in range(2):
+            next(stream)
+        waits.clear()
+        if is_closed:
+            stream.close()
+        else:
+            list(stream)
+    assert any(waits) != is_closed

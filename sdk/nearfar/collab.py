@@ -42,6 +42,7 @@ from nearfar.wire.hashes import settings_hash
 from nearfar.wire.messages import Close, Code, CodecId, CodecSpec, Credit, Err, Mode, Need, Open, Opened, Verdict
 
 CHUNK = 64  # rows of a prompt that are computed, then sent while the next ones are computed
+MOST_WAITING = 1024  # rows above those that travel: they take memory as floats, and are copied when more join them
 POLL_S = 0.02  # how often a wait looks at the stop button
 GRACE_S = 1.0  # for the first connection, before the device goes on alone
 WORTH = 0.3  # drafts are asked about once they are less likely all right than this (bench/collab_acceptance.py)
@@ -236,6 +237,7 @@ class Collaboration:
         s.n_run += n
         if self.reach < self.stages[-1].last:
             s.owe(self.reach, h)
+            self._catch_up_above(s, cancel)
         s.shares.device_s += time.perf_counter() - started
 
     # ------------------------------------------------------------ drafting
@@ -346,7 +348,13 @@ class Collaboration:
         """All rows that exits have left waiting go on as far as an answer needs them."""
         started, below = time.perf_counter(), [stage for stage in self.stages if stage.last <= self.reach]
         self.engine.catch_up(s, below, cancel, on_rows=lambda *rows: self._keep_rows(s, *rows))
+        self._catch_up_above(s, cancel)
         s.shares.device_s += time.perf_counter() - started
+
+    def _catch_up_above(self, s: Shared, cancel: Cancel | None) -> None:
+        """Too many rows wait for the layers that only drafts want."""
+        if len(s.owed.get(self.reach, ())) >= MOST_WAITING:
+            self.engine.catch_up(s, [stage for stage in self.stages if stage.first >= self.reach], cancel)
 
     def _keep_rows(self, s: Shared, last: int, at: int, h: Array) -> None:
         """Rows [n, D] of the positions from `at` on have left layer `last` - 1: those of the cut leave at once."""

@@ -237,6 +237,20 @@ def test_an_ask_runs_no_layer_above_the_rows(wide: Pair) -> None:
     assert len(s.owed[2]) == len(s.ledger.rows) == s.n_run
 
 
+def test_rows_that_only_drafts_want_do_not_pile_up(wide: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those of a long prompt nor those of drafts that all leave below them."""
+    monkeypatch.setattr("nearfar.collab.MOST_WAITING", 64)
+    for tau in (0.0, 0.012):
+        c, lower = watched(wide, Collab(Mode.LOSSLESS, INT8, tau, window=4))
+        s, told = c.new_sequence(GREEDY, use_exits=True), list[int]()
+        s.continue_with(LONG[:130])
+        for _ in range(100):
+            told.append(c.step(s).id)
+            assert len(s.owed.get(2, ())) < 64 + 4
+        assert told == wide.oracle(INT8, GREEDY, 100, LONG[:130])
+        assert lower.ran[:4] == [(0, 2, 64), (2, 3, 64), (0, 2, 64), (2, 3, 64)]
+
+
 def test_layers_above_the_rows_catch_up_for_an_exit_above_them(wide: Pair) -> None:
     """What the device says at its last exit is what it says alone, though these rows waited there meanwhile."""
     c, _ = watched(wide, Collab(Mode.LOSSY, INT8, 1.0))

@@ -9,7 +9,7 @@ from typing import Any
 from nearfar.bench.collab.energy import Meter
 from nearfar.bench.collab.measure import Answer, System, ask
 from nearfar.bench.collab.paced import Rate
-from nearfar.bench.collab.prompts import WARM_UP, prompts
+from nearfar.bench.collab.prompts import prompts
 from nearfar.bench.collab.routing import routing
 from nearfar.bench.collab.summary import Figures, add_relative_cost, summary
 from nearfar.bench.collab.systems import Files, Serving, oracle, serving, systems
@@ -115,9 +115,10 @@ def _take_turns(
     runs: dict[str, list[Answer]] = {system.name: [] for system in chosen}
     with ExitStack() as stack:
         opened = {system.name: stack.enter_context(system.open()) for system in chosen}
+        *asked, warm_up = prompts(kind, n_answers + 1)
         for system in chosen:  # connections, the self-test of two builds that meet first, the pace of both sides
-            ask(opened[system.name], system, WARM_UP, min(max_tokens, 16), Sampling(), meter)
-        for prompt in prompts(kind, n_answers):
+            ask(opened[system.name], system, warm_up, max_tokens, Sampling(), meter)
+        for prompt in asked:
             for system in chosen:
                 runs[system.name].append(ask(opened[system.name], system, prompt, max_tokens, Sampling(), meter))
     return runs

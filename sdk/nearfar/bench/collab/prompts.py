@@ -34,7 +34,6 @@ OPENINGS = (
     "A small bird sat on the fence. It was",
     "When the king heard this he was very glad, and he said",
 )
-WARM_UP = "The sun was shining and the children went to"  # before what is measured
 
 
 def prompts(kind: str, n: int) -> list[Prompt]:

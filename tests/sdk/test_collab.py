@@ -328,20 +328,26 @@ def flaky(pair: Pair, how: Collab, *, forgets: bool = False) -> tuple[Collaborat
     return Collaboration(Engine(pair.device, MAX_LEN), upper, how), upper
 
 
-@pytest.mark.parametrize("forgets", [False, True], ids=["same upper", "restarted upper"])
-@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
-def test_a_link_that_breaks_and_returns_changes_no_token(pair: Pair, codec: CodecSpec, forgets: bool) -> None:
-    c, upper = flaky(pair, Collab(Mode.LOSSLESS, codec, 0.01, window=4), forgets=forgets)
+def through_breaks(c: Collaboration, upper: Flaky, prompt: list[int], every: int) -> tuple[list[int], Shared]:
+    """An answer during which the link breaks at one token in `every`: its ids, and the sequence."""
     s = c.new_sequence(WARM, use_exits=True)
-    s.continue_with(PROMPT)
+    s.continue_with(prompt)
     told = []
     for i in range(N):
-        if i % 3 == 2:
+        if i % every == every - 1:
             upper.links[0].cut()
             c._listen(s, 0.0)  # the device notices, and drafts on into the dark
             c._draft(s, None) if c._wants_draft(s) else None
             upper.links[0].mend()
         told.append(c.step(s).id)
+    return told, s
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["same upper", "restarted upper"])
+@pytest.mark.parametrize("codec", [CODECS[1], IDS], ids=lambda c: c.id.name)
+def test_a_link_that_breaks_and_returns_changes_no_token(pair: Pair, codec: CodecSpec, forgets: bool) -> None:
+    c, upper = flaky(pair, Collab(Mode.LOSSLESS, codec, 0.01, window=4), forgets=forgets)
+    told, s = through_breaks(c, upper, PROMPT, 3)
     assert told == pair.oracle(codec, WARM)
     assert s.shares.opened > 6
 
@@ -353,15 +359,7 @@ def test_rows_over_the_cap_are_dropped_and_made_again_for_an_upper_side_that_for
 ) -> None:
     how = Collab(mode, CODECS[1], 0.01 if mode == Mode.LOSSLESS else 1.0, max_row_bytes=most)
     c, upper = flaky(pair, how, forgets=True)
-    s = c.new_sequence(WARM, use_exits=True)
-    s.continue_with(PROMPT)
-    told = []
-    for i in range(N):
-        if i % 10 == 9:
-            upper.links[0].cut()
-            c._listen(s, 0.0)
-            upper.links[0].mend()
-        told.append(c.step(s).id)
+    told, s = through_breaks(c, upper, PROMPT, 10)
     assert told == pair.oracle(CODECS[1], WARM)
     ledger = s.ledger
     assert ledger.counts.remade > N

@@ -27,7 +27,20 @@ from nearfar.wire.fingerprint import FOR_ROWS, compare, own_parts, parts, split_
 from nearfar.wire.golden import Golden, as_json
 from nearfar.wire.messages import CodecId, CodecSpec, Mode
 from tests.paths import SHARED, needs_shared
-from tests.sdk.test_collab import CODECS, GREEDY, IDS, MAX_LEN, PROMPT, WARM, N, Pair, answer, flaky, ids
+from tests.sdk.test_collab import (
+    CODECS,
+    GREEDY,
+    IDS,
+    MAX_LEN,
+    PROMPT,
+    WARM,
+    N,
+    Pair,
+    answer,
+    flaky,
+    ids,
+    through_breaks,
+)
 from tests.tiny import write_tiny
 
 PLACES = [(1, 2), (1, 3), (2, 3)]  # (R, K) of a model of four layers with exits after 1, 2 and 3
@@ -72,16 +85,7 @@ def test_lossy_with_a_threshold_of_one_is_the_oracle(pair: Pair, codec: CodecSpe
 @pytest.mark.parametrize("forgets", [False, True], ids=["same upper", "restarted upper"])
 def test_a_link_that_breaks_and_returns_changes_no_token(pair: Pair, forgets: bool) -> None:
     c, upper = flaky(pair, Collab(Mode.LOSSLESS, INT8, 0.01, window=4), forgets=forgets)
-    s = c.new_sequence(WARM, use_exits=True)
-    s.continue_with(LONG)
-    told = []
-    for i in range(N):
-        if i % 3 == 2:
-            upper.links[0].cut()
-            c._listen(s, 0.0)
-            c._draft(s, None) if c._wants_draft(s) else None
-            upper.links[0].mend()
-        told.append(c.step(s).id)
+    told, s = through_breaks(c, upper, LONG, 3)
     assert told == pair.oracle(INT8, WARM, N, LONG)
     assert s.shares.opened > 6
 

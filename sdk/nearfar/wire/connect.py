@@ -35,7 +35,18 @@ async def connect(address: Address, credentials: Credentials, within_s: float, p
                 return taken
         raise Unreachable(f"{address}: no connection within {within_s:.1f} s")
     finally:
-        for task, connection in attempts.items():
-            if connection is not taken:
-                task.cancel()
-                await connection.close()
+        closing = asyncio.create_task(_close_all_but(taken, attempts))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:  # nobody will have the one that was taken either
+            await closing
+            if taken is not None:
+                await taken.close()
+            raise
+
+
+async def _close_all_but(taken: Connection | None, attempts: dict[asyncio.Task[None], Connection]) -> None:
+    for task, connection in attempts.items():
+        if connection is not taken:
+            task.cancel()
+            await connection.close()

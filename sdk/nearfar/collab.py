@@ -109,8 +109,9 @@ class Collaboration:
 
     def new_sequence(self, sampling: Sampling, use_exits: bool) -> Shared:
         kv = self.engine.lower.new_kv(self.engine.max_len, self.engine.kv_dtype, self.engine.kv_policy)
-        promised = {"alarm": self.alarm, "delta_loose": self.delta_loose}
-        return Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s, **promised)
+        s = Shared(kv, sampling=sampling, use_exits=use_exits, keep_s=self.how.keep_s)
+        s.alarm, s.delta_loose = self.alarm, self.delta_loose
+        return s
 
     def step(self, s: Sequence, constraint: Constraint | None = None, cancel: Cancel | None = None) -> Token:
         """The next final token.

@@ -99,7 +99,7 @@ def test_a_worker_makes_a_hook_however_long_it_takes(monkeypatch: pytest.MonkeyP
 
 def raw_request(body: dict[str, Any]) -> bytes:
     """A completion as bytes, for a connection that stays open."""
-    raw = json.dumps({"model": TINY} | body).encode()
+    raw = json.dumps({"model": TINY, "seed": 1} | body).encode()
     head = (
         "POST /v1/completions HTTP/1.1",
         "host: 127.0.0.1",

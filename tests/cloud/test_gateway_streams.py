@@ -55,7 +55,7 @@ def whole(client: Client, path: str, body: dict[str, Any]) -> list[bytes]:
 
 def again(client: Client, path: str, body: dict[str, Any], cursor: str) -> Reply:
     """The same body once more, with a cursor."""
-    raw = {"model": client.model} | body | {"stream": True}
+    raw = client.asked(path, body) | {"stream": True}
     return client.send("POST", f"/v1/{path}", raw, **{"last-event-id": cursor})
 
 

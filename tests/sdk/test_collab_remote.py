@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from nearfar.wire.codec import Codec
 from nearfar.wire.egress import Policy
 from nearfar.wire.fingerprint import model_fp, parts
 from nearfar.wire.messages import CodecId, CodecSpec, Ids, Mode, Open, Rows
-from tests.sdk.wire_server import Door, WireServer
+from tests.sdk.wire_server import Door, WireServer, wait_for
 from tests.tiny import write_tiny
 
 PROMPT, N = "the inn and the old", 24
@@ -99,11 +100,16 @@ def test_a_calibrated_half_is_held_to_its_promise(place: Place) -> None:
 
 
 def test_audits_are_counted_as_what_they_are(place: Place) -> None:
-    url = place.servers[CodecId.INT8_OS].url
+    server = place.servers[CodecId.INT8_OS]
     answers = {}
     for audit in (0.0, 1.0):
-        with LLM.open(place.device, upper=url, collab=Collab(Mode.LOSSY, INT8, audit=audit)) as llm:
-            answers[audit] = llm.generate(PROMPT, max_tokens=N)
+        n_opened = server.door.n_opened
+        with LLM.open(place.device, upper=server.url, collab=Collab(Mode.LOSSY, INT8, audit=audit)) as llm:
+            stream = llm.stream(PROMPT, max_tokens=N)
+            for _ in stream:  # a device that is sure of everything would be done before the server has opened
+                wait_for(lambda n=n_opened: server.door.n_opened > n)
+                time.sleep(0.01)
+            answers[audit] = stream.completion
     assert answers[1.0].ids == answers[0.0].ids
     plain, audited = (answers[a].stats.shared for a in (0.0, 1.0))
     assert plain is not None

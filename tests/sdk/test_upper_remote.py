@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from nearfar.wire.hashes import settings_hash
 from nearfar.wire.messages import Ask, ClientHello, Close, Code, CodecSpec, Err, Ids, Open, Opened, Ping, Verdict
 from nearfar.wire.tls import Credentials
 from tests.sdk.small_device import BY_IDS, BY_ROWS, Device, opening, oracle
-from tests.sdk.wire_server import LIMITS, MODEL_FP, Door, WireServer
+from tests.sdk.wire_server import LIMITS, MODEL_FP, Door, WireServer, wait_for
 from tests.tiny import write_tiny
 
 HELLO = ClientHello(MODEL_FP, {"upper": b"u" * 32}, (BY_ROWS, BY_IDS))
@@ -78,13 +78,6 @@ class OneByOne:
 
 def first_news(link: RemoteLink) -> News:
     return OneByOne(link).next()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Sessions outlive their streams until `forget` or `restart`, as they do in the cl
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,6 +35,13 @@ from nearfar.wire.messages import (
 
 LIMITS = Limits(max_context=512, max_sessions=8, idle_ttl_s=60, max_run=16, credit_bytes=32 << 10)
 MODEL_FP = b"f" * 32
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 @dataclass(slots=True)

@@ -316,6 +316,33 @@ def test_a_device_that_vanishes_is_noticed() -> None:
     run(test)
 
 
+def test_a_connection_without_calls_is_closed_also_where_nobody_is_at_its_other_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = [(rpc.IDLE_MS[0], 300) if option == rpc.IDLE_MS else option for option in rpc.SERVER_OPTIONS]
+    monkeypatch.setattr(rpc, "SERVER_OPTIONS", options)
+
+    async def test(wire: Wire) -> None:
+        call = wire.channel.stream_stream(rpc.SESSION)()
+        await call.write(pack.pack_up(1, OPEN))
+        await call.read()
+        # HTTP/2's preface and empty settings; whatever comes is not answered any more.
+        reader, writer = await asyncio.open_connection(*wire.address.split(":"))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        while await reader.read(1024):
+            pass
+        writer.close()
+        # An answer that waits for its next token is a call.
+        await call.write(pack.pack_up(2, Ping(5)))
+        _, pong = unpack.unpack_down(await call.read())
+        assert pong == Pong(5)
+        await call.done_writing()
+        while wire.channel.get_state() == grpc.ChannelConnectivity.READY:
+            await asyncio.sleep(0.01)
+
+    run(test)
+
+
 def test_a_stream_that_never_opens_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "OPEN_WITHIN_S", 0.05)
 

@@ -50,9 +50,12 @@ _ALIVE = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+# One without calls is not asked: it is closed.  Devices do not use one again that has rested for half as long.
+IDLE_MS = ("grpc.max_connection_idle_ms", 60_000)
 SERVER_OPTIONS = [
     *_MESSAGES,
     *_ALIVE,
+    IDLE_MS,
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.max_concurrent_streams", 1024),

@@ -72,7 +72,7 @@ KERNELS = (
     "--test-case-exclude=*on any thread*,*at the extremes*,*do not depend on the other rows*",
 )
 # Once for a family: the rest, less what takes long under qemu and is portable C++.
-MOST = ("--test-case-exclude=*by lookup too*,*screen*,*out of memory*,*cancelled*,*over blocks*",)
+MOST = ("--test-case-exclude=*by lookup too*,*screen*,*out of memory*,*cancelled*",)
 
 # The longest first: an emulator uses one core, and tests may run side by side.
 MACHINES = [

@@ -38,6 +38,7 @@ MODEL_FP = b"f" * 32
 
 
 def wait_for(condition: Callable[[], object]) -> None:
+    """Of what another thread brings about; a minute at most."""
     until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
